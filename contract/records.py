@@ -1,0 +1,86 @@
+"""Small frozen records that separate processes exchange or compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from contract.errors import ConfigError
+
+Factor = Literal["A", "B", "AB"]
+Side = Literal["client", "trunk"]
+
+
+@dataclass(frozen=True, slots=True)
+class CutLayers:
+    """Where the model is cut: `head` layers before the trunk, `tail` layers after it."""
+
+    head: int
+    tail: int
+
+    def check(self, layers: int) -> None:
+        """Raise ConfigError unless head >= 0, tail >= 0 and at least one layer is left for the trunk."""
+        for name, value in (("head-layers", self.head), ("tail-layers", self.tail)):
+            if value < 0:
+                raise ConfigError(f"{name} is {value}; it must be 0 or more")
+        if self.head + self.tail >= layers:
+            raise ConfigError(
+                f"head-layers {self.head} + tail-layers {self.tail} leave no layer for the trunk: "
+                f"the model has {layers} layers, so their sum must be at most {layers - 1}"
+            )
+
+    def kept(self, layers: int, side: Side) -> frozenset[int]:
+        """Absolute indices of the decoder layers that `side` holds, of `layers` in all."""
+        trunk = frozenset(range(self.head, layers - self.tail))
+        return trunk if side == "trunk" else frozenset(range(layers)) - trunk
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA adapter's structure with every target spelled out, so that two halves built apart agree.
+
+    `target_modules` and `target_parameters` are full module names of the whole model, sorted. `rank_pattern` and
+    `alpha_pattern` hold full module names too and list only the modules that differ from `rank` and `alpha`.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """Names one attempt at one round of one run."""
+
+    run: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSettings:
+    """What one AdamW step needs; both sides of the cut use the same."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundProgress:
+    """What the trunk has seen of one round so far."""
+
+    sessions: int
+    steps: int
+    tokens: int
+    received_bytes: int
+    sent_bytes: int
