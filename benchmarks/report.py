@@ -1,0 +1,153 @@
+"""One shape for every benchmark: robust statistics, targets, a table or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Literal
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+BOOTSTRAP_DRAWS = 2000
+MAX_SELF_RATIO_ERROR = 0.03
+"""A yardstick that strays more than this from itself cannot judge anything."""
+
+Cell = float | int | str | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median of several readings with the smallest and the largest beside it."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, readings: Sequence[float]) -> Spread:
+        return cls(statistics.median(readings), min(readings), max(readings))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Median of paired ratios, its 95 % bootstrap interval, and the yardstick's ratio to itself."""
+
+    median: float
+    low: float
+    high: float
+    self_ratio: float
+
+    @property
+    def inconclusive(self) -> bool:
+        return abs(self.self_ratio - 1.0) > MAX_SELF_RATIO_ERROR
+
+    @classmethod
+    def of_pairs(
+        cls, ours: Sequence[float], yardstick: Sequence[float], yardstick_again: Sequence[float], seed: int = 0
+    ) -> Ratio:
+        """Ratios of interleaved readings; `yardstick_again` is a second reading of the yardstick in each pair.
+
+        The interval is the percentile bootstrap of the median (Efron 1979) over pairs.
+        """
+        ratios = [a / (0.5 * (b + c)) for a, b, c in zip(ours, yardstick, yardstick_again, strict=True)]
+        own = [b / c for b, c in zip(yardstick, yardstick_again, strict=True)]
+        draw = random.Random(seed)
+        medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(BOOTSTRAP_DRAWS))
+        low, high = medians[int(0.025 * BOOTSTRAP_DRAWS)], medians[int(0.975 * BOOTSTRAP_DRAWS)]
+        return cls(statistics.median(ratios), low, high, statistics.median(own))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A limit that a figure is held to. `ok` is what the rule of the benchmark says, not only value against limit."""
+
+    name: str
+    value: float
+    limit: float
+    better: Literal["lower", "higher"]
+    ok: bool | Literal["inconclusive"]
+
+    @classmethod
+    def of_ratio(cls, name: str, ratio: Ratio, limit: float) -> Target:
+        """A ratio that must be low passes on the worse end of its interval."""
+        ok: bool | Literal["inconclusive"] = "inconclusive" if ratio.inconclusive else ratio.high <= limit
+        return cls(name, ratio.high, limit, "lower", ok)
+
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float) -> Target:
+        return cls(name, value, limit, "lower", value <= limit)
+
+
+@dataclass(slots=True)
+class Report:
+    """What one benchmark found."""
+
+    benchmark: str
+    workload: str
+    results: list[dict[str, Cell]] = field(default_factory=list)
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+
+    def finish(self, as_json: bool) -> int:
+        """Print the report and return the exit status: 0 when every target is met, else 1."""
+        if as_json:
+            sys.stdout.write(json.dumps(self._object()) + "\n")
+        else:
+            self._table(Console())
+        return 0 if all(target.ok is True for target in self.targets) else 1
+
+    def _object(self) -> dict[str, object]:
+        return {
+            "benchmark": self.benchmark,
+            "workload": self.workload,
+            "machine": machine(),
+            "versions": versions(),
+            "results": self.results,
+            "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
+            "targets": [asdict(target) for target in self.targets],
+        }
+
+    def _table(self, console: Console) -> None:
+        console.print(f"[bold]{self.benchmark}[/]: {self.workload}")
+        if self.results:
+            table = Table(*self.results[0])
+            for row in self.results:
+                table.add_row(*(_shown(cell) for cell in row.values()))
+            console.print(table)
+        for name, ratio in self.ratios.items():
+            console.print(
+                f"{name}: median {ratio.median:.3f}, 95 % interval {ratio.low:.3f} to {ratio.high:.3f}, "
+                f"yardstick against itself {ratio.self_ratio:.3f}"
+            )
+        for target in self.targets:
+            sign = "<=" if target.better == "lower" else ">="
+            word = target.ok if isinstance(target.ok, str) else ("ok" if target.ok else "MISSED")
+            console.print(f"target {target.name}: {target.value:.4g} {sign} {target.limit:g}: {word}")
+
+
+def machine() -> dict[str, Cell]:
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "peft", "flwr", "grpcio", "numpy")
+    }
+
+
+def _shown(cell: Cell) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
