@@ -1,4 +1,4 @@
-"""The fixed workload that both sides of a training benchmark share: about 33 M parameters, 10 layers, 4 x 128 tokens."""
+"""The fixed workload that both sides of a training benchmark share: 33 M parameters, 10 layers, 4 x 128 tokens."""
 
 from __future__ import annotations
 
