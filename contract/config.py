@@ -1,0 +1,276 @@
+"""The settings of one run: frozen, typed, the same for the orchestrator and for every client.
+
+They come from `[tool.flwr.app.config]` in pyproject.toml with `flwr run --run-config` on top. Keys are kebab-case there
+and snake_case here. What Hugging Face or PEFT has a name for keeps that name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from contract.errors import ConfigError
+from contract.records import CutLayers
+
+ConfigValue = str | int | float | bool
+"""What Flower can carry as a run config's value."""
+
+MODEL_SECTION, SPLIT_SECTION, ROUNDS_SECTION = "Model and data", "The split", "Rounds"
+AGGREGATION_SECTION, TRAINING_SECTION, LORA_SECTION = "Averaging", "Training on a client", "The adapter"
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _setting(default: ConfigValue, section: str, meaning: str, **limits: Any) -> Any:
+    # Any, as of pydantic's own Field: the annotation beside each setting is what counts.
+    return Field(default, description=meaning, json_schema_extra={"section": section}, **limits)
+
+
+class RunConfig(BaseModel):
+    """Every setting of a run; build it with `RunConfig.from_flower`, whose errors name the key as a user writes it."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        alias_generator=_key,
+        validate_by_name=True,
+        protected_namespaces=(),
+    )
+
+    model: str = _setting(
+        "",
+        MODEL_SECTION,
+        "Checkpoint directory as the orchestrator sees it; it needs no more than config.json. "
+        "Clients take theirs from the node config, and in a simulation from here.",
+    )
+    data: str = _setting(
+        "",
+        MODEL_SECTION,
+        "A simulation's training text: a file whose `{partition}` becomes the client's number, or `stdlib:NAME`. "
+        "Real clients take theirs from the node config.",
+    )
+    max_length: int = _setting(128, MODEL_SECTION, "Tokens per row; longer rows are cut.", ge=2)
+    eval_fraction: float = _setting(
+        0.1, MODEL_SECTION, "Share of a client's rows held out to judge adapters; 0 judges nothing.", ge=0.0, lt=1.0
+    )
+    eval_batches: int = _setting(0, MODEL_SECTION, "Most held-out batches judged per round; 0 means all.", ge=0)
+
+    trunk_address: str = _setting(
+        "127.0.0.1:50051", SPLIT_SECTION, "HOST:PORT of the trunk; a client's node config may name another way to it."
+    )
+    head_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client before the trunk.", ge=0)
+    tail_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client after the trunk.", ge=0)
+    dtype: Literal["float32", "bfloat16"] = _setting(
+        "float32", SPLIT_SECTION, "Type of the frozen weights on both sides; adapters are always float32."
+    )
+    attn_implementation: Literal["sdpa", "eager"] = _setting(
+        "sdpa", SPLIT_SECTION, "Attention on both sides; another one gives other bits."
+    )
+    codec: Literal["identity", "bf16"] = _setting(
+        "identity", SPLIT_SECTION, "Encoding of activations and gradients on the wire; `identity` loses nothing."
+    )
+
+    num_rounds: int = _setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
+    cohort_size: int = _setting(
+        0, ROUNDS_SECTION, "Clients asked in a round, drawn from those connected; 0 asks all.", ge=0
+    )
+    quorum: int = _setting(
+        2,
+        ROUNDS_SECTION,
+        "Fewest clients whose updates make a round; a run also waits for this many before it starts.",
+        ge=1,
+    )
+    node_wait_s: float = _setting(
+        120.0, ROUNDS_SECTION, "Seconds to wait for enough connected clients before the run fails.", gt=0.0
+    )
+    round_timeout_s: float = _setting(
+        600.0,
+        ROUNDS_SECTION,
+        "Seconds without progress (a reply, or work seen by the trunk) after which missing clients count as late.",
+        gt=0.0,
+    )
+    early_stopping_patience: int = _setting(
+        0, ROUNDS_SECTION, "Rounds without a lower held-out loss before the run stops; 0 never stops early.", ge=0
+    )
+    seed: int = _setting(
+        0, ROUNDS_SECTION, "Seed of the first adapter, the cohorts and the data order.", ge=0, lt=2**32
+    )
+
+    aggregation: Literal["ffa", "fedavg", "rolora"] = _setting(
+        "ffa",
+        AGGREGATION_SECTION,
+        "`ffa` freezes A and averages B (exact); `rolora` alternates, B first (exact); "
+        "`fedavg` averages A and B apart (biased: the mean of products is not the product of means).",
+    )
+    update_clip: float = _setting(
+        1.0,
+        AGGREGATION_SECTION,
+        "Largest change of one adapter value in a round; a client whose update exceeds it sends nothing and says so.",
+        gt=0.0,
+    )
+    max_tokens: int = _setting(
+        0,
+        AGGREGATION_SECTION,
+        "Most tokens one client trains on in a round; fixes the scale of the fixed point. 0 takes "
+        "local-steps x gradient-accumulation-steps x per-device-train-batch-size x max-length. "
+        "Must be set when `local-steps` is 0.",
+        ge=0,
+    )
+
+    local_steps: int = _setting(
+        10, TRAINING_SECTION, "Optimiser steps of a client in a round; 0 counts epochs instead.", ge=0
+    )
+    local_epochs: int = _setting(
+        1, TRAINING_SECTION, "Passes over a client's rows in a round when `local-steps` is 0.", ge=1
+    )
+    per_device_train_batch_size: int = _setting(8, TRAINING_SECTION, "Rows per microbatch.", ge=1)
+    gradient_accumulation_steps: int = _setting(1, TRAINING_SECTION, "Microbatches per optimiser step.", ge=1)
+    learning_rate: float = _setting(2e-4, TRAINING_SECTION, "Peak learning rate of AdamW on both sides.", gt=0.0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _setting(
+        "constant", TRAINING_SECTION, "Learning rate over the steps of one round, after the warm-up."
+    )
+    warmup_ratio: float = _setting(
+        0.0, TRAINING_SECTION, "Share of a round's steps that warm the learning rate up.", ge=0.0, lt=1.0
+    )
+    weight_decay: float = _setting(0.0, TRAINING_SECTION, "AdamW's weight decay.", ge=0.0)
+    adam_beta1: float = _setting(0.9, TRAINING_SECTION, "AdamW's first moment decay.", ge=0.0, lt=1.0)
+    adam_beta2: float = _setting(0.999, TRAINING_SECTION, "AdamW's second moment decay.", ge=0.0, lt=1.0)
+    adam_epsilon: float = _setting(1e-8, TRAINING_SECTION, "AdamW's term against division by zero.", gt=0.0)
+    max_grad_norm: float = _setting(
+        1.0,
+        TRAINING_SECTION,
+        "Gradient norm over client and trunk together is clipped to this; 0: never.",
+        ge=0.0,
+    )
+    threads: int = _setting(0, TRAINING_SECTION, "Torch threads of a client; 0 leaves torch's own choice.", ge=0)
+
+    lora_r: int = _setting(8, LORA_SECTION, "Rank of the adapter.", ge=1)
+    lora_alpha: float = _setting(16.0, LORA_SECTION, "Scale of the adapter, divided by its rank.", gt=0.0)
+    lora_dropout: float = _setting(0.0, LORA_SECTION, "Dropout on the adapter's input.", ge=0.0, lt=1.0)
+    use_rslora: bool = _setting(False, LORA_SECTION, "Divide the scale by the root of the rank instead.")
+    target_modules: str = _setting(
+        "all-linear", LORA_SECTION, "`all-linear`, or names of modules to adapt, parted by commas."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RunConfig:
+        host, _, port = self.trunk_address.rpartition(":")
+        if not host or not re.fullmatch(r"\d{1,5}", port) or not 1 <= int(port) <= 65535:
+            raise ConfigError(f"trunk-address is {self.trunk_address!r}; it must be HOST:PORT")
+        if 0 < self.cohort_size < self.quorum:
+            raise ConfigError(
+                f"cohort-size is {self.cohort_size} and quorum is {self.quorum}; "
+                "a round cannot have more survivors than clients asked: quorum must be at most cohort-size"
+            )
+        if self.early_stopping_patience and not self.eval_fraction:
+            raise ConfigError(
+                f"early-stopping-patience is {self.early_stopping_patience} but eval-fraction is 0; "
+                "early stopping needs held-out rows: eval-fraction must be above 0"
+            )
+        if not self.local_steps and not self.max_tokens:
+            raise ConfigError(
+                "local-steps is 0 and max-tokens is 0; a round counted in epochs needs a bound on a client's tokens: "
+                "set max-tokens to the size of the largest client's data times local-epochs"
+            )
+        if self.target_modules != "all-linear" and not all(self.target_module_names()):
+            raise ConfigError(
+                f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"
+            )
+        return self
+
+    @classmethod
+    def from_flower(cls, values: Mapping[str, ConfigValue]) -> RunConfig:
+        """The settings in `values` (kebab-case keys) over the defaults.
+
+        Raises ConfigError naming the first key that is unknown, of the wrong type, out of its limits, or impossible
+        together with another.
+        """
+        unknown = sorted(set(values) - set(cls.keys()))
+        if unknown:
+            raise ConfigError(f"unknown config key {unknown[0]!r}; {_nearest(unknown[0], cls.keys())}")
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_describe(error.errors()[0])) from error
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Every key as a user writes it, in the order of the documentation."""
+        return tuple(_key(name) for name in cls.model_fields)
+
+    def to_flower(self) -> dict[str, ConfigValue]:
+        """Every setting with its kebab-case key; `from_flower` reads it back unchanged."""
+        return self.model_dump(by_alias=True)
+
+    @property
+    def cut(self) -> CutLayers:
+        return CutLayers(self.head_layers, self.tail_layers)
+
+    def target_module_names(self) -> tuple[str, ...]:
+        """`target-modules` as single names, `("all-linear",)` for that."""
+        return tuple(name.strip() for name in self.target_modules.split(","))
+
+    def max_trained_tokens(self) -> int:
+        """Upper bound of the tokens that one client trains on in one round, which is also its largest weight."""
+        if self.max_tokens:
+            return self.max_tokens
+        rows = self.local_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size
+        return rows * self.max_length
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaRow:
+    """One setting, as the documentation shows it."""
+
+    section: str
+    key: str
+    type: str
+    default: ConfigValue
+    meaning: str
+
+
+def schema_rows() -> tuple[SchemaRow, ...]:
+    """Every setting in order, grouped by section."""
+    rows = []
+    for name, field in RunConfig.model_fields.items():
+        extra = field.json_schema_extra
+        section = str(extra["section"]) if isinstance(extra, dict) else ""
+        wanted = _wanted(field.annotation, field.metadata)
+        rows.append(SchemaRow(section, _key(name), wanted, field.default, field.description or ""))
+    return tuple(rows)
+
+
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _wanted(annotation: object, metadata: list[object]) -> str:
+    """What a field takes, in words: `a whole number, >= 1`."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(str(choice) for choice in get_args(annotation))
+    words = [_TYPE_NAMES[annotation]] if isinstance(annotation, type) else []
+    for limit in metadata:
+        words += [f"{sign} {getattr(limit, kind)}" for kind, sign in _LIMIT_SIGNS.items() if hasattr(limit, kind)]
+    return ", ".join(words)
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """One line for pydantic's first complaint: key, what it got, what it wants."""
+    key = str(problem["loc"][0])
+    field = RunConfig.model_fields[key.replace("-", "_")]
+    return f"{key} is {problem['input']!r}; it must be {_wanted(field.annotation, field.metadata)}"
+
+
+def _nearest(key: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "docs/configuration.md lists every key"
