@@ -1,0 +1,333 @@
+"""Any Hugging Face decoder-only causal LM, cut into a client part (head and tail) and a trunk part.
+
+Layers keep their absolute indices: absent ones become parameterless stubs, so that `layer_idx`, `layer_types[i]`,
+state-dict keys and adapter names are right by construction. Weights come by the class's own `from_pretrained` on a
+subclass that prunes itself while still on the meta device, so that absent weights are never read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from contract.architecture import (
+    LayerProbe,
+    decoder_layers,
+    first_line,
+    flat_arguments,
+    model_class,
+    probe,
+    probe_config,
+    read_config,
+    unwrap,
+)
+from contract.errors import ConfigError, ModelError, UnsupportedModelError
+from contract.model_files import part_info, resolve_model, weight_files
+from contract.records import CutLayers, Side
+
+__all__ = [
+    "DTYPES",
+    "LayerProbe",
+    "RemoteLayers",
+    "RemoteStub",
+    "TrunkPart",
+    "attach_remote",
+    "load_part",
+    "probe",
+]
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RemoteLayers(Protocol):
+    """Stands for the absent layers: hidden_BTD at the head cut to hidden_BTD at the tail cut, differentiable.
+
+    `attention_mask_BT` and `position_ids` (1 or B rows of T) are what the caller gave the model, None where it gave
+    none.
+    """
+
+    def __call__(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor: ...
+
+
+class AbsentLayer(nn.Module):
+    """Holds an absent layer's place: its input goes through unchanged."""
+
+    def __init__(self, returns_tuple: bool, layer: nn.Module) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        # Backbones read plain settings off a layer, for example which mask it wants.
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, (str, int, float)) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden_BTD: Tensor | None = None, *args: object, **kwargs: object) -> object:
+        hidden_BTD = cast(Tensor, kwargs["hidden_states"]) if hidden_BTD is None else hidden_BTD
+        return (hidden_BTD, None) if self.returns_tuple else hidden_BTD
+
+
+class AbsentEmbedding(nn.Module):
+    """Holds an absent (position) embedding's place and adds nothing."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(())
+
+
+class AbsentModule(nn.Module):
+    """Holds the place of an absent norm, projection or output head: its input goes through unchanged."""
+
+    def forward(self, hidden_BTD: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_BTD
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_part(
+    model_dir: str | Path,
+    cut: CutLayers,
+    side: Side,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """One side's model, frozen and in eval mode, from a whole checkpoint or from that side's part.
+
+    Absent weights are never read. Raises ConfigError (cut, dtype), ModelError (a part of another cut, side or dtype;
+    missing, unexpected or misshapen weights; no safetensors) and UnsupportedModelError.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    directory = resolve_model(model_dir)
+    config = read_config(directory)
+    check_attention(config, attn_implementation)
+    found = probe_config(config)
+    cut.check(found.layers)
+    _check_part(directory, cut, side, dtype)
+    weight_files(directory)
+    config.use_cache = False
+    part = _part_class(model_class(config), found, cut, side)
+    with _quiet_loading():
+        try:
+            model, report = part.from_pretrained(
+                directory,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=None if device == "cpu" else {"": device},
+            )
+        # The loader's own errors are of many classes; each of them means this checkpoint cannot be loaded.
+        except Exception as error:
+            raise ModelError(f"{directory} cannot be loaded: {first_line(error)}") from error
+    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds weights that no layer has:")):
+        if report[kind]:
+            raise ModelError(f"{directory} {problem} {_names(report[kind])} ({part.__name__}, {side} part)")
+    model.generation_config.use_cache = False
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def check_attention(config: PretrainedConfig, attn_implementation: str) -> None:
+    """Raise ConfigError unless the architecture has this attention, of the two that give the same answer anywhere."""
+    if attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(f"attn-implementation is {attn_implementation!r}; it must be sdpa or eager")
+    if attn_implementation == "sdpa" and not model_class(config)._supports_sdpa:
+        raise ConfigError(f"attn-implementation is 'sdpa', which {config.model_type} does not have; set it to 'eager'")
+
+
+def _check_part(directory: Path, cut: CutLayers, side: Side, dtype: str) -> None:
+    info = part_info(directory)
+    if info is None:
+        return
+    if info.side != side:
+        raise ModelError(f"{directory} is the {info.side} part of a model; the {side} part is needed here")
+    if info.cut != cut:
+        raise ModelError(
+            f"{directory} was cut with head-layers {info.cut.head} and tail-layers {info.cut.tail}; "
+            f"head-layers {cut.head} and tail-layers {cut.tail} are asked for"
+        )
+    if info.dtype not in ("", dtype):
+        raise ModelError(f"{directory} was written as {info.dtype}; load it so, or split the model again for {dtype}")
+
+
+def _part_class(base: type[PreTrainedModel], found: LayerProbe, cut: CutLayers, side: Side) -> type[PreTrainedModel]:
+    """`base` under its own name, pruned at the end of its construction, while its weights are still on meta."""
+    kept = cut.kept(found.layers, side)
+
+    def construct(self: PreTrainedModel, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        absent = _prune(self, kept, side, found.returns_tuple)
+        patterns = {_absent_pattern(name, base.base_model_prefix) for name in absent}
+        self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | patterns
+
+    return type(base.__name__, (base,), {"__init__": construct, "__module__": base.__module__})
+
+
+def _absent_pattern(name: str, prefix: str) -> str:
+    """Matches an absent module's keys in a checkpoint of the causal LM and in one of its backbone alone."""
+    rest = name.removeprefix(f"{prefix}.")
+    optional = f"(?:{re.escape(prefix)}\\.)?" if rest != name else ""
+    return rf"^{optional}{re.escape(rest)}\."
+
+
+def _prune(model: PreTrainedModel, kept: frozenset[int], side: Side, returns_tuple: bool) -> list[str]:
+    """Put stubs where the other side's modules were; answer the names of what is gone."""
+    backbone, path, layers = decoder_layers(model)
+    backbone_path = path.rpartition(".")[0]
+    gone = [f"{path}.{index}" for index in range(len(layers)) if index not in kept]
+    for index in range(len(layers)):
+        if index not in kept:
+            layers[index] = AbsentLayer(returns_tuple, layers[index])
+    if hasattr(model.config, "layerdrop"):
+        model.config.layerdrop = 0.0
+        setattr(backbone, "layerdrop", 0.0)  # noqa: B010 (a plain number, not a submodule)
+    if side == "client":
+        return gone
+    for name, child in list(backbone.named_children()):
+        if child is not layers and any(True for _ in child.parameters()):
+            setattr(backbone, name, AbsentEmbedding() if isinstance(child, nn.Embedding) else AbsentModule())
+            gone.append(f"{backbone_path}.{name}")
+    head = model.get_output_embeddings()
+    for name, child in list(model.named_children()):
+        if child is head:
+            setattr(model, name, AbsentModule())
+            gone.append(name)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = {}
+            module._tied_weights_keys = {}
+    return gone
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _names(keys: object) -> str:
+    names = sorted(str(key) for key in cast(Any, keys))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+class RemoteStub(nn.Module):
+    """The first absent layer of a client part: calls the remote layers with what the caller gave the backbone."""
+
+    def __init__(self, remote: nn.Module, place: AbsentLayer, name: str) -> None:
+        super().__init__()
+        self.remote = remote
+        self.returns_tuple = place.returns_tuple
+        self._model_type = name
+        self._call = threading.local()
+
+    def note_inputs(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the backbone: layers see only the 4-D mask that it makes from these."""
+        given = flat_arguments(inspect.signature(backbone.forward).bind_partial(*args, **kwargs).arguments)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if given.get("past_key_values") is not None:
+            raise UnsupportedModelError(
+                "the trunk keeps no key-value cache, but past_key_values was given: generate with use_cache=False"
+            )
+        if given.get("output_router_logits"):
+            raise UnsupportedModelError(f"{self._model_type}: output_router_logits needs the routers of all layers")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UnsupportedModelError("attention_mask must be of shape (B, T): made 4-D masks do not cross the cut")
+        self._call.inputs = (mask, positions)
+
+    def forget_inputs(self, *_: object) -> None:
+        """Forward hook of the backbone, called on failure too."""
+        self._call.inputs = None
+
+    def forward(self, hidden_BTD: Tensor | None = None, *args: object, **kwargs: object) -> object:
+        hidden_BTD = cast(Tensor, kwargs["hidden_states"]) if hidden_BTD is None else hidden_BTD
+        inputs = getattr(self._call, "inputs", None)
+        if inputs is None:
+            raise ModelError("the remote layers were called outside of the model's own forward")
+        output_BTD = self.remote(hidden_BTD, *inputs)
+        return (output_BTD, None) if self.returns_tuple else output_BTD
+
+
+def attach_remote(client_model: nn.Module, remote: nn.Module) -> RemoteStub:
+    """Put `remote` (a RemoteLayers) at the first absent layer of a client part, PEFT-wrapped or not.
+
+    Raises ModelError where the model has no absent layer.
+    """
+    backbone, path, layers = decoder_layers(client_model)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, AbsentLayer):
+            stub = RemoteStub(remote, layer, unwrap(client_model).config.model_type)
+            layers[index] = stub
+            backbone.register_forward_pre_hook(stub.note_inputs, with_kwargs=True)
+            backbone.register_forward_hook(stub.forget_inputs, always_call=True)
+            return stub
+    raise ModelError(f"{path} has no absent layer: a client part without its trunk is needed")
+
+
+class TrunkPart(nn.Module):
+    """A trunk part, PEFT-wrapped or not, as a function of hidden states.
+
+    The model is the child `model`, so that `torch.func.functional_call` can swap its adapter by the names "model." +
+    PEFT's. State between the hooks is confined to the calling thread.
+    """
+
+    def __init__(self, model: nn.Module, cut: CutLayers) -> None:
+        """Raises ModelError unless exactly the layers of the trunk are present."""
+        super().__init__()
+        backbone, _, layers = decoder_layers(model)
+        cut.check(len(layers))
+        present = {index for index, layer in enumerate(layers) if not isinstance(layer, AbsentLayer)}
+        if present != cut.kept(len(layers), "trunk"):
+            raise ModelError(f"the model holds layers {sorted(present)}, which is not the trunk of {cut}")
+        self.model = model
+        self._backbone = (backbone,)  # in a tuple, or it would be registered a second time
+        self._call = threading.local()
+        layers[min(present)].register_forward_pre_hook(self._inject, with_kwargs=True)
+        layers[max(present)].register_forward_hook(self._grab)
+
+    def forward(
+        self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """hidden_BTD at the head cut -> hidden_BTD at the tail cut, differentiable in the input and the adapter."""
+        self._call.injected, self._call.output = hidden_BTD, None
+        try:
+            # The class's own forward makes the masks and the rotary embedding; what it feeds the first layer is
+            # replaced by the hook.
+            self._backbone[0](
+                inputs_embeds=hidden_BTD.detach(),
+                attention_mask=attention_mask_BT,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+            return cast(Tensor, self._call.output)
+        finally:
+            self._call.injected = self._call.output = None
+
+    def _inject(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        injected = getattr(self._call, "injected", None)
+        if injected is None:
+            return None
+        return ((injected, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": injected})
+
+    def _grab(self, layer: nn.Module, args: object, output: Any) -> None:
+        self._call.output = output[0] if isinstance(output, tuple) else output
