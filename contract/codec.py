@@ -1,0 +1,156 @@
+"""Tensors as bytes and back. Nothing is allocated for a peer's tensor before its header was checked.
+
+Codecs: `identity` sends the tensor's own bytes (little-endian, row major) and is exact; `bf16` rounds to bfloat16 on
+the wire and gives the tensor its dtype back on arrival.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contract.errors import ConfigError, FrameError, FrameTooLargeError, NonFiniteError
+from contract.trunk_pb2 import TensorHeader
+
+CODECS = ("identity", "bf16")
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_codec(codec: str) -> None:
+    """Raise ConfigError unless `codec` is one of CODECS."""
+    if codec not in CODECS:
+        raise ConfigError(f"codec is {codec!r}; it must be one of {', '.join(CODECS)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Raise FrameError for a dtype that has no name on the wire."""
+    if dtype not in _NAMES:
+        raise FrameError(f"a tensor's dtype is {dtype}; the wire takes {', '.join(DTYPES)}")
+    return _NAMES[dtype]
+
+
+def _wire_dtype(dtype: str, codec: str) -> torch.dtype:
+    return torch.bfloat16 if codec == "bf16" else DTYPES[dtype]
+
+
+def encode(tensor: Tensor, codec: str) -> tuple[TensorHeader, memoryview]:
+    """The header of `tensor` and its bytes; the bytes share the tensor's memory where no conversion was needed."""
+    name = dtype_name(tensor.dtype)
+    wire = tensor.detach().to("cpu", _wire_dtype(name, codec)).contiguous()
+    data = wire.view(-1).view(torch.uint8).numpy().data
+    return TensorHeader(dtype=name, shape=list(tensor.shape), size_bytes=len(data)), data
+
+
+def decode(header: TensorHeader, data: memoryview, codec: str) -> Tensor:
+    """The tensor that a checked `header` and all of its `data` (writable) make; it shares that memory if it can.
+
+    Raises FrameError when `data` is not as long as the header says.
+    """
+    if len(data) != header.size_bytes:
+        raise FrameError(f"a tensor has {len(data)} bytes; its header says {header.size_bytes}")
+    wire = torch.frombuffer(data, dtype=_wire_dtype(header.dtype, codec))
+    return wire.view(list(header.shape)).to(DTYPES[header.dtype])
+
+
+def check_header(
+    header: TensorHeader,
+    *,
+    codec: str,
+    hidden_size: int,
+    max_tokens: int,
+    what: str,
+    dtypes: Collection[str] = tuple(DTYPES),
+    shape: Sequence[int] | None = None,
+) -> None:
+    """Raise FrameError unless `header` announces a [B, T, hidden_size] tensor of one of `dtypes` that fits.
+
+    With `shape` the tensor must have exactly that shape. FrameTooLargeError: B * T is over `max_tokens`.
+    """
+    if header.dtype not in dtypes:
+        raise FrameError(f"{what}: dtype is {header.dtype!r}; it must be {' or '.join(sorted(dtypes))}")
+    got = tuple(header.shape)
+    if shape is not None and got != tuple(shape):
+        raise FrameError(f"{what}: shape is {list(got)}; it must be {list(shape)}")
+    if len(got) != 3 or got[2] != hidden_size or min(got) < 1:
+        raise FrameError(f"{what}: shape is {list(got)}; it must be [B, T, {hidden_size}] with B and T at least 1")
+    if got[0] * got[1] > max_tokens:
+        raise FrameTooLargeError(f"{what}: {got[0]} x {got[1]} tokens are over the limit of {max_tokens}")
+    size_bytes = math.prod(got) * _wire_dtype(header.dtype, codec).itemsize
+    if header.size_bytes != size_bytes:
+        raise FrameError(
+            f"{what}: size_bytes is {header.size_bytes}; {list(got)} {header.dtype} by codec {codec} takes {size_bytes}"
+        )
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise NonFiniteError that names the first [B, T] position which holds a NaN or an infinity."""
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return  # one bad element would have spoilt the sum; a finite sum is proof, an infinite one may be an overflow
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        position = [int(index) for index in bad.nonzero()[0][:-1]]
+        raise NonFiniteError(f"{what}: a NaN or an infinity at [B, T] = {position}")
+
+
+class Assembler:
+    """Collects the chunks of one announced object; `size_bytes` must have been checked against a limit before."""
+
+    def __init__(self, size_bytes: int, what: str) -> None:
+        self._what = what
+        self._view = np.empty(size_bytes, np.uint8).data
+        self._filled = 0
+
+    @property
+    def complete(self) -> bool:
+        return self._filled == len(self._view)
+
+    def add(self, chunk: memoryview | bytes) -> None:
+        """Raises FrameTooLargeError when more comes than was announced, FrameError when a chunk is empty."""
+        end = self._filled + len(chunk)
+        if not chunk:
+            raise FrameError(f"{self._what}: an empty chunk at byte {self._filled} of {len(self._view)}")
+        if end > len(self._view):
+            raise FrameTooLargeError(f"{self._what}: {end} bytes came; its header announced {len(self._view)}")
+        self._view[self._filled : end] = chunk
+        self._filled = end
+
+    def data(self) -> memoryview:
+        """All of it, writable. Raises FrameError when it is truncated."""
+        if not self.complete:
+            raise FrameError(f"{self._what}: truncated at byte {self._filled} of {len(self._view)}")
+        return self._view
+
+
+def pack_mask(mask_BT: Tensor) -> bytes:
+    """A 0/1 attention mask as B * T bits. Raises FrameError for any other mask, such as a 4-D one."""
+    if mask_BT.dim() != 2 or not ((mask_BT == 0) | (mask_BT == 1)).all():
+        raise FrameError(f"attention_mask of shape {list(mask_BT.shape)}: it must be [B, T] and hold only 0 and 1")
+    return np.packbits(mask_BT.detach().to("cpu", torch.bool).numpy().reshape(-1)).tobytes()
+
+
+def unpack_mask(bits: bytes, batch: int, tokens: int) -> Tensor:
+    """The int64 mask_BT that `pack_mask` packed. Raises FrameError when the number of bits is another."""
+    count = batch * tokens
+    if len(bits) != (count + 7) // 8:
+        raise FrameError(f"attention_mask_bits has {len(bits)} bytes; {batch} x {tokens} bits take {(count + 7) // 8}")
+    flat = np.unpackbits(np.frombuffer(bits, np.uint8), count=count)
+    return torch.from_numpy(flat.reshape(batch, tokens).astype(np.int64))
+
+
+def pack_positions(position_ids: Tensor) -> list[int]:
+    """position_ids of shape [T], [1, T] or [B, T], row major."""
+    return [int(value) for value in position_ids.detach().reshape(-1).tolist()]
+
+
+def unpack_positions(values: Sequence[int], batch: int, tokens: int) -> Tensor | None:
+    """int64 [1, T] or [B, T], None for no values. Raises FrameError for any other count."""
+    if not values:
+        return None
+    if len(values) not in (tokens, batch * tokens):
+        raise FrameError(f"position_ids has {len(values)} values; it must have none, {tokens} or {batch * tokens}")
+    return torch.tensor(list(values), dtype=torch.int64).view(-1, tokens)
