@@ -1,0 +1,123 @@
+"""A supervisor leaves no process behind, however its children hide."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from contract.errors import DeadlineError, RoundError
+from trunkline.ports import reserve_port
+from trunkline.processes import MARKER, Supervisor
+
+SLEEPER = "import time; time.sleep(120)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+)
+# A grandchild in a session of its own whose parent ends at once: it is re-parented and only the marker names it.
+ORPHANING = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True)"
+# A child that dropped its environment but stayed in the session.
+UNMARKED = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], env={{}})"
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def until(condition: object, limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("code", [SLEEPER, ORPHANING, UNMARKED], ids=["child", "orphan", "unmarked"])
+def test_leaving_the_block_ends_every_descendant(tmp_path: Path, code: str) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        daemon = supervisor.start("worker", python(code))
+        if code is not SLEEPER:
+            daemon.process.wait(10)
+        until(lambda: len(supervisor.family()) == 1)
+        survivors = [process.pid for process in supervisor.family()]
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in survivors)
+    assert supervisor.family() == []
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    with Supervisor(tmp_path, grace_s=0.3) as supervisor:
+        daemon = supervisor.start("stubborn", python(STUBBORN))
+        until(lambda: "up" in daemon.last_lines())
+    assert daemon.process.returncode == -signal.SIGKILL
+
+
+def test_two_supervisors_do_not_touch_each_other(tmp_path: Path) -> None:
+    with Supervisor(tmp_path / "one") as one:
+        kept = one.start("kept", python(SLEEPER))
+        with Supervisor(tmp_path / "two") as two:
+            two.start("gone", python(SLEEPER))
+        assert kept.alive()
+
+
+def test_a_child_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        daemon = supervisor.start("trunk", python("import sys; sys.exit('error: no such model')"))
+        with pytest.raises(RoundError, match="trunk ended with code 1: error: no such model"):
+            supervisor.wait_for(lambda: False, daemon, "the trunk", limit_s=10)
+
+
+def test_a_child_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        daemon = supervisor.start("slow", python(SLEEPER))
+        with pytest.raises(DeadlineError, match="the slow one was not ready within 0 s"):
+            supervisor.wait_for(lambda: False, daemon, "the slow one", limit_s=0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signalled_supervisor_takes_its_orphans_along(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from trunkline.processes import Supervisor, ending_signals_interrupt
+with ending_signals_interrupt(), Supervisor(Path({str(tmp_path)!r})) as supervisor:
+    supervisor.start("orphan", [{sys.executable!r}, "-c", {ORPHANING!r}])
+    supervisor.start("child", [{sys.executable!r}, "-c", {SLEEPER!r}])
+    print(supervisor.mark, flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    mark = process.stdout.readline().strip()
+    until(lambda: len(marked(mark)) == 2)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert marked(mark) == []
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == mark and process.status() != "zombie":
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_reserved_port_is_not_given_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = reserve_port()
+    code = (
+        "import sys; from trunkline import ports; "
+        f"ports.FIRST_PORT = ports.LAST_PORT = {port}\n"
+        "try: ports.reserve_port()\n"
+        "except Exception as error: sys.exit(str(error))"
+    )
+    answer = subprocess.run(python(code), capture_output=True, text=True, env=dict(os.environ), timeout=30)
+    assert answer.returncode == 1
+    assert "no free port found" in answer.stderr

@@ -1,0 +1,192 @@
+"""Start processes and leave none behind.
+
+A `Supervisor` gives every process it starts a session of its own, a log file, and a marker in its environment that
+all descendants inherit. Stopping asks the processes to end, then kills whatever still carries the marker, descends
+from a started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no
+way out. The caller's Ctrl-C never reaches the children by itself, so the order of the stop is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import psutil
+
+from contract.errors import DeadlineError, RoundError
+
+log = logging.getLogger("trunkline.trunkline")
+
+MARKER = "TRUNKLINE_SUPERVISOR"
+POLL_S = 0.05
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOG_TAIL_LINES = 12
+
+
+@dataclass
+class Daemon:
+    """One started process: its name for people, its handle and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def last_lines(self, count: int = LOG_TAIL_LINES) -> str:
+        """The end of what it printed, without blank lines."""
+        lines = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
+        return "\n".join(lines[-count:])
+
+
+@dataclass
+class Supervisor:
+    """Owns the processes of one demo or run. Use as a context manager; leaving it stops everything.
+
+    `directory` receives one `NAME.log` per process and is their working directory: a place that holds no Python
+    package, because Ray puts the working directory before the app bundle on the import path.
+    """
+
+    directory: Path
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    grace_s: float = 3.0
+    kill_s: float = 10.0
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    daemons: list[Daemon] = field(default_factory=list)
+
+    def __enter__(self) -> Supervisor:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Daemon:
+        """Start `argv` in its own session with no stdin; stdout and stderr go to `NAME.log`."""
+        log_path = self.directory / f"{name}.log"
+        with log_path.open("ab") as output:
+            process = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.directory,
+                env={**self.environment, **(environment or {}), MARKER: self.mark},
+                start_new_session=True,
+            )
+        daemon = Daemon(name, process, log_path)
+        self.daemons.append(daemon)
+        return daemon
+
+    def check(self, daemons: Iterable[Daemon] | None = None) -> None:
+        """Raise RoundError with the end of its log if one of `daemons` (all, by default) is no longer running."""
+        for daemon in self.daemons if daemons is None else daemons:
+            if not daemon.alive():
+                raise RoundError(
+                    f"{daemon.name} ended with code {daemon.process.returncode}: {daemon.last_lines(3) or 'no output'}"
+                )
+
+    def wait_for(self, ready: Callable[[], bool], daemon: Daemon, what: str, limit_s: float) -> None:
+        """Wait until `ready()`; RoundError if `daemon` ends first, DeadlineError after `limit_s` seconds."""
+        deadline = time.monotonic() + limit_s
+        while not ready():
+            self.check([daemon])
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"{what} was not ready within {limit_s:.0f} s; its log is {daemon.log_path}")
+            time.sleep(POLL_S)
+
+    def family(self) -> list[psutil.Process]:
+        """Every living process that this supervisor started, directly or not."""
+        sessions = {daemon.process.pid for daemon in self.daemons}
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            if process.pid != os.getpid() and self._is_ours(process, sessions):
+                for member in (process, *_descendants(process)):
+                    found[member.pid] = member
+        return [process for process in found.values() if _is_running(process)]
+
+    def stop(self) -> None:
+        """End the whole family: SIGTERM to each, then, after `grace_s` seconds, SIGKILL to all that remains."""
+        with ignoring_signals():
+            remaining = self._send_until_gone(signal.SIGTERM, self.grace_s)
+            if remaining:
+                log.info("killing %d processes that did not end by themselves", len(remaining))
+                remaining = self._send_until_gone(signal.SIGKILL, self.kill_s)
+            if remaining:
+                log.error("processes %s could not be killed", sorted(process.pid for process in remaining))
+
+    def _send_until_gone(self, number: signal.Signals, limit_s: float) -> list[psutil.Process]:
+        """Send `number` once to each member, those that appear meanwhile too; answers who is left at the limit."""
+        deadline = time.monotonic() + limit_s
+        told: set[psutil.Process] = set()
+        while True:
+            remaining = self.family()
+            for process in set(remaining) - told:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            told.update(remaining)
+            for daemon in self.daemons:
+                daemon.process.poll()
+            if not remaining or time.monotonic() > deadline:
+                return remaining
+            time.sleep(POLL_S)
+
+    def _is_ours(self, process: psutil.Process, sessions: set[int]) -> bool:
+        try:
+            return os.getsid(process.pid) in sessions or process.environ().get(MARKER) == self.mark
+        except (OSError, psutil.Error):
+            return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def ending_signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that every way of ending cleans up."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handlers(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def ignoring_signals() -> Iterator[None]:
+    """An impatient second Ctrl-C must not cut the clean-up short."""
+    with _handlers(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
