@@ -41,7 +41,10 @@ class Daemon:
     log_path: Path
 
     def alive(self) -> bool:
-        return self.process.poll() is None
+        """Whether it still runs. An ended process stays unreaped, so that its session's number is not used again."""
+        if self.process.returncode is not None:
+            return False
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def last_lines(self, count: int = LOG_TAIL_LINES) -> str:
         """The end of what it printed, without blank lines."""
@@ -94,9 +97,8 @@ class Supervisor:
         """Raise RoundError with the end of its log if one of `daemons` (all, by default) is no longer running."""
         for daemon in self.daemons if daemons is None else daemons:
             if not daemon.alive():
-                raise RoundError(
-                    f"{daemon.name} ended with code {daemon.process.returncode}: {daemon.last_lines(3) or 'no output'}"
-                )
+                said = daemon.last_lines(3) or "no output"
+                raise RoundError(f"{daemon.name} ended with code {daemon.process.wait()}: {said}")
 
     def wait_for(self, ready: Callable[[], bool], daemon: Daemon, what: str, limit_s: float) -> None:
         """Wait until `ready()`; RoundError if `daemon` ends first, DeadlineError after `limit_s` seconds."""
@@ -109,7 +111,7 @@ class Supervisor:
 
     def family(self) -> list[psutil.Process]:
         """Every living process that this supervisor started, directly or not."""
-        sessions = {daemon.process.pid for daemon in self.daemons}
+        sessions = {daemon.process.pid for daemon in self.daemons if daemon.process.returncode is None}
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             if process.pid != os.getpid() and self._is_ours(process, sessions):
@@ -126,6 +128,8 @@ class Supervisor:
                 remaining = self._send_until_gone(signal.SIGKILL, self.kill_s)
             if remaining:
                 log.error("processes %s could not be killed", sorted(process.pid for process in remaining))
+            for daemon in self.daemons:
+                daemon.process.poll()
 
     def _send_until_gone(self, number: signal.Signals, limit_s: float) -> list[psutil.Process]:
         """Send `number` once to each member, those that appear meanwhile too; answers who is left at the limit."""
@@ -137,8 +141,6 @@ class Supervisor:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
             told.update(remaining)
-            for daemon in self.daemons:
-                daemon.process.poll()
             if not remaining or time.monotonic() > deadline:
                 return remaining
             time.sleep(POLL_S)

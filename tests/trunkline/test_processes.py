@@ -42,7 +42,7 @@ def test_leaving_the_block_ends_every_descendant(tmp_path: Path, code: str) -> N
     with Supervisor(tmp_path) as supervisor:
         daemon = supervisor.start("worker", python(code))
         if code is not SLEEPER:
-            daemon.process.wait(10)
+            until(lambda: not daemon.alive())
         until(lambda: len(supervisor.family()) == 1)
         survivors = [process.pid for process in supervisor.family()]
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in survivors)
