@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from contract.errors import ModelError
 from contract.records import CutLayers, Side
@@ -35,12 +35,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """What `trunkline model split` wrote beside a part. `dtype` is "" where the weights kept their own."""
+    """What `trunkline model split` wrote beside a part. `dtype` is "float32" or "bfloat16", or "" where weights kept theirs."""
 
     fingerprint: str
     cut: CutLayers
     side: Side
-    dtype: Literal["", "float32", "bfloat16"]
+    dtype: str
 
     def to_json(self) -> dict[str, Any]:
         return {

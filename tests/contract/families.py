@@ -82,7 +82,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_COMMON, "sliding_window": WINDOW, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     ),
 }
-EAGER_ONLY = frozenset({"bloom", "gptj"})
+EAGER_ONLY = frozenset({"bloom", "gemma2", "gptj"})
 
 
 def attention(family: str) -> str:
