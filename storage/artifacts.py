@@ -1,0 +1,83 @@
+"""Adapters and other artifacts as files named by their SHA-256, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from contract.errors import IntegrityError, StorageError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class ArtifactStore:
+    """A directory of content-addressed safetensors files. Safe for several processes: equal names hold equal bytes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, data: bytes) -> str:
+        """Store `data` durably and answer its SHA-256 in hex.
+
+        Raises StorageError when it cannot be written, a full disk included; the directory is then as it was.
+        """
+        sha256 = hashlib.sha256(data).hexdigest()
+        final = self.path(sha256)
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._holds(final, data):
+                self._write(final, data)
+        except OSError as error:
+            raise StorageError(f"cannot write artifact {final}: {error.strerror}") from error
+        return sha256
+
+    def get(self, sha256: str) -> bytes:
+        """The bytes with this hash. Raises StorageError when they are not here, IntegrityError when they changed."""
+        path = self.path(sha256)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise StorageError(f"there is no artifact {sha256} in {self._root}") from error
+        except OSError as error:
+            raise StorageError(f"cannot read artifact {path}: {error.strerror}") from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise IntegrityError(f"artifact {path} hashes to {found}: it was changed or cut short after it was written")
+        return data
+
+    def has(self, sha256: str) -> bool:
+        """Whether a file of this name is here; `get` alone says whether it is whole."""
+        return self.path(sha256).is_file()
+
+    def path(self, sha256: str) -> Path:
+        """Where the artifact lies or would lie. Raises StorageError on what is no SHA-256 in hex."""
+        if not _SHA256.fullmatch(sha256):
+            raise StorageError(f"{sha256[:80]!r} is no artifact: it must be 64 lower-case hexadecimal digits")
+        return self._root / f"{sha256}.safetensors"
+
+    @staticmethod
+    def _holds(final: Path, data: bytes) -> bool:
+        try:
+            return final.read_bytes() == data
+        except FileNotFoundError:
+            return False
+
+    def _write(self, final: Path, data: bytes) -> None:
+        descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=self._root)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, final)
+        except BaseException:
+            os.unlink(name)
+            raise
+        directory = os.open(self._root, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself is durable only then
+        finally:
+            os.close(directory)

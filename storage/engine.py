@@ -1,0 +1,147 @@
+"""A database engine from a URL: SQLite in WAL mode or PostgreSQL, with every wait bounded and errors of our own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from contract.errors import ConfigError, ConnectionFailedError, StorageError
+from storage.home import DATABASE_VARIABLE, network_filesystem
+
+BUSY_TIMEOUT_S = 30
+_CONNECT_TIMEOUT_S = 10
+_WRITES = "trunkline_writes"
+
+_log = logging.getLogger("trunkline.storage")
+
+
+def make_engine(url: str) -> Engine:
+    """An engine for `sqlite:///PATH` or `postgresql://...`; the file's directory is made, the file is not yet.
+
+    Raises ConfigError for another kind of URL or an absent driver, StorageError where the directory cannot be made.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite_engine(parsed)
+    try:
+        engine = create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            json_serializer=_finite_json,
+            pool_pre_ping=True,
+            pool_timeout=BUSY_TIMEOUT_S,
+            connect_args={"connect_timeout": _CONNECT_TIMEOUT_S},
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError("PostgreSQL needs its driver: pip install 'trunkline[postgres]'") from error
+    event.listen(engine, "connect", _bound_postgres_locks)
+    return engine
+
+
+def for_writing(engine: Engine) -> Engine:
+    """The same engine, whose transactions take SQLite's write lock at their start: a reader that turns writer in the
+    middle would fail at once instead of waiting its turn."""
+    return engine.execution_options(**{_WRITES: True})
+
+
+def shown(engine: Engine) -> str:
+    """The database's URL without its password."""
+    return engine.url.render_as_string(hide_password=True)
+
+
+@contextmanager
+def storage_errors(engine: Engine) -> Iterator[None]:
+    """Turn the database's errors into ours, on one line that names the database and never its password."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = _one_line(error.orig if isinstance(error, DBAPIError) and error.orig else error)
+        unreachable = isinstance(error, DBAPIError) and error.statement is None
+        if unreachable and engine.dialect.name == "postgresql":
+            raise ConnectionFailedError(f"no database answers at {shown(engine)}: {reason}") from error
+        raise StorageError(f"database {shown(engine)}: {reason}") from error
+    except (OverflowError, UnicodeError) as error:  # raised bare by the drivers on values they cannot store
+        raise StorageError(f"database {shown(engine)}: {_one_line(error)}") from error
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"{DATABASE_VARIABLE} is no database URL; it must be sqlite:///PATH or postgresql://..."
+        ) from error
+    named = parsed.render_as_string(hide_password=True)
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(f"{DATABASE_VARIABLE} is {named}; it must be sqlite:///PATH or postgresql://...")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigError(f"{DATABASE_VARIABLE} is {named}; it must name a file, as in sqlite:///PATH")
+    return parsed
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    path = Path(url.database or "").absolute()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {path.parent} for the database: {error.strerror}") from error
+    filesystem = network_filesystem(path)
+    if filesystem is not None:
+        _log.warning(
+            "%s lies on a network disk (%s), where SQLite's locks are not reliable: use a local disk", path, filesystem
+        )
+    engine = create_engine(
+        url.set(database=str(path)),
+        json_serializer=_finite_json,
+        pool_timeout=BUSY_TIMEOUT_S,
+        connect_args={"timeout": BUSY_TIMEOUT_S},
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+    _switch_to_wal(connection)
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """WAL lets readers read while one writes. The mode stays with the file; SQLite does not wait for it by itself."""
+    give_up = time.monotonic() + BUSY_TIMEOUT_S
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+            time.sleep(0.05)
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _bound_postgres_locks(connection: Any, record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_S}s'")
+    connection.commit()
+
+
+def _finite_json(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,58 @@
+"""Where this machine keeps its runs: the home directory, the database in it, and the disk under them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+HOME_VARIABLE = "TRUNKLINE_HOME"
+DATABASE_VARIABLE = "TRUNKLINE_DATABASE_URL"
+
+_NETWORK_FILESYSTEMS = frozenset(
+    {
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "fuse.sshfs",
+        "ceph",
+        "glusterfs",
+        "fuse.glusterfs",
+        "lustre",
+        "afs",
+        "beegfs",
+    }
+)
+
+
+def home_dir() -> Path:
+    """TRUNKLINE_HOME, or ~/.trunkline; it need not exist yet."""
+    named = os.environ.get(HOME_VARIABLE)
+    return Path(named).expanduser().absolute() if named else Path.home() / ".trunkline"
+
+
+def artifacts_dir() -> Path:
+    return home_dir() / "artifacts"
+
+
+def database_url() -> str:
+    """TRUNKLINE_DATABASE_URL, or the SQLite file in the home directory."""
+    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_dir() / 'trunkline.db'))}"
+
+
+def network_filesystem(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """The type of the network file system that `path` lies on, or None where it lies on none that we can see."""
+    try:
+        table = mounts.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    best, found = "", ""
+    for line in table.splitlines():
+        _, mount_point, kind, *_ = line.split(" ")
+        mount_point = mount_point.replace("\\040", " ")
+        covers = path.is_relative_to(mount_point)
+        if covers and len(mount_point) >= len(best):
+            best, found = mount_point, kind
+    return found if found in _NETWORK_FILESYSTEMS else None

@@ -1,0 +1,166 @@
+"""Everything that is read from the database, by the commands and while a run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, Select, and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from contract.errors import StorageError
+from storage import schema
+from storage.engine import storage_errors
+from storage.records import (
+    AdapterVersionRow,
+    ClientRow,
+    EventRow,
+    MetricRow,
+    ParticipationRow,
+    RoundRow,
+    RunRow,
+    RunStatus,
+)
+
+LAST = "last"
+_Record = TypeVar("_Record")
+
+
+class Reader:
+    """Reads runs. Each method is one short transaction that sees one consistent state and never blocks a writer.
+
+    All methods MUST raise StorageError when the database cannot be read, and for a run that is not there.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with storage_errors(self._engine), Session(self._engine) as session, session.begin():
+            yield session
+
+    def get_run(self, reference: str) -> RunRow:
+        """The run with this id or Flower id, or the newest one for "last"."""
+        with self._reading() as session:
+            newest_first = _runs().limit(1)
+            found = None
+            if reference == LAST:
+                found = session.execute(newest_first).first()
+            else:
+                for column in (schema.Run.run_id, schema.Run.flower_run_id):
+                    found = found or session.execute(newest_first.where(column == reference)).first()
+            if found is None:
+                what = "there is no run yet" if reference == LAST else f"there is no run {reference}"
+                raise StorageError(f"{what}; `trunkline runs list` shows those there are")
+            return _run_row(*found)
+
+    def run_by_flower_id(self, flower_run_id: str) -> RunRow | None:
+        """The newest run that this Flower run drives, or None."""
+        with self._reading() as session:
+            found = session.execute(_runs().where(schema.Run.flower_run_id == flower_run_id).limit(1))
+            newest = found.first()
+            return None if newest is None else _run_row(*newest)
+
+    def list_runs(self, limit: int = 20, status: RunStatus | None = None) -> list[RunRow]:
+        """The newest `limit` runs, newest first."""
+        query = _runs().limit(limit)
+        if status is not None:
+            query = query.where(schema.Run.status == status)
+        with self._reading() as session:
+            return [_run_row(*found) for found in session.execute(query)]
+
+    def clients(self) -> list[ClientRow]:
+        """Every client ever seen, by node id."""
+        with self._reading() as session:
+            return [_record(ClientRow, row) for row in session.scalars(select(schema.Client).order_by("node_id"))]
+
+    def rounds(self, run_id: str) -> list[RoundRow]:
+        """Every attempt at every round of a run, in order."""
+        query = select(schema.Round).where(schema.Round.run_id == run_id)
+        with self._reading() as session:
+            rows = session.scalars(query.order_by(schema.Round.number, schema.Round.attempt))
+            return [_record(RoundRow, row) for row in rows]
+
+    def participations(self, run_id: str, number: int | None = None) -> list[ParticipationRow]:
+        """Who took part in a run, or in one round of it, every attempt, by node id within an attempt."""
+        row = schema.Participation
+        query = select(row, schema.Client.name).join(schema.Client).where(row.run_id == run_id)
+        query = query.order_by(row.number, row.attempt, row.node_id)
+        values = select(schema.Metric).where(schema.Metric.run_id == run_id, schema.Metric.node_id != "")
+        if number is not None:
+            query = query.where(row.number == number)
+            values = values.where(schema.Metric.number == number)
+        with self._reading() as session:
+            metrics: dict[tuple[int, int, str], dict[str, float]] = {}
+            for value in session.scalars(values.order_by(schema.Metric.name)):
+                metrics.setdefault((value.number, value.attempt, value.node_id), {})[value.name] = value.value
+            return [
+                _record(
+                    ParticipationRow, found, name=name,
+                    metrics=metrics.get((found.number, found.attempt, found.node_id), {}),
+                )
+                for found, name in session.execute(query)
+            ]  # fmt: skip
+
+    def adapter_versions(self, run_id: str) -> list[AdapterVersionRow]:
+        """The adapters of a run, version 0 first."""
+        query = select(schema.AdapterVersion).where(schema.AdapterVersion.run_id == run_id)
+        with self._reading() as session:
+            rows = session.scalars(query.order_by(schema.AdapterVersion.number))
+            return [_record(AdapterVersionRow, row) for row in rows]
+
+    def adapter_version(self, run_id: str, number: int) -> AdapterVersionRow:
+        """One committed adapter of a run; raises StorageError when that round was not committed."""
+        with self._reading() as session:
+            found = session.get(schema.AdapterVersion, (run_id, number))
+            if found is None:
+                raise StorageError(f"run {run_id} has no adapter of round {number}: that round was not committed")
+            return _record(AdapterVersionRow, found)
+
+    def metrics(self, run_id: str) -> list[MetricRow]:
+        """Every number recorded for a run, by round; those of aborted attempts are left out."""
+        row, attempt = schema.Metric, schema.Round
+        same_attempt = and_(attempt.run_id == row.run_id, attempt.number == row.number, attempt.attempt == row.attempt)
+        query = (
+            select(row)
+            .outerjoin(attempt, same_attempt)
+            .where(row.run_id == run_id, or_(attempt.status.is_(None), attempt.status != "aborted"))
+            .order_by(row.number, row.attempt, row.node_id, row.name)
+        )
+        with self._reading() as session:
+            return [_record(MetricRow, found, node_id=found.node_id or None) for found in session.scalars(query)]
+
+    def events(self, run_id: str | None = None, limit: int = 100) -> list[EventRow]:
+        """The newest `limit` events, of one run or of all, oldest first."""
+        query = select(schema.Event).order_by(schema.Event.event_id.desc()).limit(limit)
+        if run_id is not None:
+            query = query.where(schema.Event.run_id == run_id)
+        with self._reading() as session:
+            return [_record(EventRow, row) for row in reversed(session.scalars(query).all())]
+
+
+def _runs() -> Select[schema.Run, int | None]:
+    """Runs, newest first, each with the number of its newest adapter version."""
+    newest = (
+        select(func.max(schema.AdapterVersion.number))
+        .where(schema.AdapterVersion.run_id == schema.Run.run_id)
+        .scalar_subquery()
+    )
+    return select(schema.Run, newest).order_by(schema.Run.created_at.desc(), schema.Run.run_id.desc())
+
+
+def _run_row(run: schema.Run, newest: int | None) -> RunRow:
+    return _record(RunRow, run, committed_rounds=newest or 0)
+
+
+def _record(kind: type[_Record], row: object, **computed: Any) -> _Record:
+    """A record filled from the table row's columns of the same names, and from `computed`."""
+    names = (column.name for column in fields(kind))  # type: ignore[arg-type]
+    return kind(**{name: computed[name] if name in computed else getattr(row, name) for name in names})

@@ -1,0 +1,131 @@
+"""The database's schema revision against this code's: create, upgrade, refuse. Alembic is configured here, in code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, inspect, text
+
+from contract.errors import SchemaError, StorageError
+from storage import schema
+from storage.engine import for_writing, shown
+
+# Not Alembic's default name: another program's tables may live in the same PostgreSQL database.
+VERSION_TABLE = "trunkline_schema"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_ADVISORY_LOCK = 0x7472756E6B
+
+
+def head_revision() -> str:
+    """The newest revision that this code knows."""
+    return str(_scripts().get_current_head())
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The database's revision, or None where it has no schema of ours; a file that is absent stays absent.
+
+    Raises SchemaError on tables of our names that no revision accounts for.
+    """
+    if _is_absent(engine):
+        return None
+    with engine.connect() as connection:
+        return _revision(connection)
+
+
+def prepare(engine: Engine) -> None:
+    """Give an empty database the schema, and require this code's revision of any other."""
+    if current_revision(engine) is None:
+        upgrade(engine)
+    require_current(engine)
+
+
+def require_current(engine: Engine) -> None:
+    """Raise SchemaError unless the database's schema is this code's, StorageError where there is none yet."""
+    found, newest = current_revision(engine), head_revision()
+    if found is None:
+        raise StorageError(f"there is no Trunkline database at {shown(engine)} yet; the first run makes it")
+    _refuse_newer(engine, found)
+    if found != newest:
+        raise SchemaError(
+            f"the schema of {shown(engine)} is revision {found}, this code needs {newest}: run `trunkline db upgrade`"
+        )
+
+
+def upgrade(engine: Engine) -> tuple[str | None, str]:
+    """Bring the database to this code's revision in one transaction; answers (revision before, after)."""
+    with for_writing(engine).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        found = _revision(connection)  # again under the lock: another process may have been first
+        if found is not None:
+            _refuse_newer(engine, found)
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    return found, head_revision()
+
+
+def drift(engine: Engine) -> list[str]:
+    """Where the database's tables differ from what this code's schema says, a line each."""
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={"include_name": _is_ours, "compare_type": True, "version_table": VERSION_TABLE},
+        )
+        return [str(difference) for difference in compare_metadata(context, schema.Base.metadata)]
+
+
+def damage(engine: Engine) -> list[str]:
+    """What SQLite finds wrong with its own file, a line each; PostgreSQL checks its pages as it reads them."""
+    if engine.dialect.name != "sqlite":
+        return []
+    with engine.connect() as connection:
+        found = [str(row[0]) for row in connection.execute(text("PRAGMA integrity_check")) if row[0] != "ok"]
+        broken = connection.execute(text("PRAGMA foreign_key_check")).all()
+        return found + [f"table {row[0]}, row {row[1]} refers to a row of {row[2]} that is not there" for row in broken]
+
+
+def _revision(connection: Connection) -> str | None:
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    found = context.get_current_revision()
+    if found is None:
+        clash = sorted(set(inspect(connection).get_table_names()) & set(schema.Base.metadata.tables))
+        if clash:
+            raise SchemaError(
+                f"the database at {shown(connection.engine)} holds tables named {', '.join(clash)} that Trunkline did "
+                "not make: give it a database of its own"
+            )
+    return found
+
+
+def _refuse_newer(engine: Engine, found: str) -> None:
+    known = [script.revision for script in _scripts().walk_revisions()]
+    if found not in known:
+        raise SchemaError(
+            f"the schema of {shown(engine)} is revision {found}, newer than this code's {head_revision()}: "
+            "use the Trunkline that wrote it, or a later one"
+        )
+
+
+def _is_absent(engine: Engine) -> bool:
+    return engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists()
+
+
+def _is_ours(name: str | None, kind: str, parents: object) -> bool:
+    return kind != "table" or name in schema.Base.metadata.tables
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())

@@ -1,0 +1,179 @@
+"""The tables. Each index says which query needs it. A change here needs a migration beside it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Text,
+    TypeDecorator,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from storage.records import ParticipationStatus, RoundStatus, RunMode, RunStatus
+
+# Named constraints, so that a later migration can drop or change each by name on both engines.
+_NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment in UTC: SQLite keeps no time zone, so the zone is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=_NAMES)
+    type_annotation_map = {
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(),
+        float: Double(),
+        int: BigInteger(),
+        str: Text(),
+    }
+
+
+class Run(Base):
+    __tablename__ = "runs"
+    __table_args__ = (
+        Index("ix_runs_created_at", "created_at"),  # the newest run; runs list
+        Index("ix_runs_flower_run_id", "flower_run_id"),  # a restarted ServerApp finds its run
+    )
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    flower_run_id: Mapped[str]
+    mode: Mapped[RunMode] = mapped_column(Text)
+    status: Mapped[RunStatus] = mapped_column(Text)
+    reason: Mapped[str | None]
+    config: Mapped[dict[str, Any]]
+    model_fingerprint: Mapped[str]
+    created_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class Round(Base):
+    """One row for each attempt at a round."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (
+        # Two processes that drive one run cannot both have a round open, nor commit a round twice.
+        Index(
+            "uq_rounds_open",
+            "run_id",
+            unique=True,
+            sqlite_where=text("status = 'open'"),
+            postgresql_where=text("status = 'open'"),
+        ),
+        Index(
+            "uq_rounds_committed",
+            "run_id",
+            "number",
+            unique=True,
+            sqlite_where=text("status = 'committed'"),
+            postgresql_where=text("status = 'committed'"),
+        ),
+    )
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.run_id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    status: Mapped[RoundStatus] = mapped_column(Text)
+    reason: Mapped[str | None]
+    phase: Mapped[str]
+    replies: Mapped[int] = mapped_column(Integer)
+    steps: Mapped[int]
+    tokens: Mapped[int]
+    received_bytes: Mapped[int]
+    sent_bytes: Mapped[int]
+    trained_tokens: Mapped[int]
+    seconds: Mapped[float | None]
+    phase_seconds: Mapped[dict[str, Any]]
+    opened_at: Mapped[datetime]
+    progress_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class Client(Base):
+    __tablename__ = "clients"
+
+    node_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    first_seen_at: Mapped[datetime]
+
+
+class Participation(Base):
+    __tablename__ = "participations"
+    __table_args__ = (
+        ForeignKeyConstraint(["run_id", "number", "attempt"], ["rounds.run_id", "rounds.number", "rounds.attempt"]),
+        Index("ix_participations_node_id", "node_id"),  # what one client took part in
+    )
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    node_id: Mapped[str] = mapped_column(ForeignKey("clients.node_id"), primary_key=True)
+    status: Mapped[ParticipationStatus] = mapped_column(Text)
+    reason: Mapped[str | None]
+
+
+class AdapterVersion(Base):
+    __tablename__ = "adapter_versions"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.run_id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    client_sha256: Mapped[str]
+    trunk_sha256: Mapped[str]
+    trained_tokens: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class Metric(Base):
+    """One number. `node_id` is empty for a value over all clients: a key's column cannot be null."""
+
+    __tablename__ = "metrics"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.run_id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    node_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+    recorded_at: Mapped[datetime]
+
+
+class Event(Base):
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_run_id_event_id", "run_id", "event_id"),)  # a run's newest events
+
+    event_id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.run_id"))
+    kind: Mapped[str]
+    message: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+    at: Mapped[datetime]

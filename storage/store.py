@@ -1,0 +1,349 @@
+"""Everything that is written to the database: one writer drives a run, and a round's commit is one transaction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from contract.errors import StorageError
+from storage import schema
+from storage.engine import for_writing, make_engine, storage_errors
+from storage.home import database_url
+from storage.reader import Reader
+from storage.records import EndStatus, Outcome, RoundCommit, RunMode, RunRow
+from storage.revisions import prepare, require_current
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def open_store(url: str | None = None, clock: Clock = utc_now) -> Store:
+    """Open the database at `url` (default: TRUNKLINE_DATABASE_URL, else SQLite in the home directory) for writing.
+
+    An empty database gets the schema. Raises SchemaError on a schema older or newer than this code's, ConfigError on a
+    URL that is none, StorageError or ConnectionFailedError where the database cannot be opened.
+    """
+    engine = make_engine(url or database_url())
+    with storage_errors(engine):
+        prepare(engine)
+    return Store(engine, clock)
+
+
+def open_reader(url: str | None = None) -> Reader:
+    """Open the database at `url` (default as in open_store) for reading; raises as open_store, and creates nothing."""
+    engine = make_engine(url or database_url())
+    with storage_errors(engine):
+        require_current(engine)
+    return Reader(engine)
+
+
+class Store(Reader):
+    """Writes runs. Each method MUST be one transaction: all of its changes or, when it raises, none.
+
+    Several processes may write to one database at once, each its own run; a write waits its turn, for at most
+    `engine.BUSY_TIMEOUT_S` seconds. All methods MUST raise StorageError when the database cannot be written.
+    Values of metrics MUST be finite. A run that has ended MUST NOT change, its events aside.
+    """
+
+    def __init__(self, engine: Engine, clock: Clock = utc_now) -> None:
+        super().__init__(engine)
+        self._writer = for_writing(engine)
+        self._clock = clock
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with storage_errors(self._engine), Session(self._writer) as session, session.begin():
+            yield session
+
+    def create_run(
+        self, run_id: str, flower_run_id: str, config: Mapping[str, Any], mode: RunMode, model_fingerprint: str
+    ) -> RunRow:
+        """Add a running run; MUST raise StorageError when the id is taken. `config` is plain JSON."""
+        with self._writing() as session:
+            if session.get(schema.Run, run_id) is not None:
+                raise StorageError(f"there is a run {run_id} already")
+            session.add(
+                schema.Run(
+                    run_id=run_id,
+                    flower_run_id=flower_run_id,
+                    mode=mode,
+                    status="running",
+                    config=dict(config),
+                    model_fingerprint=model_fingerprint,
+                    created_at=self._clock(),
+                )
+            )
+        return self.get_run(run_id)
+
+    def finish_run(self, run_id: str, status: EndStatus, reason: str | None = None) -> bool:
+        """End a run; its open round, if any, is aborted with it. True if this call ended it.
+
+        The first ending MUST stay: on a run that has ended this changes nothing and answers False.
+        """
+        with self._writing() as session:
+            run = _locked_run(session, run_id)
+            if run.status != "running":
+                return False
+            now = self._clock()
+            run.status, run.reason, run.ended_at = status, _storable(reason), now
+            opened = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
+            if opened is not None:
+                _abort(opened, f"the run {status}" + (f": {reason}" if reason else ""), now)
+            return True
+
+    def add_client(self, node_id: str, name: str | None = None) -> None:
+        """Remember a client; once more changes nothing but its name, where one is given."""
+        with self._writing() as session:
+            self._add_client(session, node_id, name)
+
+    def _add_client(self, session: Session, node_id: str, name: str | None = None) -> None:
+        known = session.get(schema.Client, node_id)
+        if known is None:
+            session.add(schema.Client(node_id=node_id, name=_storable(name), first_seen_at=self._clock()))
+        elif name is not None:
+            known.name = _storable(name)
+
+    def add_adapter_version(self, run_id: str, number: int, client_sha256: str, trunk_sha256: str) -> None:
+        """Add the adapter that a run begins with, version 0. Later versions come by commit_round alone."""
+        if number != 0:
+            raise StorageError(
+                f"adapter version {number} comes by committing round {number}; only 0 is added by itself"
+            )
+        with self._writing() as session:
+            _running_run(session, run_id)
+            if session.get(schema.AdapterVersion, (run_id, 0)) is not None:
+                raise StorageError(f"run {run_id} has its first adapter already")
+            session.add(
+                schema.AdapterVersion(
+                    run_id=run_id, number=0, client_sha256=client_sha256, trunk_sha256=trunk_sha256,
+                    trained_tokens=0, created_at=self._clock(),
+                )
+            )  # fmt: skip
+
+    def open_round(self, run_id: str, number: int, cohort: Sequence[str]) -> int:
+        """Open round `number` with every node of `cohort` invited, and answer the attempt's number, 1 for the first.
+
+        MUST raise StorageError unless `number` follows the newest adapter version. An attempt that is still open is
+        what a crash left: it is aborted.
+        """
+        with self._writing() as session:
+            _running_run(session, run_id)
+            newest = session.scalar(
+                select(func.max(schema.AdapterVersion.number)).where(schema.AdapterVersion.run_id == run_id)
+            )
+            if newest is None or number != newest + 1:
+                due = "its first adapter" if newest is None else f"round {newest + 1}"
+                raise StorageError(f"round {number} of run {run_id} cannot open: {due} comes next")
+            of_round = (schema.Round.run_id == run_id, schema.Round.number == number)
+            before = session.scalar(select(func.max(schema.Round.attempt)).where(*of_round)) or 0
+            now = self._clock()
+            left_open = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
+            if left_open is not None:
+                _abort(left_open, "interrupted; the round was attempted again", now)
+                session.flush()  # only one open round fits
+            attempt = before + 1
+            session.add(_fresh_round(run_id, number, attempt, now))
+            for node_id in dict.fromkeys(cohort):
+                self._add_client(session, node_id)
+            session.flush()
+            key = {"run_id": run_id, "number": number, "attempt": attempt}
+            session.add_all(
+                schema.Participation(**key, node_id=node_id, status="invited") for node_id in dict.fromkeys(cohort)
+            )
+            return attempt
+
+    def record_progress(
+        self,
+        run_id: str,
+        number: int,
+        attempt: int,
+        *,
+        phase: str,
+        replies: int,
+        steps: int,
+        tokens: int,
+        received_bytes: int,
+        sent_bytes: int,
+    ) -> None:
+        """Set an open attempt's phase and counters, as they stand."""
+        values = {
+            "phase": phase,
+            "replies": replies,
+            "steps": steps,
+            "tokens": tokens,
+            "received_bytes": received_bytes,
+            "sent_bytes": sent_bytes,
+        }
+        with self._writing() as session:
+            opened = _open_attempt(session, run_id, number, attempt)
+            if any(getattr(opened, name) != value for name, value in values.items()):
+                for name, value in values.items():
+                    setattr(opened, name, value)
+                opened.progress_at = self._clock()
+
+    def record_participation(
+        self,
+        run_id: str,
+        number: int,
+        attempt: int,
+        node_id: str,
+        status: Outcome,
+        reason: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Set what a client of the open attempt's cohort did, with its own metrics."""
+        with self._writing() as session:
+            _open_attempt(session, run_id, number, attempt)
+            row = session.get(schema.Participation, (run_id, number, attempt, node_id))
+            if row is None:
+                raise StorageError(f"client {node_id} is not in the cohort of round {number} of run {run_id}")
+            row.status, row.reason = status, _storable(reason)
+            self._set_metrics(session, (run_id, number, attempt, node_id), metrics or {})
+
+    def record_metrics(self, run_id: str, number: int, node_id: str | None, values: Mapping[str, float]) -> None:
+        """Set numbers outside any attempt, for one client or, with None, over all; `number` is an adapter version."""
+        with self._writing() as session:
+            _running_run(session, run_id)
+            self._set_metrics(session, (run_id, number, 0, node_id or ""), values)
+
+    def _set_metrics(self, session: Session, key: tuple[str, int, int, str], values: Mapping[str, float]) -> None:
+        run_id, number, attempt, node_id = key
+        now = self._clock()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise StorageError(f"metric {name} of round {number} is {value}; only finite numbers are kept")
+            session.merge(
+                schema.Metric(
+                    run_id=run_id, number=number, attempt=attempt, node_id=node_id,
+                    name=name, value=float(value), recorded_at=now,
+                )
+            )  # fmt: skip
+
+    def commit_round(self, commit: RoundCommit) -> None:
+        """Commit an open attempt: its adapter version, counts, participations and metrics, in one transaction.
+
+        Survivors become "trained"; a client that is still "invited" becomes "late". MUST raise StorageError when a
+        survivor was recorded otherwise, or when a client recorded "trained" is no survivor.
+        """
+        with self._writing() as session:
+            opened = _open_attempt(session, commit.run_id, commit.number, commit.attempt)
+            survivors = _settle_participations(session, commit)
+            now = self._clock()
+            session.add(
+                schema.AdapterVersion(
+                    run_id=commit.run_id,
+                    number=commit.number,
+                    client_sha256=commit.client_sha256,
+                    trunk_sha256=commit.trunk_sha256,
+                    trained_tokens=commit.trained_tokens,
+                    created_at=now,
+                )
+            )
+            self._set_metrics(session, (commit.run_id, commit.number, commit.attempt, ""), commit.metrics)
+            opened.status, opened.phase = "committed", "committed"
+            opened.replies, opened.trained_tokens = survivors, commit.trained_tokens
+            opened.seconds, opened.phase_seconds = commit.seconds, dict(commit.phase_seconds)
+            opened.ended_at = opened.progress_at = now
+
+    def abort_round(self, run_id: str, number: int, attempt: int, reason: str) -> None:
+        """Close an open attempt without a result."""
+        with self._writing() as session:
+            _abort(_open_attempt(session, run_id, number, attempt), reason, self._clock())
+
+    def add_event(self, run_id: str | None, kind: str, message: str, detail: Mapping[str, Any] | None = None) -> None:
+        """Append an event; `detail` is plain JSON. Events are never changed."""
+        with self._writing() as session:
+            session.add(
+                schema.Event(
+                    run_id=run_id,
+                    kind=kind,
+                    message=_storable(message),
+                    detail=dict(detail or {}),
+                    at=self._clock(),
+                )
+            )
+
+
+def _locked_run(session: Session, run_id: str) -> schema.Run:
+    """The run's row, held until the transaction ends, so that on PostgreSQL too its writers take turns."""
+    run = session.get(schema.Run, run_id, with_for_update={"key_share": True})
+    if run is None:
+        raise StorageError(f"there is no run {run_id}")
+    return run
+
+
+def _running_run(session: Session, run_id: str) -> schema.Run:
+    run = _locked_run(session, run_id)
+    if run.status != "running":
+        raise StorageError(f"run {run_id} has {run.status}; it changes no more")
+    return run
+
+
+def _open_round_of(run_id: str) -> Any:
+    return (schema.Round.run_id == run_id) & (schema.Round.status == "open")
+
+
+def _open_attempt(session: Session, run_id: str, number: int, attempt: int) -> schema.Round:
+    _running_run(session, run_id)
+    found = session.get(schema.Round, (run_id, number, attempt))
+    if found is None or found.status != "open":
+        state = "not there" if found is None else found.status
+        raise StorageError(f"attempt {attempt} at round {number} of run {run_id} is {state}; it must be open")
+    return found
+
+
+def _fresh_round(run_id: str, number: int, attempt: int, now: datetime) -> schema.Round:
+    return schema.Round(
+        run_id=run_id,
+        number=number,
+        attempt=attempt,
+        status="open",
+        phase="open",
+        replies=0,
+        steps=0,
+        tokens=0,
+        received_bytes=0,
+        sent_bytes=0,
+        trained_tokens=0,
+        phase_seconds={},
+        opened_at=now,
+        progress_at=now,
+    )
+
+
+def _abort(opened: schema.Round, reason: str, now: datetime) -> None:
+    opened.status, opened.reason = "aborted", _storable(reason)
+    opened.ended_at = opened.progress_at = now
+
+
+def _settle_participations(session: Session, commit: RoundCommit) -> int:
+    """Write each client's outcome as the commit says; answers the number of survivors."""
+    row = schema.Participation
+    of_attempt = (row.run_id == commit.run_id, row.number == commit.number, row.attempt == commit.attempt)
+    status = dict(session.execute(select(row.node_id, row.status).where(*of_attempt)).tuples().all())
+    survivors = set(commit.survivors)
+    for node_id in sorted(survivors | {node for node, was in status.items() if was == "trained"}):
+        if node_id not in survivors or status.get(node_id) not in ("invited", "trained"):
+            was = status.get(node_id, "not in the cohort")
+            fate = "a survivor" if node_id in survivors else "no survivor"
+            raise StorageError(
+                f"round {commit.number} of run {commit.run_id} cannot commit: client {node_id} is {fate} but {was}"
+            )
+    session.execute(update(row).where(*of_attempt, row.node_id.in_(survivors)).values(status="trained", reason=None))
+    late = {"status": "late", "reason": "no update came before the round was committed"}
+    session.execute(update(row).where(*of_attempt, row.status == "invited").values(**late))
+    return len(survivors)
+
+
+def _storable(text: str | None) -> str | None:
+    """`text` without what a database refuses: a client's reason must not be able to spoil a commit."""
+    return None if text is None else text.replace("\x00", "").encode("utf-8", "backslashreplace").decode()
