@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -31,6 +31,7 @@ from contract.records import CutLayers, Factor, LoraSpec
 
 PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
+_Value = TypeVar("_Value")
 
 # What of a LoraConfig is carried over. Anything else that differs from PEFT's own default is refused by name, because
 # the other half of the model would not know of it.
@@ -241,13 +242,13 @@ def trainable_names(names: Iterable[str], factor: Factor) -> tuple[str, ...]:
 
 
 def split_adapter(
-    tensors: Mapping[str, Tensor], probe: LayerProbe, cut: CutLayers
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    tensors: Mapping[str, _Value], probe: LayerProbe, cut: CutLayers
+) -> tuple[dict[str, _Value], dict[str, _Value]]:
     """(client part, trunk part): by layer; what belongs to no layer (embeddings, head) is the client's."""
     pattern = re.compile(re.escape(f"{PREFIX}{probe.layers_path}.") + r"(\d+)\.")
     trunk_layers = cut.kept(probe.layers, "trunk")
-    client: dict[str, Tensor] = {}
-    trunk: dict[str, Tensor] = {}
+    client: dict[str, _Value] = {}
+    trunk: dict[str, _Value] = {}
     for name in sorted(tensors):
         match = pattern.match(name)
         in_trunk = match is not None and int(match[1]) in trunk_layers
