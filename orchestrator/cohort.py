@@ -1,0 +1,57 @@
+"""Who takes part: waiting for clients to connect, and drawing a round's cohort from them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Collection, Sequence
+
+from contract.config import RunConfig
+from contract.errors import QuorumError
+from orchestrator.exchange import Clock, Exchange
+
+log = logging.getLogger("trunkline.orchestrator")
+
+LOOK_S = 0.25
+SETTLE_S = 1.0
+"""With no cohort size set, nobody knows how many will come: a run starts once this long nobody new has connected."""
+
+
+def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock) -> list[str]:
+    """The connected nodes, once the cohort is full or, after node-wait-s, at least a quorum is there.
+
+    Raises QuorumError saying how many there were and how many were wanted.
+    """
+    wanted = max(config.quorum, config.cohort_size)
+    until = clock.monotonic() + config.node_wait_s
+    connected = exchange.connected()
+    if len(connected) < wanted:
+        log.info("waiting for clients: %d of %d connected", len(connected), wanted)
+    changed = clock.monotonic()
+    while clock.monotonic() < until:
+        settled = config.cohort_size or clock.monotonic() - changed >= SETTLE_S
+        if len(connected) >= wanted and settled:
+            return connected
+        clock.sleep(LOOK_S)
+        seen = exchange.connected()
+        if seen != connected:
+            connected, changed = seen, clock.monotonic()
+    if len(connected) >= config.quorum:
+        return connected
+    raise QuorumError(
+        f"{len(connected)} of {config.quorum} clients (quorum) connected within {config.node_wait_s:g} s: "
+        "start more SuperNodes, or lower quorum, or raise node-wait-s"
+    )
+
+
+def draw_cohort(connected: Sequence[str], busy: Collection[str], config: RunConfig, number: int) -> tuple[str, ...]:
+    """Round `number`'s cohort: cohort-size of the connected nodes, drawn from the seed, or all of them; sorted.
+
+    A node that still works on an earlier round would only be late again, so it is left out while a quorum is left.
+    """
+    free = [node_id for node_id in connected if node_id not in busy]
+    pool = sorted(free if len(free) >= config.quorum else connected)
+    if not config.cohort_size or config.cohort_size >= len(pool):
+        return tuple(pool)
+    drawn = random.Random(f"trunkline cohort {config.seed} {number}").sample(pool, config.cohort_size)
+    return tuple(sorted(drawn))

@@ -1,0 +1,107 @@
+"""What goes to a client and what comes back, as Flower records. docs/wire.md lists the same fields.
+
+To a client (`train.round`, `evaluate.final`): the array `adapter` holds the client part's flat float32 vector, the
+config record `round` the facts below. Back comes the array `update` (the upload's bytes, uint8; training only) and the
+metric record `metrics`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from contract.errors import UpdateError
+from contract.records import Factor
+from orchestrator.exchange import MESSAGE_TTL_S
+
+log = logging.getLogger("trunkline.orchestrator")
+
+TRAIN, JUDGE = "train.round", "evaluate.final"
+METRIC_NAMES = frozenset(
+    {
+        "eval_loss",
+        "eval_tokens",
+        "train_loss",
+        "trained_tokens",
+        "steps",
+        "seconds",
+        "sent_bytes",
+        "received_bytes",
+    }
+)
+"""All that a client may tell about itself; anything else is dropped unread."""
+
+_NUMPY_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOrder:
+    """What a client is told of its round, beside the adapter itself.
+
+    `clients` is the cohort's size, which fixes the fixed point's scale. `final` asks for a judgement only.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    client_sha256: str
+    trunk_sha256: str
+    factor: Factor
+    clients: int
+    final: bool
+
+
+def adapter_record(vector_d: npt.NDArray[np.float32]) -> ArrayRecord:
+    """The adapter's record; one record serves all clients."""
+    return ArrayRecord({"adapter": Array(vector_d)})
+
+
+def order_message(node_id: str, order: RoundOrder, adapter: ArrayRecord) -> Message:
+    """The message that asks one client to train, or, when the order is final, to judge."""
+    facts = ConfigRecord({**asdict(order), "client_id": node_id})
+    return Message(
+        RecordDict({"adapter": adapter, "round": facts}),
+        dst_node_id=int(node_id),
+        message_type=JUDGE if order.final else TRAIN,
+        ttl=MESSAGE_TTL_S,
+        group_id=str(order.round),
+    )
+
+
+def read_update(content: RecordDict, due_bytes: int) -> bytes:
+    """The upload in a training reply. Raises UpdateError unless it is one uint8 array of `due_bytes` bytes at most."""
+    record = content.get("update")
+    if not isinstance(record, ArrayRecord):
+        raise UpdateError("the reply holds no array record 'update'")
+    arrays = list(record.values())
+    if len(arrays) != 1:
+        raise UpdateError(f"the reply's 'update' holds {len(arrays)} arrays; it must hold one")
+    if len(arrays[0].data) > due_bytes + _NUMPY_HEADER_BYTES:
+        raise UpdateError(f"the reply's 'update' has {len(arrays[0].data)} bytes; about {due_bytes} are due")
+    try:
+        values: npt.NDArray[Any] = arrays[0].numpy()
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise UpdateError(f"the reply's 'update' is no array: {type(error).__name__}") from error
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise UpdateError(f"the reply's 'update' is {values.dtype} of shape {values.shape}; it must be flat uint8")
+    return values.tobytes()
+
+
+def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:
+    """The metrics of a reply that have a known name and are one finite number, which nothing else may enter SQL."""
+    record = content.get("metrics")
+    if not isinstance(record, MetricRecord):
+        return {}
+    kept = {}
+    for name, value in record.items():
+        if name in METRIC_NAMES and isinstance(value, int | float) and math.isfinite(value):
+            kept[name] = float(value)
+        else:
+            log.warning("dropped a metric of client %s that is unknown or no finite number", node_id)
+    return kept

@@ -1,0 +1,183 @@
+"""The orchestrator's side of the trunk: a description, adapters by hash, commits, progress. Every call is bounded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn, cast
+
+import grpc
+
+from contract import trunk_pb2 as pb
+from contract import wire
+from contract.config import RunConfig
+from contract.errors import (
+    AgreementError,
+    ConnectionFailedError,
+    DeadlineError,
+    FrameTooLargeError,
+    IntegrityError,
+    TrunklineError,
+    error_named,
+)
+from contract.records import CutLayers, RoundKey, RoundProgress
+from contract.trunk_pb2_grpc import TrunkStub
+
+MAX_ADAPTER_BYTES = 8 << 30
+ANSWER_TIMEOUT_S = 10.0
+TRANSFER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a trunk says that it serves."""
+
+    fingerprint: str
+    cut: CutLayers
+    dtype: str
+    attn_implementation: str
+    layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkAverage:
+    """What a trunk answers to a commit: its averaged part's id, and the weights it averaged with, summed."""
+
+    sha256: str
+    trained_tokens: int
+
+
+class Trunk:
+    """A connection to one trunk. Each method raises the error that the trunk named.
+
+    ConnectionFailedError when nothing answers at the address, DeadlineError when an answer takes too long.
+    """
+
+    def __init__(self, address: str, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        self.address = address
+        self._answer_timeout_s = answer_timeout_s
+        # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
+        self._channel = grpc.insecure_channel(address, [*wire.message_limits(), ("grpc.enable_http_proxy", 0)])
+        self._stub = TrunkStub(self._channel)
+
+    def describe(self) -> ServedModel:
+        """What the trunk serves. Raises AgreementError when it speaks another protocol."""
+        with _told_by(self.address):
+            told: pb.TrunkDescription = self._stub.Describe(pb.DescribeRequest(), timeout=self._answer_timeout_s)
+        if told.protocol != wire.PROTOCOL:
+            raise AgreementError(
+                f"trunk at {self.address} speaks protocol {told.protocol}, this orchestrator {wire.PROTOCOL}: "
+                "install the same trunkline on both sides"
+            )
+        model = told.model
+        return ServedModel(
+            fingerprint=model.fingerprint,
+            cut=CutLayers(model.head_layers, model.tail_layers),
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            layers=told.layers,
+            hidden_size=told.hidden_size,
+        )
+
+    def put_adapter(self, data: bytes) -> str:
+        """Store an adapter's trunk part at the trunk and return its id; storing it again changes nothing."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        with _told_by(self.address):
+            receipt: pb.AdapterReceipt = self._stub.PutAdapter(_chunks(data, sha256), timeout=TRANSFER_TIMEOUT_S)
+        if receipt.sha256 != sha256:
+            raise IntegrityError(f"trunk at {self.address} stored {receipt.sha256} when given {sha256}")
+        return sha256
+
+    def get_adapter(self, sha256: str) -> bytes:
+        """An adapter's trunk part by its id. Raises IntegrityError when the bytes do not hash to it."""
+        data = bytearray()
+        with _told_by(self.address):
+            for chunk in self._stub.GetAdapter(pb.GetAdapterRequest(sha256=sha256), timeout=TRANSFER_TIMEOUT_S):
+                if len(data) + len(chunk.data) > MAX_ADAPTER_BYTES:
+                    raise FrameTooLargeError(
+                        f"trunk at {self.address} sends more than {MAX_ADAPTER_BYTES} bytes for adapter {sha256}"
+                    )
+                data += chunk.data
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise IntegrityError(f"trunk at {self.address} sent {found} for adapter {sha256}")
+        return bytes(data)
+
+    def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
+        """Average the trunk parts of exactly `survivors`, which all started from `base_sha256`. Idempotent."""
+        request = pb.CommitRoundRequest(
+            round=wire.round_to_wire(key), base_sha256=base_sha256, survivors=sorted(survivors)
+        )
+        with _told_by(self.address):
+            reply: pb.CommitRoundReply = self._stub.CommitRound(request, timeout=TRANSFER_TIMEOUT_S)
+        return TrunkAverage(reply.adapter_sha256, reply.trained_tokens)
+
+    def progress(self, key: RoundKey) -> RoundProgress:
+        """What the trunk has seen of this attempt so far; the counters only rise."""
+        with _told_by(self.address):
+            seen: pb.ProgressReply = self._stub.Progress(wire.round_to_wire(key), timeout=self._answer_timeout_s)
+        return RoundProgress(
+            sessions=seen.sessions,
+            steps=seen.steps,
+            tokens=seen.tokens,
+            received_bytes=seen.received_bytes,
+            sent_bytes=seen.sent_bytes,
+        )
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def require_served(config: RunConfig, served: ServedModel, fingerprint: str | None, address: str) -> None:
+    """Raise AgreementError, naming both sides of every difference, unless the trunk serves what the run asks for.
+
+    `fingerprint` is the orchestrator's own model's, or None when it holds nothing but config.json.
+    """
+    asked: dict[str, tuple[object, object]] = {
+        "head-layers": (config.head_layers, served.cut.head),
+        "tail-layers": (config.tail_layers, served.cut.tail),
+        "dtype": (config.dtype, served.dtype),
+        "attn-implementation": (config.attn_implementation, served.attn_implementation),
+        "model fingerprint": (fingerprint or served.fingerprint, served.fingerprint),
+    }
+    differences = [
+        f"{name} is {ours} in this run and {theirs} at the trunk"
+        for name, (ours, theirs) in asked.items()
+        if ours != theirs
+    ]
+    if differences:
+        raise AgreementError(f"trunk at {address} does not serve this run: {'; '.join(differences)}")
+
+
+def _chunks(data: bytes, sha256: str) -> Iterator[pb.AdapterChunk]:
+    yield pb.AdapterChunk(sha256=sha256, size_bytes=len(data), data=data[: wire.CHUNK_BYTES])
+    for start in range(wire.CHUNK_BYTES, len(data), wire.CHUNK_BYTES):
+        yield pb.AdapterChunk(data=data[start : start + wire.CHUNK_BYTES])
+
+
+@contextmanager
+def _told_by(address: str) -> Iterator[None]:
+    """Turn a gRPC failure inside the block into the error that the trunk named, or into one that names the trunk."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        _raise_named(error, address)
+
+
+def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+    details = " ".join((error.details() or "").split())
+    trailer = cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())
+    cls = error_named(dict(trailer).get(wire.ERROR_KEY, ""))
+    if cls is not None:
+        raise cls(details) from None
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        raise ConnectionFailedError(
+            f"trunk at {address} does not answer: start it with: "
+            f"trunkline trunk serve --model MODEL --head-layers K --tail-layers M --listen {address}"
+        ) from None
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        raise DeadlineError(f"trunk at {address} did not answer in time") from None
+    raise TrunklineError(f"trunk at {address} failed with {error.code().name}: {details}") from None
