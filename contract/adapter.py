@@ -8,8 +8,12 @@ adapter's bytes are safetensors of float32, sorted, without metadata, and its id
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +30,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from contract.architecture import LayerProbe, first_line, read_config, whole_on_meta
-from contract.errors import ConfigError, ModelError
+from contract.errors import ConfigError, ModelError, StorageError
 from contract.records import CutLayers, Factor, LoraSpec
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "trunkline.json"
 
 PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
@@ -302,3 +310,89 @@ def unflatten(
         tensors[name] = torch.from_numpy(piece).reshape(shapes[name])
         start += size
     return tensors
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+def write_export(
+    directory: str | Path, tensors: Mapping[str, Tensor], spec: LoraSpec, base_model_name: str, title: str = "adapter"
+) -> Path:
+    """Write `tensors` (canonical names, both sides) as a directory that `PeftModel.from_pretrained` loads.
+
+    It appears whole or not at all, over an earlier export only. The weights file is `to_bytes(tensors)`, so that its
+    SHA-256 is the adapter's id. Raises ConfigError where something else is in the way, StorageError where it cannot
+    be written.
+    """
+    target = Path(directory)
+    if target.exists() and not (target / RECORD_FILE).is_file():
+        raise ConfigError(f"{target} exists and is no earlier export of an adapter; name another directory")
+    weights = to_bytes(tensors)
+    config = _config_json(spec, base_model_name)
+    record = {
+        "format": 1,
+        "adapter_sha256": sha256_hex(weights),
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "base_model": base_model_name,
+    }
+    files = {
+        CONFIG_FILE: config,
+        WEIGHTS_FILE: weights,
+        RECORD_FILE: (json.dumps(record, indent=2) + "\n").encode(),
+        "README.md": _readme(title, spec, base_model_name, record["adapter_sha256"]).encode(),
+    }
+    try:
+        _replace_directory(target, files)
+    except OSError as error:
+        raise StorageError(f"cannot write the adapter to {target}: {error.strerror or error}") from error
+    return target
+
+
+def _replace_directory(target: Path, files: Mapping[str, bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fresh, old = staging / "new", staging / "old"
+        fresh.mkdir()
+        for name, data in files.items():
+            with (fresh / name).open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _config_json(spec: LoraSpec, base_model_name: str) -> bytes:
+    held = {*spec.target_modules, *(name.rpartition(".")[0] for name in spec.target_parameters)}
+    config = peft_config(spec, held).to_dict()
+    config.update(base_model_name_or_path=base_model_name, inference_mode=True)
+    text = json.dumps(config, indent=2, sort_keys=True, default=_sorted_list)
+    return (text + "\n").encode()
+
+
+def _sorted_list(value: object) -> list[Any]:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _readme(title: str, spec: LoraSpec, base_model_name: str, sha256: object) -> str:
+    kind = "DoRA" if spec.use_dora else "rsLoRA" if spec.use_rslora else "LoRA"
+    targets = len(spec.target_modules) + len(spec.target_parameters)
+    return f"""# {title}
+
+{kind}, rank {spec.rank}, alpha {spec.alpha:g}, on {targets} targets of `{base_model_name}`.
+Trained with Trunkline; SHA-256 of the weights: `{sha256}`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base_model_name}")
+model = PeftModel.from_pretrained(model, "PATH OF THIS DIRECTORY")
+```
+"""

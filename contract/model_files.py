@@ -35,7 +35,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """What `trunkline model split` wrote beside a part. `dtype` is "float32" or "bfloat16", or "" where weights kept theirs."""
+    """What `trunkline model split` wrote beside a part. `dtype` is "" where the weights kept their own."""
 
     fingerprint: str
     cut: CutLayers

@@ -117,7 +117,7 @@ def load_part(
     weight_files(directory)
     config.use_cache = False
     part = _part_class(model_class(config), found, cut, side)
-    with _quiet_loading():
+    with quiet_loading():
         try:
             model, report = part.from_pretrained(
                 directory,
@@ -211,7 +211,8 @@ def _prune(model: PreTrainedModel, kept: frozenset[int], side: Side, returns_tup
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    """Load without the loader's progress bars and reports: what matters of them is raised."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
