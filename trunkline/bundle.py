@@ -1,0 +1,134 @@
+"""The Flower app of a run: this installation's code and the project's settings, staged in a directory of their own.
+
+`flwr build` takes a root folder of letters, digits and hyphens only, and bundles every `.json` and `.jsonl` that it
+finds, a site's private text included. A staged copy holds the code and one pyproject.toml, nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from contract.config import ConfigValue, RunConfig
+from contract.errors import ConfigError
+
+APP_NAME = "trunkline"
+CODE_PACKAGES = ("contract", "aggregation", "privacy", "storage", "clients", "orchestrator", "demo")
+COMPONENTS = {"serverapp": "orchestrator.app:app", "clientapp": "clients.app:app"}
+
+_PAIR = re.compile(r"(?P<key>[A-Za-z0-9_.-]+)=(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
+
+
+def project_config(project: Path, overrides: Sequence[str]) -> RunConfig:
+    """The settings in `project`'s pyproject.toml with `overrides` (each as `flwr run --run-config` takes it) on top.
+
+    A relative `model` or `data` is taken from the project's directory. Raises ConfigError for a project that is not
+    a Trunkline app and for any setting that RunConfig refuses.
+    """
+    path = project / "pyproject.toml"
+    if not path.is_file():
+        raise ConfigError(f"no pyproject.toml in {project}; `trunkline init DIR` writes a project to start from")
+    app = _app_section(path)
+    components = app.get("components")
+    if components != COMPONENTS:
+        raise ConfigError(
+            f"{path}: [tool.flwr.app.components] is {components!r}; `trunkline run` runs {COMPONENTS!r} "
+            "(an app of your own runs by `flwr run`)"
+        )
+    settings: dict[str, ConfigValue] = {**app.get("config", {}), **parse_overrides(overrides)}
+    for key in ("model", "data"):
+        settings[key] = _from_project(project, settings.get(key, ""))
+    return RunConfig.from_flower(settings)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, ConfigValue]:
+    """`["num-rounds=5 model='a b'"]` as a mapping. A value that is not TOML is taken as text.
+
+    Raises ConfigError naming what is not KEY=VALUE.
+    """
+    settings: dict[str, ConfigValue] = {}
+    for text in overrides:
+        rest = _PAIR.sub("", text).strip()
+        if rest:
+            raise ConfigError(f"--run-config has {rest!r}; it must be KEY=VALUE pairs parted by spaces")
+        for pair in _PAIR.finditer(text):
+            settings[pair["key"]] = _toml_value(pair["value"])
+    return settings
+
+
+def stage_app(config: RunConfig, directory: Path) -> Path:
+    """Write the app into `directory`/trunkline, which must not exist yet, and answer that path."""
+    app = directory / APP_NAME
+    app.mkdir(parents=True)
+    for package in CODE_PACKAGES:
+        source = _package_dir(package)
+        shutil.copytree(source, app / package, ignore=_all_but_python)
+    (app / "pyproject.toml").write_text(_staged_pyproject(config), encoding="utf-8")
+    return app
+
+
+def toml_config(config: RunConfig) -> str:
+    """The settings as lines of a TOML table."""
+    # A JSON string, number or boolean is a TOML one too.
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.to_flower().items())
+
+
+def _staged_pyproject(config: RunConfig) -> str:
+    from trunkline import __version__
+
+    components = "".join(f"{name} = {json.dumps(target)}\n" for name, target in COMPONENTS.items())
+    return (
+        f'[project]\nname = "{APP_NAME}"\nversion = "{__version__}"\nlicense = "Apache-2.0"\n'
+        f'description = "A Trunkline run"\ndependencies = []\n\n[tool.flwr.app]\npublisher = "{APP_NAME}"\n\n'
+        f"[tool.flwr.app.components]\n{components}\n[tool.flwr.app.config]\n{toml_config(config)}"
+    )
+
+
+def _app_section(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    section = document.get("tool", {}).get("flwr", {}).get("app", {})
+    return section if isinstance(section, dict) else {}
+
+
+def _toml_value(text: str) -> ConfigValue:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str | bool | int | float) else text
+
+
+def _from_project(project: Path, value: ConfigValue) -> ConfigValue:
+    """A path made absolute; a scheme such as `stdlib:` and a hub id that is no directory here stay as they are."""
+    if not isinstance(value, str) or not value or ":" in value:
+        return value
+    placed = project / Path(value).expanduser()
+    exists = placed.exists() or "{partition}" in value and placed.parent.exists()
+    return str(placed.absolute()) if exists else value
+
+
+def _package_dir(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    if not locations:
+        raise ConfigError(f"this installation has no package {package!r}; install trunkline again")
+    return Path(locations[0])
+
+
+def _all_but_python(directory: str, names: list[str]) -> set[str]:
+    """What `copytree` leaves out: everything but Python sources and the folders that hold them."""
+    here = Path(directory)
+    return {
+        name
+        for name in names
+        if name == "__pycache__" or not (name.endswith(".py") or any((here / name).glob("**/*.py")))
+    }

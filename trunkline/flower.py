@@ -1,0 +1,180 @@
+"""Flower's programs, started the way they work on one machine: own ports, own home, no network, no leftovers.
+
+What each variable and flag is for is said where it is set; all of it was learned from Flower 1.41.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract.errors import ConfigError, ConnectionFailedError
+from trunkline.ports import reserve_port
+from trunkline.processes import Daemon, Supervisor
+
+START_LIMIT_S = 120.0
+SUBMIT_LIMIT_S = 180.0
+LOOPBACK = "127.0.0.1"
+_STARTED = re.compile(r"Successfully started run (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class SuperLinkAddress:
+    """Where a SuperLink answers. Without `root_certificates` (an absolute path) the link is not encrypted."""
+
+    address: str
+    root_certificates: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A run that a SuperLink accepted. `stream` is the `flwr run --stream` that prints its log and ends with it."""
+
+    flower_run_id: str
+    stream: Daemon
+
+
+def scripts_dir() -> Path:
+    """Where this installation's `flwr` and its like are, whether or not it was activated."""
+    return Path(sysconfig.get_path("scripts"))
+
+
+def flower_environment(directory: Path, threads: int) -> dict[str, str]:
+    """This process's environment, made fit for Flower's daemons and what they start.
+
+    `directory` is the runs' own temporary directory; `threads` is how many threads each torch process takes.
+    """
+    environment = dict(os.environ)
+    # An address in the environment would make Ray join a cluster that is not ours.
+    environment.pop("RAY_ADDRESS", None)
+    bypass = [environment.get("NO_PROXY") or environment.get("no_proxy"), "127.0.0.1", "localhost"]
+    no_proxy = ",".join(entry for entry in bypass if entry)
+    return environment | {
+        "PATH": os.pathsep.join([str(scripts_dir()), environment.get("PATH", os.defpath)]),
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # Else the SuperLink runs an installer before every run, which fails without a network.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # A second of idling per message otherwise.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(directory),
+        "OMP_NUM_THREADS": str(threads),
+        # Idle OpenMP threads that spin would starve the other processes on few cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def start_superlink(supervisor: Supervisor, simulation: bool) -> SuperLinkAddress:
+    """Start a SuperLink on a free loopback port and wait until it answers."""
+    port = reserve_port()
+    home = supervisor.directory / "superlink-home"
+    argv = [
+        str(scripts_dir() / "flower-superlink"),
+        "--insecure",
+        "--disable-runtime-dependency-installation",
+        *("--host", LOOPBACK, "--port", str(port)),
+        *(["--simulation"] if simulation else []),
+    ]
+    daemon = supervisor.start("superlink", argv, {"FLWR_HOME": str(home)})
+    supervisor.wait_for(lambda: _healthy(LOOPBACK, port), daemon, "the SuperLink", START_LIMIT_S)
+    return SuperLinkAddress(f"{LOOPBACK}:{port}")
+
+
+def start_supernode(
+    supervisor: Supervisor, superlink: SuperLinkAddress, name: str, config: Mapping[str, str]
+) -> Daemon:
+    """Start a SuperNode whose node config is `config`; it keeps trying until the SuperLink answers."""
+    argv = [
+        str(scripts_dir() / "flower-supernode"),
+        "--insecure",
+        *("--superlink", superlink.address),
+        *("--host", LOOPBACK, "--port", str(reserve_port())),
+        *("--node-config", node_config(config)),
+    ]
+    return supervisor.start(f"supernode-{name}", argv, {"FLWR_HOME": str(supervisor.directory / f"{name}-home")})
+
+
+def node_config(values: Mapping[str, str]) -> str:
+    """`values` as `--node-config` takes them. Flower knows no escape: a value may hold one kind of quote only."""
+    return " ".join(f"{key}={_quoted(key, value)}" for key, value in values.items())
+
+
+def simulation_config(clients: int, cores: int) -> str:
+    """`--federation-config` for `clients` virtual clients: at most one worker per client, one core for each."""
+    workers = max(1, min(clients, cores))
+    return f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+
+
+def submit(
+    supervisor: Supervisor, app: Path, superlink: SuperLinkAddress, federation_config: str | None = None
+) -> Submission:
+    """`flwr run` the staged `app`; raises ConnectionFailedError or RoundError where the SuperLink does not take it."""
+    home = supervisor.directory / "flwr-home"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "config.toml").write_text(_connection_file(superlink), encoding="utf-8")
+    argv = [str(scripts_dir() / "flwr"), "run", str(app), "trunkline", "--stream"]
+    if federation_config:
+        argv += ["--federation-config", federation_config]
+    if not _listens(superlink.address):
+        raise ConnectionFailedError(f"no SuperLink answers at {superlink.address}; start flower-superlink there first")
+    stream = supervisor.start("flwr-run", argv, {"FLWR_HOME": str(home)})
+    supervisor.wait_for(lambda: _started_run(stream) is not None, stream, "the run", SUBMIT_LIMIT_S)
+    return Submission(_started_run(stream) or "", stream)
+
+
+def _started_run(stream: Daemon) -> str | None:
+    found = _STARTED.search(stream.log_path.read_text(errors="replace"))
+    return found.group(1) if found else None
+
+
+def _connection_file(superlink: SuperLinkAddress) -> str:
+    lines = [
+        '[superlink]\ndefault = "trunkline"\n\n[superlink.trunkline]',
+        f"address = {json.dumps(superlink.address)}",
+    ]
+    if superlink.root_certificates is None:
+        lines.append("insecure = true")
+    else:
+        lines.append(f"root-certificates = {json.dumps(str(superlink.root_certificates))}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(key: str, value: str) -> str:
+    quote = '"' if '"' not in value else "'"
+    if quote in value or "\\" in value and quote == '"':
+        raise ConfigError(f"{key} is {value!r}; a node config's value must not hold a backslash or both kinds of quote")
+    return f"{quote}{value}{quote}"
+
+
+def _healthy(host: str, port: int) -> bool:
+    # http.client knows no proxy settings, which is what a loopback address needs.
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _listens(address: str) -> bool:
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
