@@ -1,0 +1,17 @@
+"""A site's side of a split model. The names below are loaded when they are used, so that this import costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clients.split_model import close, export_adapter, load_split_model, trunk_state
+
+__all__ = ["close", "export_adapter", "load_split_model", "trunk_state"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("clients.split_model"), name)

@@ -1,0 +1,220 @@
+"""A gRPC connection to a trunk: its description, and one stream of frames in which every wait is bounded."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import grpc
+
+from clients.wire_log import WireLog
+from contract import wire
+from contract.errors import (
+    ConfigError,
+    ConnectionFailedError,
+    DeadlineError,
+    FrameError,
+    FrameTooLargeError,
+    TrunklineError,
+    error_named,
+)
+from contract.trunk_pb2 import ClientFrame, DescribeRequest, ServerFrame, TrunkDescription
+from contract.trunk_pb2_grpc import TrunkStub
+
+_QUEUED_FRAMES = 16
+_WATCH_INTERVAL_S = 0.25
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+
+class TrunkConnection:
+    """A channel to the trunk at `address` (HOST:PORT). Opening one costs nothing until something is asked."""
+
+    def __init__(self, address: str, *, connect_timeout_s: float = 10.0, wire_log: WireLog | None = None) -> None:
+        """Raises ConfigError unless `address` is HOST:PORT."""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ConfigError(f"trunk-address is {address!r}; it must be HOST:PORT")
+        self.address = address
+        self.wire_log = wire_log or WireLog()
+        self._connect_timeout_s = connect_timeout_s
+        proxied = 0 if address.startswith(_LOOPBACK) else 1
+        self._channel = grpc.insecure_channel(
+            address, options=[*wire.message_limits(), ("grpc.enable_http_proxy", proxied)]
+        )
+        self._stub = TrunkStub(self._channel)
+
+    def describe(self) -> TrunkDescription:
+        """What the trunk serves. Raises ConnectionFailedError when nothing answers at the address."""
+        request = DescribeRequest()
+        self.wire_log.sent_message("describe", request)
+        try:
+            reply: TrunkDescription = self._stub.Describe(request, timeout=self._connect_timeout_s)
+        except grpc.RpcError as error:
+            if cast(grpc.Call, error).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ConnectionFailedError(
+                    f"no trunk answers at {self.address}: start one with `trunkline trunk serve`, "
+                    "or set trunk-address to where it listens"
+                ) from error
+            raise rebuilt(error, self.address) from error
+        self.wire_log.received(reply.ByteSize())
+        return reply
+
+    def open_stream(self, timeout_s: float) -> FrameStream:
+        """Starts a session's stream, in which each wait ends after `timeout_s`."""
+        method = self._channel.stream_stream(wire.SESSION_METHOD, None, None)
+        return FrameStream(method, self.address, timeout_s, self.wire_log)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class FrameStream:
+    """Frames out and in on one call. Not for two threads at once; a stream that failed stays failed.
+
+    Replies are read by the caller's own thread, so nothing piles up here: gRPC's flow control holds the peer back.
+    A watching thread cancels the call when a wait runs past its limit.
+    """
+
+    def __init__(self, method: Callable[..., Any], address: str, timeout_s: float, wire_log: WireLog) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._wire_log = wire_log
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_FRAMES)
+        self._call: Any = method(self._frames())
+        self._deadline: float | None = None
+        self._expired = False
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="trunk-watch", daemon=True).start()
+
+    def send(self, frame: ClientFrame) -> None:
+        """Queues one message. Raises as `receive` does when the stream is over or takes nothing more."""
+        self._wire_log.sent_message(str(frame.WhichOneof("body")), frame)
+        self._put(frame.SerializeToString())
+
+    def send_chunks(self, frames: Iterable[bytes]) -> None:
+        """Queues serialised chunk frames."""
+        for frame in frames:
+            self._wire_log.sent("trunk", "chunk", len(frame), {"chunk.data": len(frame)})
+            self._put(frame)
+
+    def receive(self, kind: str) -> Any:
+        """The body of the next frame, which must be of `kind` and no chunk.
+
+        Raises the trunk's own error, rebuilt; ConnectionFailedError when the stream broke; DeadlineError after the
+        time limit; FrameError when another kind came.
+        """
+        frame: ServerFrame = wire.parse_server_frame(self._next())
+        got = frame.WhichOneof("body")
+        if got != kind:
+            raise FrameError(f"the trunk at {self._address} sent {got!r} where {kind!r} was due")
+        return getattr(frame, kind)
+
+    def receive_chunk(self) -> memoryview:
+        """The data of the next frame, which must be a chunk. Raises as `receive` does."""
+        frame = self._next()
+        data = wire.chunk_data(frame)
+        if data is None:
+            parsed: ServerFrame = wire.parse_server_frame(frame)
+            if (got := parsed.WhichOneof("body")) != "chunk":
+                raise FrameError(f"the trunk at {self._address} sent {got!r} where a chunk was due")
+            data = memoryview(parsed.chunk.data)
+        return data
+
+    def finish(self) -> None:
+        """Ends the stream once everything queued has been sent."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._hang_up()
+
+    def cancel(self) -> None:
+        """Drops the stream at once; the trunk forgets the session."""
+        self._ended.set()
+        self._call.cancel()
+        self._hang_up()
+
+    def _put(self, frame: bytes) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while not (self._ended.is_set() or self._call.done()):
+            try:
+                return self._outgoing.put(frame, timeout=_WATCH_INTERVAL_S)
+            except queue.Full:
+                self._expired = time.monotonic() > deadline
+                if self._expired:
+                    break
+        raise self._failure() from None
+
+    def _next(self) -> bytes:
+        if self._ended.is_set():
+            raise self._failure()
+        self._deadline = time.monotonic() + self._timeout_s
+        try:
+            frame: bytes = next(self._call)
+        except (grpc.RpcError, StopIteration) as error:
+            raise self._failure() from error
+        finally:
+            self._deadline = None
+        self._wire_log.received(len(frame))
+        return frame
+
+    def _hang_up(self) -> None:
+        try:
+            self._outgoing.put_nowait(None)
+        except queue.Full:
+            # gRPC's sending thread takes frames until the cancelled call stops it, so it needs no goodbye.
+            self._call.cancel()
+
+    def _frames(self) -> Iterator[bytes]:
+        while (frame := self._outgoing.get()) is not None:
+            yield frame
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_WATCH_INTERVAL_S):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._expired = True
+                self.cancel()
+
+    def _failure(self) -> TrunklineError:
+        # What ended the call is asked before cancelling it, which would be the answer otherwise.
+        status = self._call.code() if self._call.done() else None
+        self.cancel()
+        if self._expired:
+            return DeadlineError(f"the trunk at {self._address} did not answer within {self._timeout_s:g} s")
+        if status in (None, grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+            return ConnectionFailedError(f"the session with the trunk at {self._address} is over: start a new one")
+        if status is grpc.StatusCode.UNAVAILABLE and _named(self._call) is None:
+            return ConnectionFailedError(
+                f"the connection to the trunk at {self._address} broke ({_first_line(self._call)}): its session is "
+                "lost with the trunk's half of the adapter and optimiser, start a new one"
+            )
+        return rebuilt(self._call, self._address)
+
+
+_STATUS_ERRORS: Mapping[grpc.StatusCode, type[TrunklineError]] = {
+    grpc.StatusCode.UNAVAILABLE: ConnectionFailedError,
+    grpc.StatusCode.UNAUTHENTICATED: ConnectionFailedError,
+    grpc.StatusCode.PERMISSION_DENIED: ConnectionFailedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: FrameTooLargeError,
+}
+
+
+def rebuilt(call: Any, address: str) -> TrunklineError:
+    """The trunk's own error, of the class that it named, or the nearest one for an error of the transport."""
+    cls = _named(call)
+    if cls is not None:
+        return cls(f"trunk at {address}: {_first_line(call)}")
+    cls = _STATUS_ERRORS.get(call.code(), TrunklineError)
+    return cls(f"trunk at {address}: {call.code().name}: {_first_line(call)}")
+
+
+def _named(call: Any) -> type[TrunklineError] | None:
+    name = next((value for key, value in call.trailing_metadata() or () if key == wire.ERROR_KEY), None)
+    return error_named(name) if isinstance(name, str) else None
+
+
+def _first_line(call: Any) -> str:
+    return (str(call.details() or "").splitlines() or ["no reason given"])[0]

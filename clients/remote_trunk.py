@@ -1,0 +1,274 @@
+"""A session with the trunk: the absent layers as calls over one gRPC stream.
+
+One request is under way at a time. The reply to a Step is not waited for: it is read before the next reply, so that the
+trunk's optimiser works while the client's own next batch begins. A session cannot be resumed: when its stream ends, the
+trunk forgets the adapter and the optimiser, and a new session must be opened.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients.connection import FrameStream, TrunkConnection
+from contract import codec, wire
+from contract.adapter import from_bytes
+from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.records import AdamWSettings
+from contract.trunk_pb2 import (
+    Backward,
+    ClientFrame,
+    Close,
+    CloseReply,
+    Forward,
+    Hello,
+    ReadAdapter,
+    Step,
+    TensorHeader,
+    Welcome,
+)
+from privacy.mechanism import Off, WireMechanism
+
+
+class PendingGraph:
+    """The trunk's half of one forward pass, kept there until its backward comes or this object is forgotten."""
+
+    __slots__ = ("__weakref__", "batch_shape", "forget", "microbatch")
+
+    def __init__(self, microbatch: int, batch_shape: tuple[int, ...]) -> None:
+        self.microbatch = microbatch
+        self.batch_shape = batch_shape
+        self.forget: weakref.finalize[..., PendingGraph] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What goes with hidden_BTD over the cut: the caller's own mask and positions, and how the layers run."""
+
+    attention_mask_BT: Tensor | None
+    position_ids: Tensor | None
+    autocast_dtype: torch.dtype | None
+    training: bool
+
+
+class RemoteTrunk:
+    """One client's session. Safe to use from several threads: they take turns.
+
+    Every method raises the trunk's own error, rebuilt as its class, ConnectionFailedError when the stream is lost and
+    DeadlineError after `timeout_s` without a reply; the session is over after any error.
+    """
+
+    def __init__(
+        self,
+        connection: TrunkConnection,
+        hello: Hello,
+        *,
+        hidden_size: int,
+        adapter_bytes: int,
+        timeout_s: float = 300.0,
+        mechanism: WireMechanism | None = None,
+    ) -> None:
+        """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
+
+        Raises AgreementError when the two sides do not hold the same model, or the trunk names an unexpected adapter.
+        """
+        self.address = connection.address
+        self.wire_log = connection.wire_log
+        self._codec = hello.codec
+        self._hidden_size = hidden_size
+        self._adapter_bytes = adapter_bytes
+        self._mechanism: WireMechanism = mechanism or Off()
+        self._microbatches = 0
+        self._owed_step_replies = 0
+        self._dropped: deque[int] = deque()
+        self._lock = threading.Lock()
+        self._stream: FrameStream = connection.open_stream(timeout_s)
+        self._hang_up = weakref.finalize(self, self._stream.cancel)
+        with self._exchange() as stream:
+            stream.send(ClientFrame(hello=hello))
+            self.welcome: Welcome = stream.receive("welcome")
+        if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
+            self.abandon()
+            raise AgreementError(
+                f"the trunk at {self.address} starts from adapter {self.welcome.adapter_sha256}; "
+                f"{hello.adapter_sha256} was asked for"
+            )
+
+    def forward(self, hidden_BTD: Tensor, crossing: Crossing, *, need_grad: bool) -> tuple[Tensor, PendingGraph | None]:
+        """hidden_BTD at the head cut -> hidden_BTD at the tail cut, and the graph to call `backward` with.
+
+        Raises NonFiniteError, FrameError or FrameTooLargeError, before anything is sent, for activations that are not
+        finite, a mask that is not 0/1 [B, T], and more tokens than the trunk takes.
+        """
+        batch, tokens, _ = hidden_BTD.shape
+        if batch * tokens > self.welcome.max_tokens:
+            raise FrameTooLargeError(
+                f"a batch of {batch} x {tokens} tokens is over the trunk's limit of {self.welcome.max_tokens}"
+            )
+        request = _forward_request(hidden_BTD, crossing, need_grad)
+        released, _ = self._mechanism.apply(hidden_BTD.detach())
+        codec.require_finite(released, "the hidden states at the head cut")
+        header, data = codec.encode(released, self._codec)
+        request.hidden.CopyFrom(header)
+        with self._exchange():
+            self._microbatches += 1
+            request.microbatch = self._microbatches
+            while self._dropped:
+                request.dropped.append(self._dropped.popleft())
+            self._send(ClientFrame(forward=request), data)
+            reply = self._reply("forward")
+            output_BTD = self._tensor(reply.hidden, tuple(hidden_BTD.shape), "the hidden states from the trunk")
+        graph = self._pending(request.microbatch, tuple(output_BTD.shape)) if need_grad else None
+        return output_BTD.to(hidden_BTD.device), graph
+
+    def backward(
+        self, graph: PendingGraph, grad_BTD: Tensor, *, want_input_grad: bool, reset_gradient: bool
+    ) -> tuple[Tensor | None, float]:
+        """grad_BTD at the tail cut -> (grad_BTD at the head cut if wanted, L2 norm of the adapter's gradient so far).
+
+        Raises NonFiniteError, before anything is sent, for gradients that are not finite, and SessionError for a graph
+        whose backward was already called.
+        """
+        if graph.forget is None or not graph.forget.alive:
+            raise SessionError(
+                f"backward a second time through microbatch {graph.microbatch}: the trunk frees its graph at the first "
+                "(retain_graph is not supported)"
+            )
+        released, _ = self._mechanism.apply(grad_BTD.detach())
+        codec.require_finite(released, "the gradient at the tail cut")
+        header, data = codec.encode(released, self._codec)
+        request = Backward(
+            microbatch=graph.microbatch, grad=header, want_input_grad=want_input_grad, reset_gradient=reset_gradient
+        )
+        graph.forget.detach()
+        input_grad_BTD = None
+        with self._exchange():
+            self._send(ClientFrame(backward=request), data)
+            reply = self._reply("backward")
+            if want_input_grad:
+                input_grad_BTD = self._tensor(reply.grad, graph.batch_shape, "the gradient from the trunk")
+                input_grad_BTD = input_grad_BTD.to(grad_BTD.device)
+            if not 0.0 <= reply.adapter_grad_norm < math.inf:
+                raise NonFiniteError(f"the norm of the trunk adapter's gradient is {reply.adapter_grad_norm}")
+        return input_grad_BTD, reply.adapter_grad_norm
+
+    def step(self, settings: AdamWSettings, grad_scale: float) -> None:
+        """One AdamW step of the trunk's half with its gradient times `grad_scale`; an error shows at the next call."""
+        request = Step(
+            lr=settings.lr,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            grad_scale=grad_scale,
+        )
+        with self._exchange() as stream:
+            stream.send(ClientFrame(step=request))
+            self._owed_step_replies += 1
+
+    def read_adapter(self, *, gradients: bool = False) -> dict[str, Tensor]:
+        """The trunk's half of the adapter, or its accumulated gradients, by canonical name, float32."""
+        with self._exchange() as stream:
+            stream.send(ClientFrame(read_adapter=ReadAdapter(gradients=gradients)))
+            size = self._reply("adapter").size_bytes
+            if size > self._adapter_bytes:
+                raise FrameTooLargeError(
+                    f"the trunk announced an adapter of {size} bytes; this session's has {self._adapter_bytes}"
+                )
+            return from_bytes(bytes(self._collect(size, "the trunk's adapter")))
+
+    def close(self, *, trained_tokens: int = 0, contribute: bool = False) -> CloseReply:
+        """Ends the session; with `contribute` the trunk keeps the adapter, weighted by `trained_tokens`, for its round.
+
+        When this returns, the trunk has acknowledged both.
+        """
+        with self._exchange() as stream:
+            stream.send(ClientFrame(close=Close(trained_tokens=trained_tokens, contribute=contribute)))
+            reply: CloseReply = self._reply("close")
+            stream.finish()
+        self._hang_up.detach()
+        if reply.trained_tokens != trained_tokens:
+            raise AgreementError(
+                f"the trunk at {self.address} acknowledged {reply.trained_tokens} trained tokens; "
+                f"{trained_tokens} were told"
+            )
+        return reply
+
+    def abandon(self) -> None:
+        """Drops the session without a word; safe to call more than once, and after `close`."""
+        self._hang_up()
+
+    @contextmanager
+    def _exchange(self) -> Iterator[FrameStream]:
+        """The stream for one request. Whatever goes wrong or interrupts in between, what comes next on the stream
+        would answer the wrong question, so that the session ends."""
+        with self._lock:
+            try:
+                yield self._stream
+            except BaseException:
+                self._stream.cancel()
+                raise
+
+    def _send(self, frame: ClientFrame, data: memoryview) -> None:
+        self._stream.send(frame)
+        chunk_bytes = min(self.welcome.chunk_bytes or wire.CHUNK_BYTES, wire.CHUNK_BYTES)
+        self._stream.send_chunks(wire.chunk_frames(data, chunk_bytes))
+
+    def _reply(self, kind: str) -> Any:
+        """The reply to the request just sent, after those that are still due before it."""
+        while self._owed_step_replies:
+            self._stream.receive("step")
+            self._owed_step_replies -= 1
+        return self._stream.receive(kind)
+
+    def _tensor(self, header: TensorHeader, shape: tuple[int, ...], what: str) -> Tensor:
+        codec.check_header(
+            header,
+            codec=self._codec,
+            hidden_size=self._hidden_size,
+            max_tokens=self.welcome.max_tokens,
+            what=what,
+            shape=shape,
+        )
+        tensor_BTD = codec.decode(header, self._collect(header.size_bytes, what), self._codec)
+        codec.require_finite(tensor_BTD, what)
+        return tensor_BTD
+
+    def _collect(self, size_bytes: int, what: str) -> memoryview:
+        assembler = codec.Assembler(size_bytes, what)
+        while not assembler.complete:
+            assembler.add(self._stream.receive_chunk())
+        return assembler.data()
+
+    def _pending(self, microbatch: int, shape: tuple[int, ...]) -> PendingGraph:
+        graph = PendingGraph(microbatch, shape)
+        graph.forget = weakref.finalize(graph, self._dropped.append, microbatch)
+        graph.forget.atexit = False
+        return graph
+
+
+def _forward_request(hidden_BTD: Tensor, crossing: Crossing, need_grad: bool) -> Forward:
+    """Everything of a Forward but the tensor and its number. Raises FrameError for a mask that is not 0/1 [B, T]."""
+    request = Forward(training=crossing.training, need_grad=need_grad)
+    mask_BT, position_ids = crossing.attention_mask_BT, crossing.position_ids
+    if mask_BT is not None:
+        if mask_BT.shape != hidden_BTD.shape[:2]:
+            raise FrameError(
+                f"attention_mask has shape {list(mask_BT.shape)}; the hidden states are {list(hidden_BTD.shape)}"
+            )
+        request.has_attention_mask = True
+        request.attention_mask_bits = codec.pack_mask(mask_BT)
+    if position_ids is not None:
+        request.position_ids.extend(codec.pack_positions(position_ids))
+    if crossing.autocast_dtype is not None:
+        request.autocast_dtype = codec.dtype_name(crossing.autocast_dtype)
+    return request

@@ -1,0 +1,222 @@
+"""A split model as an ordinary PEFT causal LM: loaded, looked into, exported, closed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from clients.connection import TrunkConnection
+from clients.remote_layers import RemoteLayers
+from clients.remote_trunk import RemoteTrunk
+from clients.wire_log import WireLog
+from contract import adapter, wire
+from contract.architecture import LayerProbe, decoder_layers, flat_arguments, probe, unwrap
+from contract.checkpoint import fingerprint
+from contract.codec import check_codec
+from contract.errors import DataError, ModelError
+from contract.model_files import resolve_model
+from contract.partition import attach_remote, load_part
+from contract.records import CutLayers, Factor, LoraSpec, RoundKey
+from contract.trunk_pb2 import CloseReply, Hello
+
+_HEADER_BYTES = (1 << 10, 1 << 9)  # of an adapter's safetensors: fixed, and per tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSettings:
+    """How a model is cut and reached; what run-config and node-config, or a caller of the SDK, decide."""
+
+    model_path: str | Path
+    trunk_address: str
+    cut: CutLayers
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    codec: str = "identity"
+    device: str = "cpu"
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStart:
+    """Where a client begins in a round: the trunk holds its part of the adapter under `trunk_sha256`."""
+
+    key: RoundKey
+    client_id: str
+    trainable: Factor
+    client_adapter: dict[str, Tensor] = field(repr=False)
+    trunk_sha256: str
+
+
+def load_split_model(
+    model_path: str | Path,
+    trunk_address: str,
+    head_layers: int,
+    tail_layers: int,
+    lora_config: LoraConfig,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    codec: str = "identity",
+    seed: int = 0,
+    device: str = "cpu",
+    timeout_s: float = 300.0,
+    wire_log: str | Path | None = None,
+) -> PeftModel:
+    """A PEFT causal LM that holds the first `head_layers` and the last `tail_layers` decoder layers of `model_path`.
+
+    The layers between run at the trunk that listens at `trunk_address` (HOST:PORT), in a session of this model's own;
+    their half of the adapter is trained there by whatever AdamW the caller trains this model with. `model_path` is a
+    whole checkpoint, a client part, or a hub id. Both halves of the adapter are drawn from `seed`. With `wire_log`,
+    every field that leaves is listed there as JSON lines (sizes, never values).
+
+    The cut, `dtype` ("float32" or "bfloat16") and `attn_implementation` must be the trunk's; `codec` is "identity"
+    (exact) or "bf16". A wait for the trunk ends after `timeout_s`.
+
+    Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
+    """
+    cut = CutLayers(head_layers, tail_layers)
+    settings = SplitSettings(model_path, trunk_address, cut, dtype, attn_implementation, codec, device, timeout_s)
+    check_codec(codec)
+    connection = TrunkConnection(trunk_address, wire_log=WireLog(wire_log))
+    connection.describe()  # a wrong address shows before minutes of loading
+    spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
+    return open_split_model(settings, spec, connection, seed)
+
+
+def open_split_model(
+    settings: SplitSettings, spec: LoraSpec, connection: TrunkConnection, start: int | RoundStart
+) -> PeftModel:
+    """Loads the client part, wraps it and opens its session; `start` is a seed or a round's beginning."""
+    directory = resolve_model(settings.model_path)
+    found = probe(directory)
+    settings.cut.check(found.layers)
+    shapes = adapter.adapter_shapes(directory, spec)
+    client_shapes, trunk_shapes = adapter.split_adapter(shapes, found, settings.cut)
+    if isinstance(start, int):
+        trainable: Factor = "AB"
+        client_adapter = adapter.initial_adapter(client_shapes, start)
+    else:
+        client_adapter, trainable = start.client_adapter, start.trainable
+    part = load_part(
+        settings.model_path,
+        settings.cut,
+        "client",
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        device=settings.device,
+    )
+    model = adapter.add_lora(part, spec)
+    adapter.load_adapter_(model, client_adapter)
+    trained = adapter.trainable_names(client_shapes, trainable)
+    for name, parameter in adapter.adapter_parameters(model).items():
+        parameter.requires_grad_(name in trained)
+    _refuse_long_sequences(model)
+    trunk = RemoteTrunk(
+        connection,
+        _hello(settings, trunk_spec(spec, found, settings.cut), trainable, start),
+        hidden_size=found.hidden_size,
+        adapter_bytes=_size_limit(trunk_shapes),
+        timeout_s=settings.timeout_s,
+    )
+    layers = RemoteLayers(trunk, spec, str(settings.model_path)).to(settings.device)
+    attach_remote(model, layers)
+    return model
+
+
+def trunk_state(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The trunk's half of `model`'s adapter, or its accumulated gradients, by canonical name, float32 on the CPU."""
+    return remote_layers(model).trunk.read_adapter(gradients=gradients)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Both halves of `model`'s adapter by canonical name, sorted, float32 on the CPU."""
+    tensors = {name: value.detach().cpu().clone() for name, value in adapter.adapter_parameters(model).items()}
+    tensors.update(trunk_state(model))
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+def export_adapter(model: nn.Module, directory: str | Path) -> Path:
+    """Joins the client's and its trunk session's halves into one stock PEFT adapter for the whole model.
+
+    `PeftModel.from_pretrained(whole_model, directory)` loads it. Raises SessionError or ConnectionFailedError when the
+    session is over.
+    """
+    layers = remote_layers(model)
+    return adapter.write_export(directory, adapter_state(model), layers.spec, layers.base_model_name)
+
+
+def close(model: nn.Module, *, trained_tokens: int = 0, contribute: bool = False) -> CloseReply:
+    """Ends `model`'s session with the trunk, which then forgets its half of the adapter unless it is a contribution."""
+    return remote_layers(model).trunk.close(trained_tokens=trained_tokens, contribute=contribute)
+
+
+def remote_layers(model: nn.Module) -> RemoteLayers:
+    """The remote layers of a split model. Raises ModelError for any other model."""
+    for module in model.modules():
+        if isinstance(module, RemoteLayers):
+            return module
+    raise ModelError(f"{type(model).__name__} is not a split model: load it with clients.load_split_model")
+
+
+def trunk_spec(spec: LoraSpec, found: LayerProbe, cut: CutLayers) -> LoraSpec:
+    """What of `spec` lies on the trunk's layers."""
+    kept = cut.kept(found.layers, "trunk")
+    start = f"{found.layers_path}."
+
+    def held(target: str) -> bool:
+        return target.startswith(start) and int(target.removeprefix(start).partition(".")[0]) in kept
+
+    return replace(
+        spec,
+        target_modules=tuple(filter(held, spec.target_modules)),
+        target_parameters=tuple(filter(held, spec.target_parameters)),
+        rank_pattern={name: rank for name, rank in spec.rank_pattern.items() if held(name)},
+        alpha_pattern={name: alpha for name, alpha in spec.alpha_pattern.items() if held(name)},
+    )
+
+
+def _hello(settings: SplitSettings, spec: LoraSpec, trainable: Factor, start: int | RoundStart) -> Hello:
+    hello = Hello(
+        protocol=wire.PROTOCOL,
+        model=wire.model_agreement(
+            fingerprint(resolve_model(settings.model_path)), settings.cut, settings.dtype, settings.attn_implementation
+        ),
+        lora=wire.lora_to_wire(spec),
+        trainable=trainable,
+        codec=settings.codec,
+    )
+    if isinstance(start, int):
+        hello.seed = start
+    else:
+        hello.client_id, hello.adapter_sha256 = start.client_id, start.trunk_sha256
+        hello.round.CopyFrom(wire.round_to_wire(start.key))
+    return hello
+
+
+def _size_limit(shapes: dict[str, tuple[int, ...]]) -> int:
+    fixed, per_tensor = _HEADER_BYTES
+    return fixed + sum(per_tensor + len(name) + 4 * math.prod(shape) for name, shape in shapes.items())
+
+
+def _refuse_long_sequences(model: nn.Module) -> None:
+    """Raises DataError from the model's forward, before learned positions run out or the trunk is asked."""
+    limit = getattr(unwrap(model).config, "max_position_embeddings", None)
+    if limit is None:
+        return
+
+    def check(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = flat_arguments(inspect.signature(backbone.forward).bind_partial(*args, **kwargs).arguments)
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if isinstance(inputs, Tensor) and inputs.shape[1] > limit:
+            raise DataError(
+                f"a sequence of {inputs.shape[1]} tokens is longer than the model's max_position_embeddings, {limit}: "
+                "set max-length to at most that"
+            )
+
+    decoder_layers(model)[0].register_forward_pre_hook(check, with_kwargs=True)
