@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -26,12 +27,15 @@ from contract.model_files import CONFIG_FILE, resolve_model
 # rebuilt from that by the backbone of either side.
 LAYER_ARGUMENTS = frozenset(
     {
-        *("hidden_states", "attention_mask", "causal_mask", "alibi", "position_ids", "cache_position"),
+        *("hidden_states", "attention_mask", "causal_mask", "alibi", "position_bias", "position_ids", "cache_position"),
         *("position_embeddings", "position_embeddings_global", "position_embeddings_local", "rotary_emb"),
         *("past_key_values", "past_key_value", "layer_past", "cache_params", "use_cache"),
         *("output_attentions", "output_router_logits", "output_hidden_states", "return_dict"),
     }
 )
+
+
+_ROWS, _TOKENS = 2, 3  # of the dry run
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ def read_config(model_dir: str | Path) -> PretrainedConfig:
         raise ModelError(f"{directory} holds no {CONFIG_FILE}")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ModelError(f"{directory / CONFIG_FILE} is not valid: {str(error).splitlines()[-1].strip()}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"{directory / CONFIG_FILE}: {first_line(error)}") from error
 
@@ -103,7 +109,8 @@ def probe(config_dir: str | Path) -> LayerProbe:
     """Run the backbone once without memory or weights and prove that its layers can be cut apart.
 
     `config_dir` needs no more than config.json. Proved: the layers run once each, in order; each takes the last one's
-    output unchanged; and each is given nothing but hidden states, masks, positions, caches and flags.
+    output unchanged; each is given nothing but hidden states, masks, positions, caches and flags; none of these but
+    the hidden states depends on a weight; and the layers run the same when hidden states come in place of tokens.
     Raises UnsupportedModelError with the architecture and the reason, ModelError on an unreadable configuration.
     """
     return probe_config(read_config(config_dir))
@@ -114,15 +121,19 @@ def probe_config(config: PretrainedConfig) -> LayerProbe:
     name = config.model_type
     cls = model_class(config)
     reasons = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         try:
             model = cls._from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.bfloat16).eval()
         except (ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
             raise UnsupportedModelError(f"{name} cannot be built for the dry run: {first_line(error)}") from error
-        _, path, layers = decoder_layers(model)
+        backbone, path, layers = decoder_layers(model)
+        if "inputs_embeds" not in inspect.signature(backbone.forward).parameters:
+            raise UnsupportedModelError(
+                f"{name} cannot be split: its layers sit in {type(backbone).__name__}, which takes no inputs_embeds"
+            )
         for returns_tuple in (False, True):
             run = _DryRun(name, returns_tuple, layers)
-            reason = run.failure(model)
+            reason = run.failure(model, backbone)
             if reason is None:
                 _refuse_sharing(config)
                 return LayerProbe(len(layers), run.hidden_size, returns_tuple, path)
@@ -157,39 +168,64 @@ class _DryRun:
     def _stand_in(self, index: int, signature: inspect.Signature) -> Callable[..., object]:
         def forward(*args: object, **kwargs: object) -> object:
             given = flat_arguments(signature.bind_partial(None, *args, **kwargs).arguments)
-            hidden = given.get("hidden_states")
-            for argument, value in given.items():
-                if argument not in LAYER_ARGUMENTS and argument != "self" and value is not None:
-                    raise UnsupportedModelError(
-                        f"{self.name} cannot be split: its layers are given {argument!r}, which does not cross the cut"
-                    )
-            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or tuple(hidden.shape[:2]) != (2, 3):
+            given.pop("self", None)
+            hidden = given.pop("hidden_states", None)
+            self._check_arguments(given)
+            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or tuple(hidden.shape[:2]) != (_ROWS, _TOKENS):
                 shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 self.reason = self.reason or f"layer {index} is given {shape} where (B, T, D) is needed"
-                hidden = torch.zeros(2, 3, max(self.hidden_size, 1))
+                hidden = torch.zeros(_ROWS, _TOKENS, max(self.hidden_size, 1), dtype=torch.bfloat16)
             elif index and hidden is not self.last:
                 self.reason = self.reason or f"layer {index} is not given layer {index - 1}'s output as it is"
             self.hidden_size = hidden.shape[-1]
             self.called.append(index)
-            self.last = torch.empty_like(hidden)
+            self.last = torch.empty_like(hidden, requires_grad=False)
             return (self.last, None) if self.returns_tuple else self.last
 
         return forward
 
-    def failure(self, model: PreTrainedModel) -> str | None:
+    def _check_arguments(self, given: Mapping[str, object]) -> None:
+        for argument, value in given.items():
+            if argument not in LAYER_ARGUMENTS and value is not None:
+                raise UnsupportedModelError(
+                    f"{self.name} cannot be split: its layers are given {argument!r}, which does not cross the cut"
+                )
+            if _is_learned(value):
+                raise UnsupportedModelError(
+                    f"{self.name} cannot be split: its layers are given {argument!r}, which is made with weights"
+                )
+
+    def failure(self, model: PreTrainedModel, backbone: nn.Module) -> str | None:
         """Why the layers cannot be cut apart if they answer in this run's way; None if they can."""
+        mask = torch.ones(_ROWS, _TOKENS, dtype=torch.long)
         try:
-            logits = model(input_ids=torch.zeros(2, 3, dtype=torch.long), use_cache=False).logits
+            tokens = torch.zeros(_ROWS, _TOKENS, dtype=torch.long)
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            from_tokens, self.called = self.called, []
+            hidden = torch.zeros(_ROWS, _TOKENS, max(self.hidden_size, 1), dtype=torch.bfloat16)
+            # Narrower embeddings are projected first, which a trunk leaves out; its own layers still run as proved.
+            if self.hidden_size == model.get_input_embeddings().weight.shape[-1]:
+                backbone(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
+                if self.called != from_tokens:
+                    self.reason = self.reason or "its layers run otherwise when given hidden states"
         except TrunklineError:
             raise
         # Anything may come out of foreign model code, and whatever it is, the answer is the same: not proved.
         except Exception as error:  # noqa: BLE001
             return self.reason or f"the dry run failed with {type(error).__name__}: {first_line(error)}"
-        if self.reason is None and self.called != list(range(self.layers)):
-            self.reason = f"its layers run in the order {self.called}"
+        if self.reason is None and from_tokens != list(range(self.layers)):
+            self.reason = f"its layers run in the order {from_tokens}"
         if self.reason is None and logits.dim() != 3:
             self.reason = f"its logits have shape {tuple(logits.shape)}"
         return self.reason
+
+
+def _is_learned(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, Mapping):
+        return any(_is_learned(item) for item in value.values())
+    return isinstance(value, (tuple, list)) and any(_is_learned(item) for item in value)
 
 
 def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

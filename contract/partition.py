@@ -310,6 +310,7 @@ class TrunkPart(nn.Module):
         self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """hidden_BTD at the head cut -> hidden_BTD at the tail cut, differentiable in the input and the adapter."""
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         self._call.injected, self._call.output = hidden_BTD, None
         try:
             # The class's own forward makes the masks and the rotary embedding; what it feeds the first layer is
@@ -317,8 +318,8 @@ class TrunkPart(nn.Module):
             self._backbone[0](
                 inputs_embeds=hidden_BTD.detach(),
                 attention_mask=attention_mask_BT,
-                position_ids=position_ids,
                 use_cache=False,
+                **positions,
             )
             return cast(Tensor, self._call.output)
         finally:
