@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
@@ -19,7 +23,7 @@ from contract import adapter, wire
 from contract.architecture import LayerProbe, decoder_layers, flat_arguments, probe, unwrap
 from contract.checkpoint import fingerprint
 from contract.codec import check_codec
-from contract.errors import DataError, ModelError
+from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
 from contract.records import CutLayers, Factor, LoraSpec, RoundKey
@@ -30,10 +34,9 @@ _HEADER_BYTES = (1 << 10, 1 << 9)  # of an adapter's safetensors: fixed, and per
 
 @dataclass(frozen=True, slots=True)
 class SplitSettings:
-    """How a model is cut and reached; what run-config and node-config, or a caller of the SDK, decide."""
+    """Which model, how it is cut and run; what run-config and node-config, or a caller of the SDK, decide."""
 
     model_path: str | Path
-    trunk_address: str
     cut: CutLayers
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
@@ -49,7 +52,8 @@ class RoundStart:
     key: RoundKey
     client_id: str
     trainable: Factor
-    client_adapter: dict[str, Tensor] = field(repr=False)
+    client_vector: npt.NDArray[np.float32] = field(repr=False)
+    client_sha256: str
     trunk_sha256: str
 
 
@@ -81,7 +85,7 @@ def load_split_model(
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """
     cut = CutLayers(head_layers, tail_layers)
-    settings = SplitSettings(model_path, trunk_address, cut, dtype, attn_implementation, codec, device, timeout_s)
+    settings = SplitSettings(model_path, cut, dtype, attn_implementation, codec, device, timeout_s)
     check_codec(codec)
     connection = TrunkConnection(trunk_address, wire_log=WireLog(wire_log))
     connection.describe()  # a wrong address shows before minutes of loading
@@ -102,7 +106,7 @@ def open_split_model(
         trainable: Factor = "AB"
         client_adapter = adapter.initial_adapter(client_shapes, start)
     else:
-        client_adapter, trainable = start.client_adapter, start.trainable
+        client_adapter, trainable = _client_adapter(start, client_shapes), start.trainable
     part = load_part(
         settings.model_path,
         settings.cut,
@@ -156,6 +160,15 @@ def close(model: nn.Module, *, trained_tokens: int = 0, contribute: bool = False
     return remote_layers(model).trunk.close(trained_tokens=trained_tokens, contribute=contribute)
 
 
+@contextmanager
+def closing_session(model: nn.Module) -> Iterator[None]:
+    """Drops `model`'s session at the end of the block, if it is not closed by then; the trunk then keeps nothing."""
+    try:
+        yield
+    finally:
+        remote_layers(model).trunk.abandon()
+
+
 def remote_layers(model: nn.Module) -> RemoteLayers:
     """The remote layers of a split model. Raises ModelError for any other model."""
     for module in model.modules():
@@ -181,6 +194,14 @@ def trunk_spec(spec: LoraSpec, found: LayerProbe, cut: CutLayers) -> LoraSpec:
     )
 
 
+def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    tensors = adapter.unflatten(start.client_vector, shapes, sorted(shapes))
+    found = adapter.sha256_hex(adapter.to_bytes(tensors))
+    if found != start.client_sha256:
+        raise IntegrityError(f"the client part of the adapter hashes to {found}; the round's is {start.client_sha256}")
+    return tensors
+
+
 def _hello(settings: SplitSettings, spec: LoraSpec, trainable: Factor, start: int | RoundStart) -> Hello:
     hello = Hello(
         protocol=wire.PROTOCOL,
@@ -199,7 +220,7 @@ def _hello(settings: SplitSettings, spec: LoraSpec, trainable: Factor, start: in
     return hello
 
 
-def _size_limit(shapes: dict[str, tuple[int, ...]]) -> int:
+def _size_limit(shapes: Mapping[str, tuple[int, ...]]) -> int:
     fixed, per_tensor = _HEADER_BYTES
     return fixed + sum(per_tensor + len(name) + 4 * math.prod(shape) for name, shape in shapes.items())
 

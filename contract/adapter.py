@@ -30,7 +30,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from contract.architecture import LayerProbe, first_line, read_config, whole_on_meta
+from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError, StorageError
+from contract.partition import present_modules
 from contract.records import CutLayers, Factor, LoraSpec
 
 CONFIG_FILE = "adapter_config.json"
@@ -54,6 +56,19 @@ _CARRIED = frozenset(
 
 
 # ---- structure -----------------------------------------------------------------------------------------------------
+
+
+def run_lora(config: RunConfig) -> LoraConfig:
+    """The adapter that a run's settings ask for, in PEFT's terms; every party of a run resolves this one."""
+    names = config.target_module_names()
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=_plain(config.lora_alpha),
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=names[0] if names == ("all-linear",) else list(names),
+    )
 
 
 def resolve_lora(model_dir: str | Path, peft_config: LoraConfig) -> LoraSpec:
@@ -93,7 +108,7 @@ def resolve_lora(model_dir: str | Path, peft_config: LoraConfig) -> LoraSpec:
 
 
 def peft_config(spec: LoraSpec, present: Collection[str]) -> LoraConfig:
-    """The PEFT configuration of `spec` for a model (a part or the whole) whose module names are `present`.
+    """The PEFT configuration of `spec` for a model (a part or the whole) that holds `present` (see present_modules).
 
     Targets are exact full names and patterns are anchored, so that PEFT's suffix matching has nothing to choose.
     """
@@ -121,13 +136,13 @@ def add_lora(model: nn.Module, spec: LoraSpec, adapter: str = "default") -> Peft
     Raises ConfigError where PEFT refuses the combination, in PEFT's words.
     """
     with _peft_refusals():
-        return get_peft_model(model, peft_config(spec, {name for name, _ in model.named_modules()}), adapter)
+        return get_peft_model(model, peft_config(spec, present_modules(model)), adapter)
 
 
 def adapter_shapes(model_dir: str | Path, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the whole model's adapter by canonical name, sorted; needs config.json only."""
     model = whole_on_meta(read_config(model_dir))
-    wrapped = _get_on_meta(model, peft_config(spec, {name for name, _ in model.named_modules()}))
+    wrapped = _get_on_meta(model, peft_config(spec, present_modules(model)))
     found = adapter_parameters(wrapped)
     return {name: tuple(found[name].shape) for name in sorted(found)}
 

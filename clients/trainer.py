@@ -1,0 +1,128 @@
+"""Local training and judging of a causal LM on a site's rows. Any PEFT model will do, split or whole."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from clients.data import IGNORED, TokenRow, batches
+from contract.config import RunConfig
+from contract.errors import NonFiniteError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Mean loss per predicted token over held-out text; NaN over none."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a client did in one round. `loss` is the mean per predicted token over all steps, each before its update."""
+
+    loss: float
+    trained_tokens: int
+    steps: int
+    seconds: float
+
+
+def judge(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig) -> Judgement:
+    """The loss of `model` on `rows`, or on the first `eval-batches` batches of them."""
+    model.eval()
+    total, tokens = 0.0, 0
+    held_out: Iterator[Batch] = batches(rows, config.per_device_train_batch_size)
+    with torch.no_grad():
+        for batch in itertools.islice(held_out, config.eval_batches or None):
+            count = predicted_tokens(batch)
+            total += float(model(**_on_device(batch, model)).loss) * count
+            tokens += count
+    return Judgement(total / tokens if tokens else math.nan, tokens)
+
+
+def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: str) -> Training:
+    """Trains `model` in place by `config` for one round: a new AdamW and a learning-rate schedule of their own.
+
+    The order of the rows, and what dropout draws, depend on `key` alone. A step's gradient is that of the mean loss
+    over all predicted tokens of its microbatches. Raises NonFiniteError when a loss or a gradient is not finite.
+    """
+    started = time.monotonic()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little"))
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = planned_steps(len(rows), config)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    warmup_steps = math.ceil(config.warmup_ratio * steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, steps)
+    total, tokens = 0.0, 0
+    for step, microbatches in enumerate(_steps(rows, config, key)):
+        count = sum(predicted_tokens(batch) for batch in microbatches)
+        loss = sum(_backward(model, batch, count, step) for batch in microbatches)
+        _clip(parameters, config.max_grad_norm, step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        total, tokens = total + loss * count, tokens + count
+    model.eval()
+    return Training(total / tokens, tokens, steps, time.monotonic() - started)
+
+
+def planned_steps(rows: int, config: RunConfig) -> int:
+    """Optimiser steps that a client with `rows` rows takes in a round."""
+    if config.local_steps:
+        return config.local_steps
+    batches_in_all = math.ceil(rows / config.per_device_train_batch_size) * config.local_epochs
+    return math.ceil(batches_in_all / config.gradient_accumulation_steps)
+
+
+def predicted_tokens(batch: Batch) -> int:
+    """Tokens that the loss of `batch` is a mean over: every row's first label is predicted by nothing."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _steps(rows: Sequence[TokenRow], config: RunConfig, key: str) -> Iterator[list[Batch]]:
+    """The microbatches of each optimiser step; the last step of a round in epochs may have fewer."""
+    epochs = None if config.local_steps else config.local_epochs
+    stream = batches(rows, config.per_device_train_batch_size, key, epochs)
+    for _ in range(planned_steps(len(rows), config)):
+        yield list(itertools.islice(stream, config.gradient_accumulation_steps))
+
+
+def _backward(model: nn.Module, batch: Batch, tokens: int, step: int) -> float:
+    """Adds one microbatch's share of the gradient; answers its share of the step's mean loss."""
+    loss: Tensor = model(**_on_device(batch, model)).loss
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"the loss of training step {step + 1} is {float(loss)}: lower learning-rate")
+    share = loss * (predicted_tokens(batch) / tokens)
+    share.backward()  # type: ignore[no-untyped-call]
+    return float(share)
+
+
+def _clip(parameters: Sequence[Tensor], max_grad_norm: float, step: int) -> None:
+    """The trunk's half counts by its anchor, so this is the norm over client and trunk together."""
+    if max_grad_norm > 0:
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(f"the gradient norm of training step {step + 1} is {float(norm)}: lower learning-rate")
+
+
+def _on_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
