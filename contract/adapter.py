@@ -135,7 +135,7 @@ def add_lora(model: nn.Module, spec: LoraSpec, adapter: str = "default") -> Peft
 
     Raises ConfigError where PEFT refuses the combination, in PEFT's words.
     """
-    with _peft_refusals():
+    with peft_refusals():
         return get_peft_model(model, peft_config(spec, present_modules(model)), adapter)
 
 
@@ -161,12 +161,13 @@ def _wrap_on_meta(model_dir: str | Path, config: LoraConfig) -> PeftModel:
 
 
 def _get_on_meta(model: nn.Module, config: LoraConfig) -> PeftModel:
-    with _peft_refusals(), torch.device("meta"):
+    with peft_refusals(), torch.device("meta"):
         return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 @contextmanager
-def _peft_refusals() -> Iterator[None]:
+def peft_refusals() -> Iterator[None]:
+    """Turns PEFT's refusals into ConfigError, in PEFT's words, and keeps its needless warnings quiet."""
     with warnings.catch_warnings():
         # Notes that tell nobody anything: PEFT finds Conv1D's transposed weights by itself, looks patterns of fused
         # parameters up among the modules only, and asks transformers in a way that will be renamed.
@@ -331,12 +332,17 @@ def unflatten(
 
 
 def write_export(
-    directory: str | Path, tensors: Mapping[str, Tensor], spec: LoraSpec, base_model_name: str, title: str = "adapter"
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    spec: LoraSpec,
+    base_model_name: str,
+    title: str = "adapter",
+    origin: Mapping[str, str | int] | None = None,
 ) -> Path:
     """Write `tensors` (canonical names, both sides) as a directory that `PeftModel.from_pretrained` loads.
 
     It appears whole or not at all, over an earlier export only. The weights file is `to_bytes(tensors)`, so that its
-    SHA-256 is the adapter's id. Raises ConfigError where something else is in the way, StorageError where it cannot
+    SHA-256 is the adapter's id. `origin` (the run, the round, the cut, ...) goes into the record. Raises ConfigError where something else is in the way, StorageError where it cannot
     be written.
     """
     target = Path(directory)
@@ -349,6 +355,7 @@ def write_export(
         "adapter_sha256": sha256_hex(weights),
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "base_model": base_model_name,
+        "origin": dict(origin or {}),
     }
     files = {
         CONFIG_FILE: config,

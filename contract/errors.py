@@ -16,6 +16,7 @@ TrunklineError
 ├── RoundError             a round or a run cannot go on
 │   └── QuorumError             too few clients answered
 ├── ConnectionFailedError  nothing answers at an address
+├── ListenError            an address cannot be taken to listen on
 ├── DeadlineError          a wait ran past its limit
 └── StorageError           SQL or an artifact cannot be read or written
     ├── SchemaError             the database's schema is not this code's
@@ -93,6 +94,10 @@ class QuorumError(RoundError):
 
 class ConnectionFailedError(TrunklineError):
     exit_code = 3
+    grpc_status = "UNAVAILABLE"
+
+
+class ListenError(TrunklineError):
     grpc_status = "UNAVAILABLE"
 
 

@@ -150,13 +150,14 @@ def lora_to_wire(spec: LoraSpec) -> pb.Lora:
 
 
 def lora_from_wire(lora: pb.Lora) -> LoraSpec:
+    """The spec in its one order: equal structures make equal specs."""
     return LoraSpec(
         rank=lora.rank,
         alpha=lora.alpha,
-        target_modules=tuple(lora.target_modules),
-        target_parameters=tuple(lora.target_parameters),
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        target_modules=tuple(sorted(lora.target_modules)),
+        target_parameters=tuple(sorted(lora.target_parameters)),
+        rank_pattern=dict(sorted(lora.rank_pattern.items())),
+        alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
         dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

@@ -1,0 +1,135 @@
+"""`trunkline trunk serve` and `trunkline model split`. Torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.records import CutLayers
+from storage.home import home_dir
+
+app = typer.Typer(help="The trunk server.", no_args_is_help=True)
+model_app = typer.Typer(help="Checkpoints.", no_args_is_help=True)
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    SDPA = "sdpa"
+    EAGER = "eager"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="Checkpoint directory (the whole model or its trunk part).")]
+HeadOption = Annotated[int, typer.Option("--head-layers", min=0, help="Decoder layers that the clients hold below.")]
+TailOption = Annotated[int, typer.Option("--tail-layers", min=0, help="Decoder layers that the clients hold above.")]
+
+
+@app.callback()
+def trunk() -> None:
+    """The frozen middle layers, served to clients that hold the rest."""
+
+
+@model_app.callback()
+def model() -> None:
+    """Checkpoints and their parts."""
+
+
+@app.command()
+@cli_errors
+def serve(
+    model: ModelOption,
+    head_layers: HeadOption = 1,
+    tail_layers: TailOption = 1,
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50051",
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights.")] = Dtype.FLOAT32,
+    attn_implementation: Annotated[Attention, typer.Option(help="As the clients'.")] = Attention.SDPA,
+    device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
+    threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
+    max_pending: Annotated[int, typer.Option(min=1, help="Forwards of a session that wait for a backward.")] = 16,
+    pending_ttl_s: Annotated[float, typer.Option(min=0.1, help="Seconds such a forward may wait.")] = 600.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
+    idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
+    grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
+    announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
+    insecure_listen: Annotated[
+        bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
+    ] = False,
+) -> None:
+    """Serve the model's middle layers until SIGTERM or Ctrl-C."""
+    # Threads that spin while they wait would take the cores from a client on the same machine. Read by OpenMP once,
+    # when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from server_trunk import server
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trunkline").setLevel(logging.INFO)
+    options = server.ServeOptions(
+        model=model,
+        cut=CutLayers(head_layers, tail_layers),
+        listen=listen,
+        state_dir=state_dir if state_dir is not None else home_dir() / "trunk",
+        dtype=dtype.value,
+        attn_implementation=attn_implementation.value,
+        device=device.value,
+        threads=threads,
+        max_sessions=max_sessions,
+        max_pending=max_pending,
+        pending_ttl_s=pending_ttl_s,
+        max_tokens=max_tokens,
+        idle_timeout_s=idle_timeout_s,
+        grace_s=grace_s,
+        announce_file=announce_file,
+        insecure_listen=insecure_listen,
+    )
+    if insecure_listen:
+        talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
+    talk(f"loading the trunk of {model}")
+    asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
+
+
+@model_app.command()
+@cli_errors
+def split(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory of the whole model.")],
+    out: Annotated[Path, typer.Option("--out", help="Gets the folders client and trunk.")],
+    head_layers: HeadOption = 1,
+    tail_layers: TailOption = 1,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; without it they stay as they are.")] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Write the client part and the trunk part of MODEL as checkpoints of their own."""
+    talk(f"splitting {model}")
+    from contract.checkpoint import write_parts
+
+    sizes = write_parts(model, out, CutLayers(head_layers, tail_layers), None if dtype is None else dtype.value)
+    whole = max(sizes["whole"], 1)
+    rows = [
+        {
+            "part": part,
+            "size_mb": round(sizes[part] / 1e6, 3),
+            "share": f"{100 * sizes[part] / whole:.1f} %",
+            "path": str(out / part) if part != "whole" else model,
+        }
+        for part in ("client", "trunk", "whole")
+    ]
+    emit(rows, output)

@@ -1,0 +1,107 @@
+"""What a client's frames ask for, checked. Nothing here allocates more than a few bytes a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from contract import trunk_pb2 as pb
+from contract.codec import CODECS, check_header, unpack_mask, unpack_positions
+from contract.errors import AgreementError, FrameError
+from contract.records import AdamWSettings, Factor, LoraSpec, RoundKey
+from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
+from server_trunk.contributions import check_name
+from server_trunk.engine import AUTOCAST, Graph
+
+_FACTORS: dict[str, Factor] = {"A": "A", "B": "B", "AB": "AB"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A hello that this trunk can serve. `start` is an adapter's SHA-256 or a seed."""
+
+    client_id: str
+    round_key: RoundKey | None
+    spec: LoraSpec
+    start: str | int
+    factor: Factor
+    codec: str
+
+
+def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
+    """Raise AgreementError that names both sides' values where they differ, FrameError where a field is malformed."""
+    if hello.protocol != PROTOCOL:
+        raise AgreementError(f"protocol is {hello.protocol} at the client and {PROTOCOL} at the trunk")
+    require_agreement(hello.model, own)
+    start = hello.WhichOneof("start")
+    if start is None:
+        raise FrameError("hello.start is missing; it must be a seed or an adapter_sha256")
+    if hello.trainable not in _FACTORS:
+        raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B or AB")
+    if hello.codec not in CODECS:
+        raise FrameError(f"hello.codec is {hello.codec!r}; it must be one of {', '.join(CODECS)}")
+    round_key = round_from_wire(hello.round) if hello.HasField("round") else None
+    if round_key is not None:
+        check_name("run", round_key.run)
+        check_name("client_id", hello.client_id)
+        if start == "seed":
+            raise FrameError("hello.seed with a round; a round's sessions start from an adapter_sha256")
+    return Opening(
+        client_id=hello.client_id,
+        round_key=round_key,
+        spec=lora_from_wire(hello.lora),
+        start=hello.seed if start == "seed" else hello.adapter_sha256,
+        factor=_FACTORS[hello.trainable],
+        codec=hello.codec,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """What comes with a forward's hidden states: int64 mask_BT, int64 position_ids [1 or B, T], and B * T."""
+
+    mask_BT: Tensor | None
+    position_ids: Tensor | None
+    tokens: int
+
+
+def read_forward(forward: pb.Forward, codec: str, hidden_size: int, max_tokens: int) -> ForwardInputs:
+    """The small inputs of a forward whose fields fit together. Raises FrameError."""
+    check_header(forward.hidden, codec=codec, hidden_size=hidden_size, max_tokens=max_tokens, what="forward.hidden")
+    batch, tokens, _ = forward.hidden.shape
+    mask_BT = unpack_mask(forward.attention_mask_bits, batch, tokens) if forward.has_attention_mask else None
+    if forward.autocast_dtype not in AUTOCAST:
+        names = ", ".join(name or "empty" for name in AUTOCAST)
+        raise FrameError(f"forward.autocast_dtype is {forward.autocast_dtype!r}; it must be one of {names}")
+    return ForwardInputs(mask_BT, unpack_positions(forward.position_ids, batch, tokens), batch * tokens)
+
+
+def check_backward(backward: pb.Backward, graph: Graph, codec: str, max_tokens: int) -> None:
+    """Raise FrameError unless the gradient has the shape and dtype of its forward's output."""
+    check_header(
+        backward.grad,
+        codec=codec,
+        hidden_size=graph.shape[-1],
+        max_tokens=max_tokens,
+        what="backward.grad",
+        dtypes=(graph.dtype,),
+        shape=graph.shape,
+    )
+
+
+def read_step(step: pb.Step) -> tuple[AdamWSettings, float]:
+    """(settings, grad_scale). Raises FrameError for a value that AdamW cannot take."""
+    for name, value in (
+        ("lr", step.lr),
+        ("eps", step.eps),
+        ("weight_decay", step.weight_decay),
+        ("grad_scale", step.grad_scale),
+    ):
+        if not math.isfinite(value) or value < 0:
+            raise FrameError(f"step.{name} is {value}; it must be finite and 0 or more")
+    for name, value in (("beta1", step.beta1), ("beta2", step.beta2)):
+        if not 0 <= value < 1:
+            raise FrameError(f"step.{name} is {value}; it must be at least 0 and less than 1")
+    return AdamWSettings(step.lr, step.beta1, step.beta2, step.eps, step.weight_decay), step.grad_scale

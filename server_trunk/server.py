@@ -1,0 +1,212 @@
+"""A trunk server from its options to its end: bind, load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from contract.errors import ConfigError, ListenError, StorageError
+from contract.records import CutLayers
+from contract.wire import message_limits
+from server_trunk.adapters import SessionAdapter
+from server_trunk.contributions import Contributions
+from server_trunk.engine import Engine, Graph, choose_device
+from server_trunk.servicer import SERVICE, Limits, TrunkServicer
+from server_trunk.sessions import SessionTable
+from server_trunk.worker import Worker
+
+logger = logging.getLogger("trunkline.server_trunk")
+
+_HANG_UP_S = 2.0
+_DRAIN_POLL_S = 0.05
+_CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, commits, progress, health
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number."""
+
+    model: str
+    cut: CutLayers
+    listen: str
+    state_dir: Path
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    device: str = "auto"
+    threads: int = 0
+    max_sessions: int = 64
+    max_pending: int = 16
+    pending_ttl_s: float = 600.0
+    max_tokens: int = 32768
+    idle_timeout_s: float = 900.0
+    grace_s: float = 30.0
+    announce_file: Path | None = None
+    insecure_listen: bool = False
+
+
+def check_listen(listen: str, insecure: bool) -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `insecure`."""
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"listen is {listen!r}; it must be HOST:PORT, with port 0 for any free one")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not insecure:
+        raise ConfigError(
+            f"listen is {listen!r}, which other machines can reach, and the trunk has neither TLS nor a login yet: "
+            "listen on 127.0.0.1, or add --insecure-listen on a network that you trust"
+        )
+    return host, int(port)
+
+
+class TrunkServer:
+    """One serving trunk. Everything but the constructor runs on one event loop."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        """Raises ConfigError for a listen address or device that cannot be served."""
+        self._options = options
+        self._host, self._port = check_listen(options.listen, options.insecure_listen)
+        choose_device(options.device)
+        self._compute = Worker("trunk-compute")
+        self._disk = Worker("trunk-disk")
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
+            options.max_sessions, options.max_pending, options.pending_ttl_s, time.monotonic
+        )
+
+    async def start(self) -> tuple[str, str]:
+        """Take the address, load the model, serve; answers "HOST:PORT" and what is served, in words.
+
+        The address comes first, so that a busy port is told before a long load. Raises ListenError, ModelError,
+        UnsupportedModelError, ConfigError, StorageError.
+        """
+        options = self._options
+        self._server = grpc.aio.server(
+            options=[*message_limits(), *_transport_options()],
+            maximum_concurrent_rpcs=2 * options.max_sessions + _CONTROL_CALLS,
+        )
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._port}")
+        except RuntimeError as error:
+            raise ListenError(
+                f"cannot listen on {options.listen}: the port is taken or not yours; name another, or 0 for a free one"
+            ) from error
+        try:
+            engine = await self._compute.run(self._load)
+        except BaseException:
+            await self._server.stop(None)
+            raise
+        self._servicer = TrunkServicer(
+            engine,
+            self._table,
+            Contributions(options.state_dir),
+            Limits(options.max_tokens, options.idle_timeout_s),
+            compute=self._compute,
+            disk=self._disk,
+        )
+        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        return f"{host}:{port}", engine.summary()
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Admit no more sessions, let the open ones finish for the grace period (or until `hurry`), then stop."""
+        self._table.stop_admitting()
+        await self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + self._options.grace_s
+        while self._table.taken and time.monotonic() < deadline and not hurry.is_set():
+            await asyncio.sleep(_DRAIN_POLL_S)
+        if self._table.taken:
+            logger.warning("%d sessions were still open and are cut off", self._table.taken)
+        self._servicer.hang_up()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop at once and give the threads back."""
+        self._sweeper.cancel()
+        await self._server.stop(_HANG_UP_S)
+        self._compute.close()
+        self._disk.close()
+
+    def _load(self) -> Engine:
+        options = self._options
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        return Engine(
+            options.model,
+            options.cut,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            device=options.device,
+        )
+
+    async def _sweep(self) -> None:
+        interval_s = min(5.0, self._options.pending_ttl_s / 4)
+        while True:
+            await asyncio.sleep(interval_s)
+            freed = self._table.sweep()
+            if freed:
+                logger.info("freed %d graphs that waited too long for their backward", freed)
+
+
+def _transport_options() -> list[tuple[str, Any]]:
+    return [
+        ("grpc.so_reuseport", 0),  # two trunks on one port would each get some of the clients
+        ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died is noticed
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends the grace period.
+
+    `on_ready` is called with HOST:PORT and what is served once clients can come and the announce file is there.
+    """
+    server = TrunkServer(options)
+    address, summary = await server.start()
+    ending, hurry = asyncio.Event(), asyncio.Event()
+
+    def end() -> None:
+        (hurry if ending.is_set() else ending).set()
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, end)
+    if options.announce_file is not None:
+        _announce(options.announce_file, address)
+    on_ready(f"{address} {summary}")
+    await ending.wait()
+    logger.warning("draining for up to %g s; signal again to stop now", options.grace_s)
+    await server.drain(hurry)
+
+
+def _announce(path: Path, address: str) -> None:
+    """Write `address` to `path`, whole or not at all. Raises StorageError."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trunk-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(address + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"announce-file {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,262 @@
+"""The trunk's RPCs. Each session's frames are a Conversation's work; the arithmetic is the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from contract import trunk_pb2 as pb
+from contract.adapter import from_bytes, sha256_hex
+from contract.codec import Assembler
+from contract.errors import (
+    ConnectionFailedError,
+    DeadlineError,
+    FrameError,
+    FrameTooLargeError,
+    IntegrityError,
+    SessionError,
+    TrunklineError,
+)
+from contract.wire import CHUNK_BYTES, ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
+from server_trunk.adapters import SessionAdapter
+from server_trunk.contributions import Contributions
+from server_trunk.conversation import Conversation, TrunkSession
+from server_trunk.engine import Engine, Graph
+from server_trunk.requests import Opening, read_hello
+from server_trunk.sessions import SessionTable
+from server_trunk.stream import FrameStream
+from server_trunk.worker import Worker
+
+logger = logging.getLogger("trunkline.server_trunk")
+
+SERVICE = "trunkline.v1.Trunk"
+MAX_ADAPTER_BYTES = 1 << 30
+_UPLOADS_AT_ONCE = 2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+
+async def abort(context: Context, error: TrunklineError) -> None:
+    """End the call with the error's status, its one line, and its class for the peer to rebuild."""
+    status = grpc.StatusCode[error.grpc_status]
+    line = " ".join(str(error).split())
+    await context.abort(status, line, trailing_metadata=((ERROR_KEY, type(error).__name__),))
+
+
+def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Lets an RPC's TrunklineErrors end the call with their own status."""
+
+    @functools.wraps(method)
+    async def guarded(self: TrunkServicer, request: Any, context: Context) -> T:
+        try:
+            return await method(self, request, context)
+        except TrunklineError as error:
+            logger.info("%s refused: %s", method.__name__, error)
+            await abort(context, error)
+            raise
+
+    return guarded
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one session may ask of this trunk: B * T of one forward, and seconds between two frames."""
+
+    max_tokens: int
+    idle_timeout_s: float
+
+
+class TrunkServicer:
+    """Serves trunkline.v1.Trunk from one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        table: SessionTable[SessionAdapter, Graph],
+        contributions: Contributions,
+        limits: Limits,
+        *,
+        compute: Worker,
+        disk: Worker,
+    ) -> None:
+        self._engine = engine
+        self._table = table
+        self._contributions = contributions
+        self._limits = limits
+        self._compute = compute
+        self._disk = disk
+        self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
+        self._uploads = asyncio.Semaphore(_UPLOADS_AT_ONCE)
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._hanging_up = False
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """The RPCs for a server. A session's frames stay bytes, so that tensors are not copied by the parser."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Session": grpc.stream_stream_rpc_method_handler(self.session),
+                "Describe": grpc.unary_unary_rpc_method_handler(
+                    self.describe, pb.DescribeRequest.FromString, pb.TrunkDescription.SerializeToString
+                ),
+                "PutAdapter": grpc.stream_unary_rpc_method_handler(
+                    self.put_adapter, pb.AdapterChunk.FromString, pb.AdapterReceipt.SerializeToString
+                ),
+                "GetAdapter": grpc.unary_stream_rpc_method_handler(
+                    self.get_adapter, pb.GetAdapterRequest.FromString, pb.AdapterChunk.SerializeToString
+                ),
+                "CommitRound": grpc.unary_unary_rpc_method_handler(
+                    self.commit_round, pb.CommitRoundRequest.FromString, pb.CommitRoundReply.SerializeToString
+                ),
+                "Progress": grpc.unary_unary_rpc_method_handler(
+                    self.progress, pb.RoundId.FromString, pb.ProgressReply.SerializeToString
+                ),
+            },
+        )
+
+    def hang_up(self) -> None:
+        """End every open session with UNAVAILABLE."""
+        self._hanging_up = True
+        for task in self._streams:
+            task.cancel()
+
+    # ---- sessions ------------------------------------------------------------------------------------------------
+
+    @_answers_errors
+    async def session(self, _: object, context: Context) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("gRPC runs every call in a task of its own")
+        self._streams.add(task)
+        try:
+            await self._serve(FrameStream(context, self._limits.idle_timeout_s))
+        except asyncio.CancelledError:
+            if not self._hanging_up:
+                raise
+            raise ConnectionFailedError("this trunk is shutting down; the session is lost") from None
+        finally:
+            self._streams.discard(task)
+
+    async def _serve(self, stream: FrameStream) -> None:
+        frame = await stream.read()
+        if frame is None:
+            return
+        kind = frame.WhichOneof("body")
+        if kind != "hello":
+            raise SessionError(f"a {kind} frame came before hello; there is no session to use it in")
+        opening = read_hello(frame.hello, self._agreement)
+        self._engine.check_lora(opening.spec)
+        with self._table.place():
+            session = await self._open(opening)
+            try:
+                await Conversation(
+                    session,
+                    stream,
+                    self._engine,
+                    self._contributions,
+                    compute=self._compute,
+                    disk=self._disk,
+                    max_tokens=self._limits.max_tokens,
+                ).run()
+            finally:
+                self._table.close(session)
+                self._compute.submit(self._engine.close, session.adapter)
+
+    async def _open(self, opening: Opening) -> TrunkSession:
+        if isinstance(opening.start, str):
+            self._contributions.require_adapter(opening.start)
+            base_sha256 = opening.start
+            tensors = from_bytes(await self._disk.run(self._contributions.adapters.get, base_sha256))
+            adapter = await self._compute.run(self._engine.open, opening.spec, tensors, opening.factor)
+        else:
+            adapter = await self._compute.run(self._engine.open, opening.spec, opening.start, opening.factor)
+            base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
+        return self._table.open(opening.client_id, opening.round_key, base_sha256, opening.codec, adapter)
+
+    # ---- single requests -----------------------------------------------------------------------------------------
+
+    @_answers_errors
+    async def describe(self, request: pb.DescribeRequest, context: Context) -> pb.TrunkDescription:
+        return pb.TrunkDescription(
+            protocol=PROTOCOL,
+            model=self._agreement,
+            layers=self._engine.layers,
+            hidden_size=self._engine.hidden_size,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_tokens=self._limits.max_tokens,
+            open_sessions=self._table.taken,
+            max_sessions=self._table.max_sessions,
+        )
+
+    @_answers_errors
+    async def put_adapter(self, chunks: AsyncIterator[pb.AdapterChunk], context: Context) -> pb.AdapterReceipt:
+        try:
+            async with asyncio.timeout(self._limits.idle_timeout_s), self._uploads:
+                sha256, data = await _received(chunks)
+        except TimeoutError:
+            raise DeadlineError(f"the adapter did not come within {self._limits.idle_timeout_s:g} s") from None
+        return pb.AdapterReceipt(sha256=await self._disk.run(self._store, sha256, data))
+
+    def _store(self, sha256: str, data: bytes) -> str:
+        found = sha256_hex(data)
+        if found != sha256:
+            raise IntegrityError(f"the adapter hashes to {found}; its first chunk says {sha256[:80]!r}")
+        from_bytes(data)  # refuses what is no adapter
+        return self._contributions.adapters.put(data)
+
+    async def get_adapter(self, request: pb.GetAdapterRequest, context: Context) -> AsyncIterator[pb.AdapterChunk]:
+        try:
+            self._contributions.require_adapter(request.sha256)
+            data = memoryview(await self._disk.run(self._contributions.adapters.get, request.sha256))
+        except TrunklineError as error:
+            await abort(context, error)
+            return
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = pb.AdapterChunk(data=bytes(data[start : start + CHUNK_BYTES]))
+            if start == 0:
+                chunk.sha256, chunk.size_bytes = request.sha256, len(data)
+            yield chunk
+
+    @_answers_errors
+    async def commit_round(self, request: pb.CommitRoundRequest, context: Context) -> pb.CommitRoundReply:
+        key = round_from_wire(request.round)
+        candidate = await self._disk.run(self._contributions.commit, key, request.base_sha256, list(request.survivors))
+        logger.info(
+            "run %s round %d attempt %d: adapter %s averages %d clients",
+            *(key.run, key.round, key.attempt, candidate.adapter_sha256, len(request.survivors)),
+        )
+        return pb.CommitRoundReply(adapter_sha256=candidate.adapter_sha256, trained_tokens=candidate.trained_tokens)
+
+    @_answers_errors
+    async def progress(self, request: pb.RoundId, context: Context) -> pb.ProgressReply:
+        done = self._table.progress(round_from_wire(request))
+        return pb.ProgressReply(
+            sessions=done.sessions,
+            steps=done.steps,
+            tokens=done.tokens,
+            received_bytes=done.received_bytes,
+            sent_bytes=done.sent_bytes,
+        )
+
+
+async def _received(chunks: AsyncIterator[pb.AdapterChunk]) -> tuple[str, bytes]:
+    """(claimed SHA-256, bytes) of an uploaded adapter, its size checked before memory is taken."""
+    assembler: Assembler | None = None
+    sha256 = ""
+    async for chunk in chunks:
+        if assembler is None:
+            sha256 = chunk.sha256
+            if chunk.size_bytes > MAX_ADAPTER_BYTES:
+                raise FrameTooLargeError(f"the adapter has {chunk.size_bytes} bytes; the limit is {MAX_ADAPTER_BYTES}")
+            assembler = Assembler(chunk.size_bytes, "adapter")
+        assembler.add(chunk.data)
+    if assembler is None:
+        raise FrameError("no adapter came; its first chunk must name sha256 and size_bytes")
+    return sha256, bytes(assembler.data())

@@ -1,0 +1,185 @@
+"""Who is working with this trunk: admission, graphs that wait for their backward, and what each round has done.
+
+No torch and no gRPC: a graph and an adapter are whatever the engine made. Everything here is bounded. Not safe to use
+from several threads; the servicer's event loop owns it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
+from contract.records import RoundKey, RoundProgress
+
+Clock = Callable[[], float]
+Graph = TypeVar("Graph")
+Adapter = TypeVar("Adapter")
+
+_REMEMBERED_GRAPHS = 64
+_REMEMBERED_ROUNDS = 256
+
+
+class PendingGraphs(Generic[Graph]):
+    """Graphs by microbatch, at most `limit` of them, each for at most `ttl_s` seconds of `clock`."""
+
+    def __init__(self, limit: int, ttl_s: float, clock: Clock) -> None:
+        self.limit = limit
+        self.ttl_s = ttl_s
+        self._clock = clock
+        self._graphs: OrderedDict[int, tuple[float, Graph]] = OrderedDict()
+        self._expired: OrderedDict[int, str] = OrderedDict()  # microbatch -> why, for the error of a late backward
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def require_room(self, microbatch: int) -> None:
+        """Raise CapacityError when full, FrameError when `microbatch` is pending already."""
+        if microbatch in self._graphs:
+            raise FrameError(f"microbatch {microbatch} waits for its backward already; each forward needs a new number")
+        if len(self._graphs) >= self.limit:
+            raise CapacityError(
+                f"{len(self._graphs)} forwards wait for their backward, which is this trunk's limit: "
+                "run backward on them, or run forwards that need none under torch.no_grad()"
+            )
+
+    def add(self, microbatch: int, graph: Graph) -> None:
+        self._graphs[microbatch] = (self._clock(), graph)
+
+    def pop(self, microbatch: int) -> Graph:
+        """The graph, no longer pending. Raises ExpiredGraphError when it was freed, SessionError when it never was."""
+        if microbatch in self._graphs:
+            return self._graphs.pop(microbatch)[1]
+        if microbatch in self._expired:
+            raise ExpiredGraphError(f"the graph of microbatch {microbatch} is gone: {self._expired[microbatch]}")
+        raise SessionError(f"no forward of microbatch {microbatch} waits for a backward")
+
+    def drop(self, microbatches: Iterable[int]) -> None:
+        """Free what the client will never ask for."""
+        for microbatch in microbatches:
+            self._graphs.pop(microbatch, None)
+
+    def free_all(self, reason: str) -> None:
+        """Free every graph; a later backward is answered with `reason`."""
+        for microbatch in list(self._graphs):
+            self._free(microbatch, reason)
+
+    def sweep(self) -> int:
+        """Free what waited longer than its time; the number freed."""
+        oldest = self._clock() - self.ttl_s
+        late = [microbatch for microbatch, (since, _) in self._graphs.items() if since < oldest]
+        for microbatch in late:
+            self._free(microbatch, f"it was freed after waiting {self.ttl_s:g} s for its backward")
+        return len(late)
+
+    def _free(self, microbatch: int, reason: str) -> None:
+        del self._graphs[microbatch]
+        self._expired[microbatch] = reason
+        while len(self._expired) > _REMEMBERED_GRAPHS:
+            self._expired.popitem(last=False)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went by. Tokens are those of forwards that need a gradient; bytes are serialised frames."""
+
+    sessions: int = 0
+    steps: int = 0
+    tokens: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Session(Generic[Adapter, Graph]):
+    """One client's stream, from its hello to its close."""
+
+    session_id: str
+    client_id: str
+    round_key: RoundKey | None
+    base_sha256: str
+    codec: str
+    adapter: Adapter
+    pending: PendingGraphs[Graph]
+    totals: Counters  # of the round, shared by its sessions
+    counters: Counters = field(default_factory=Counters)
+
+    def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
+        for counters in (self.counters, self.totals):
+            counters.steps += steps
+            counters.tokens += tokens
+            counters.received_bytes += received_bytes
+            counters.sent_bytes += sent_bytes
+
+
+class SessionTable(Generic[Adapter, Graph]):
+    """The open sessions, at most `max_sessions`, and the totals of the last rounds."""
+
+    def __init__(self, max_sessions: int, max_pending: int, pending_ttl_s: float, clock: Clock) -> None:
+        self.max_sessions = max_sessions
+        self._max_pending = max_pending
+        self._pending_ttl_s = pending_ttl_s
+        self._clock = clock
+        self._taken = 0
+        self._draining = False
+        self._open: set[Session[Adapter, Graph]] = set()
+        self._rounds: OrderedDict[RoundKey, Counters] = OrderedDict()
+
+    @property
+    def taken(self) -> int:
+        """Places that are taken, those of sessions whose hello is still being answered included."""
+        return self._taken
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place for a session. Raises CapacityError, or ConnectionFailedError when no more are admitted."""
+        if self._draining:
+            raise ConnectionFailedError("this trunk is shutting down and takes no new sessions")
+        if self._taken >= self.max_sessions:
+            raise CapacityError(f"all {self.max_sessions} sessions of this trunk are taken; try again later")
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
+
+    def stop_admitting(self) -> None:
+        self._draining = True
+
+    def open(
+        self, client_id: str, round_key: RoundKey | None, base_sha256: str, codec: str, adapter: Adapter
+    ) -> Session[Adapter, Graph]:
+        """Enter a session, inside of its place."""
+        totals = self._totals(round_key) if round_key is not None else Counters()
+        totals.sessions += 1
+        pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
+        session = Session(
+            secrets.token_hex(8), client_id, round_key, base_sha256, codec, adapter, pending=pending, totals=totals
+        )
+        self._open.add(session)
+        return session
+
+    def close(self, session: Session[Adapter, Graph]) -> None:
+        """Forget a session and free its graphs."""
+        self._open.discard(session)
+        session.pending.free_all("its session is closed")
+
+    def sweep(self) -> int:
+        """Free the graphs that waited too long; the number freed."""
+        return sum(session.pending.sweep() for session in self._open)
+
+    def progress(self, key: RoundKey) -> RoundProgress:
+        """What the round's sessions have done so far, closed ones included; zeros for an unknown round."""
+        totals = self._rounds.get(key, Counters())
+        return RoundProgress(totals.sessions, totals.steps, totals.tokens, totals.received_bytes, totals.sent_bytes)
+
+    def _totals(self, key: RoundKey) -> Counters:
+        totals = self._rounds.setdefault(key, Counters())
+        self._rounds.move_to_end(key)
+        while len(self._rounds) > _REMEMBERED_ROUNDS:
+            self._rounds.popitem(last=False)
+        return totals

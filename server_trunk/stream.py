@@ -1,0 +1,83 @@
+"""One client's stream of frames: every wait bounded, every byte counted, tensors in chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from contract import trunk_pb2 as pb
+from contract.codec import Assembler
+from contract.errors import DeadlineError, FrameError
+from contract.wire import chunk_data, chunk_frames, parse_client_frame
+
+
+class FrameStream:
+    """Serialised frames in and out of a gRPC call whose (de)serialisers leave bytes alone."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], idle_timeout_s: float) -> None:
+        self._context = context
+        self._idle_timeout_s = idle_timeout_s
+        self.received_bytes = 0
+        self.sent_bytes = 0
+
+    async def read(self) -> pb.ClientFrame | None:
+        """The next frame that is not a chunk, None when the client has hung up.
+
+        Raises FrameError for a chunk that no header announced, DeadlineError after the idle time.
+        """
+        frame = await self._read()
+        if frame is None:
+            return None
+        if chunk_data(frame) is not None:
+            raise FrameError("a chunk came that no header announced, or more of them than announced")
+        return parse_client_frame(frame)
+
+    async def read_data(self, size_bytes: int, what: str) -> memoryview:
+        """The `size_bytes` of data that follow their header in chunks, writable.
+
+        Raises FrameError when another frame or the end comes first, FrameTooLargeError when more comes.
+        """
+        assembler = Assembler(size_bytes, what)
+        while not assembler.complete:
+            frame = await self._read()
+            if frame is None:
+                break
+            data: memoryview | bytes | None = chunk_data(frame)
+            if data is None:
+                parsed = parse_client_frame(frame)
+                if parsed.WhichOneof("body") != "chunk":
+                    break
+                data = parsed.chunk.data
+            assembler.add(data)
+        return assembler.data()
+
+    async def write(self, frame: pb.ServerFrame) -> None:
+        await self._write(frame.SerializeToString())
+
+    async def write_data(self, data: memoryview) -> None:
+        """`data` in chunk frames, after the frame that announced it."""
+        for frame in chunk_frames(data):
+            await self._write(frame)
+
+    async def _read(self) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                frame = await self._context.read()
+        except TimeoutError:
+            raise DeadlineError(f"no frame came for {self._idle_timeout_s:g} s, so the session is closed") from None
+        if not isinstance(frame, bytes):  # grpc.aio.EOF
+            return None
+        self.received_bytes += len(frame)
+        return frame
+
+    async def _write(self, frame: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                await self._context.write(frame)
+        except TimeoutError:
+            raise DeadlineError(
+                f"the client took no frame for {self._idle_timeout_s:g} s, so the session is closed"
+            ) from None
+        self.sent_bytes += len(frame)
