@@ -1,0 +1,34 @@
+# Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-deploy test lint bench clean
+
+PYTHON_IN_VENV := .venv/bin/python
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCHMARKS := split_overhead round_overhead
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## Make .venv and install the pinned dependencies; quick when nothing changed
+	@scripts/setup
+
+demo: setup ## Fine-tune a small model over 4 simulated clients and a trunk server, on real text (under 4 minutes)
+	@exec $(PYTHON_IN_VENV) -m trunkline demo
+
+demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
+	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
+
+test: setup ## Run the whole test suite (under 12 minutes on 2 cores)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Check style, types and the generated stubs
+	@exec scripts/lint
+
+bench: setup ## Run the benchmarks; exits 1 when a target falls short
+	@failed=; for name in $(BENCHMARKS); do $(PYTHON_IN_VENV) -m benchmarks.$$name $(BENCH_ARGS) || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "benchmarks that failed or fell short:$$failed" >&2; exit 1; }
+
+clean: ## Remove .venv, caches and build leftovers; runs and adapters in ~/.trunkline stay
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
