@@ -62,11 +62,11 @@ def _marked_by_probe(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoded["input_ids"])
     starts = [start for start, _ in encoded["offset_mapping"]]
-    learned = [any(begin <= start < end for begin, end in spans) for start in starts]
+    content = [any(begin <= start < end for begin, end in spans) for start in starts]
     special = set(tokenizer.all_special_ids)
-    for position in range(1, len(ids)):
-        if learned[position - 1] and not learned[position] and ids[position] in special:
-            learned[position] = True
+    learned = [
+        said or (index > 0 and content[index - 1] and ids[index] in special) for index, said in enumerate(content)
+    ]
     return ids, learned
 
 

@@ -77,19 +77,19 @@ class SiteData:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What `data check` says; `broken_where` ("line 7") and `broken_reason` are empty for a sound source."""
+    """What `data check` says of a source: its counts, up to the first broken row if `problem` names one."""
 
     counts: DataCounts
-    broken_where: str = ""
-    broken_reason: str = ""
+    problem: str = ""
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub id. Raises ModelError where there is none to load."""
     from transformers import AutoTokenizer
 
-    if Path(model).is_file():
-        raise ModelError(f"{model}: is a file; wants a model directory with a tokenizer")
+    path = Path(model)
+    if not path.is_dir() and (path.is_file() or path.is_absolute() or len(path.parts) > 2):
+        raise ModelError(f"{model}: no such directory; wants a model directory with a tokenizer")
     try:
         return AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError) as error:
@@ -104,15 +104,9 @@ def load_dataset(
     At least one row is held out (unless `eval_fraction` is 0) and at least one is left to train on. Raises DataError,
     with path and line or row, for a broken row, an unreadable file, or too few rows to split.
     """
-    rows: list[TokenRow] = []
-    empty = 0
-    for row in _token_rows(source, tokenizer, max_length):
-        if isinstance(row, text_files.SourceRow):
-            raise DataError(f"{source}: {row.where}: {row.problem}")
-        if row.targets:
-            rows.append(row)
-        else:
-            empty += 1
+    rows, empty, broken = _gather(source, tokenizer, max_length)
+    if broken:
+        raise DataError(f"{source}: {broken.where}: {broken.problem}")
     wanted = 2 if eval_fraction > 0 else 1
     if len(rows) < wanted:
         raise DataError(
@@ -129,20 +123,11 @@ def load_dataset(
 
 def check_dataset(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DataReport:
     """Counts of `source` up to its first broken row, and that row. Raises DataError for an unreadable file."""
-    rows: list[TokenRow] = []
-    empty = 0
-    broken: text_files.SourceRow | None = None
-    for row in _token_rows(source, tokenizer, max_length):
-        if isinstance(row, text_files.SourceRow):
-            broken = row
-        elif row.targets:
-            rows.append(row)
-        else:
-            empty += 1
-    counts = _count(rows, empty)
-    if broken is not None:
-        return DataReport(counts, broken.where, broken.problem)
-    return DataReport(counts)
+    rows, empty, broken = _gather(source, tokenizer, max_length)
+    problem = f"{broken.where}: {broken.problem}" if broken else ""
+    if not broken and not rows:
+        problem = f"none of its {empty} rows holds something to learn within {max_length} tokens"
+    return DataReport(_count(rows, empty), problem)
 
 
 def order_key(seed: int, run: str, round_number: int, client: str) -> str:
@@ -208,6 +193,22 @@ def _count(rows: Sequence[TokenRow], empty: int) -> DataCounts:
         tokens=sum(len(row.tokens_T) for row in rows),
         masked_tokens=sum(int(np.count_nonzero(row.labels_T == IGNORED)) for row in rows),
     )
+
+
+def _gather(
+    source: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[TokenRow], int, text_files.SourceRow | None]:
+    """The rows that teach something, how many do not, and the broken row that ended the reading, if any."""
+    rows: list[TokenRow] = []
+    empty = 0
+    for row in _token_rows(source, tokenizer, max_length):
+        if isinstance(row, text_files.SourceRow):
+            return rows, empty, row
+        if row.targets:
+            rows.append(row)
+        else:
+            empty += 1
+    return rows, empty, None
 
 
 def _token_rows(
