@@ -14,12 +14,13 @@ log = logging.getLogger("trunkline.orchestrator")
 
 LOOK_S = 0.25
 SETTLE_S = 1.0
-"""With no cohort size set, nobody knows how many will come: a run starts once this long nobody new has connected."""
+"""For the start of a run: sites that are started together connect within about this time of each other."""
 
 
-def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock) -> list[str]:
+def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock, settle_s: float = 0.0) -> list[str]:
     """The connected nodes, once the cohort is full or, after node-wait-s, at least a quorum is there.
 
+    With no cohort size set it also waits until for `settle_s` seconds nobody new came.
     Raises QuorumError saying how many there were and how many were wanted.
     """
     wanted = max(config.quorum, config.cohort_size)
@@ -29,7 +30,7 @@ def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock) -> lis
         log.info("waiting for clients: %d of %d connected", len(connected), wanted)
     changed = clock.monotonic()
     while clock.monotonic() < until:
-        settled = config.cohort_size or clock.monotonic() - changed >= SETTLE_S
+        settled = config.cohort_size or clock.monotonic() - changed >= settle_s
         if len(connected) >= wanted and settled:
             return connected
         clock.sleep(LOOK_S)

@@ -1,0 +1,233 @@
+"""`trunkline runs|rounds|adapter|config`: what was run, what came of it, and what a run would be set to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from contract.errors import ConfigError, StorageError
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from orchestrator.metrics import best_version, judged_losses
+from storage.home import artifacts_dir, home_dir
+from storage.reader import Reader
+from storage.records import RoundRow, RunRow
+
+runs_app = typer.Typer(help="Runs: what was started, how it stands or ended.", no_args_is_help=True)
+rounds_app = typer.Typer(help="Rounds of a run.", no_args_is_help=True)
+adapter_app = typer.Typer(help="Adapters: what a run is for.", no_args_is_help=True)
+config_app = typer.Typer(help="A run's settings.", no_args_is_help=True)
+
+RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, or its Flower run id.")]
+LastOption = Annotated[bool, typer.Option("--last", help="The newest run.")]
+
+RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "created_at", "reason")
+ROUND_COLUMNS = (
+    *("round", "attempt", "status", "phase", "clients", "train_loss", "held_out_loss"),
+    *("tokens", "tokens_per_s", "wire_mb", "seconds", "reason"),
+)
+
+
+class Status(StrEnum):
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@runs_app.callback()
+@rounds_app.callback()
+@adapter_app.callback()
+@config_app.callback()
+def _group() -> None:
+    """Keeps a group with one command a group."""
+
+
+@runs_app.command("list")
+@cli_errors
+def list_runs(
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
+    status: Annotated[Status | None, typer.Option(help="Only runs that stand like this.")] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """The newest runs."""
+    with _reader() as reader:
+        rows = [_run_data(reader, run) for run in reader.list_runs(limit, status.value if status else None)]
+    emit(rows, output, columns=RUN_COLUMNS)
+
+
+@runs_app.command("show")
+@cli_errors
+def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
+    """One run: how it ended and why, its losses, its settings."""
+    with _reader() as reader:
+        row = reader.get_run(_named(run, last))
+        data = _run_data(reader, row)
+        data["held_out_losses"] = judged_losses(reader.metrics(row.run_id))
+        data["adapter"] = _adapter_directory(row.run_id) if _adapter_directory(row.run_id).is_dir() else None
+        data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
+        data |= {"ended_at": row.ended_at, "config": row.config}
+    emit(data, output)
+
+
+@rounds_app.command("list")
+@cli_errors
+def list_rounds(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
+    """Every attempt at every round of a run. The held-out loss is that of the adapter which the round committed."""
+    with _reader() as reader:
+        row = reader.get_run(_named(run, last))
+        rows = [_round_data(reader, attempt) for attempt in reader.rounds(row.run_id)]
+    emit(rows, output, columns=ROUND_COLUMNS, title=f"run {row.run_id}: {row.status}")
+
+
+@adapter_app.command("export")
+@cli_errors
+def export(
+    run: RunArgument = None,
+    last: LastOption = False,
+    number: Annotated[
+        int | None, typer.Option("--round", min=0, help="The adapter of this round; 0 is the first one.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The adapter with the lowest held-out loss.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory to write; default: HOME/runs/RUN/adapter.")] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Write a committed adapter, by default the newest, as a directory that stock PEFT loads."""
+    from orchestrator.export import export_adapter
+    from storage.artifacts import ArtifactStore
+
+    if best and number is not None:
+        raise ConfigError("--best and --round both choose an adapter; give one of them")
+    with _reader() as reader:
+        row = reader.get_run(_named(run, last))
+        chosen = row.committed_rounds if number is None else number
+        if best:
+            chosen = _best(reader, row)
+        directory = (out or _adapter_directory(row.run_id)).absolute()
+        export = export_adapter(reader, ArtifactStore(artifacts_dir()), row, chosen, directory)
+    emit(export, output)
+    talk(f"check it with: trunkline adapter verify {directory}")
+
+
+@adapter_app.command("verify")
+@cli_errors
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An exported adapter.")],
+    model: Annotated[
+        str | None, typer.Option(help="The whole base model; default: the one that the export names.")
+    ] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Load an adapter with stock PEFT in a fresh process; fail unless it is what was trained."""
+    from orchestrator.verification import verify_adapter
+    from storage.artifacts import ArtifactStore
+
+    with _reader() as reader:
+        found = verify_adapter(directory.absolute(), model, reader, ArtifactStore(artifacts_dir()))
+    if output is OutputFormat.TABLE:
+        emit(found.findings, output, columns=("check", "ok", "found"), title=f"adapter {found.adapter_sha256[:12]}")
+    else:
+        emit({"ok": found.ok, "adapter": found.adapter, "model": found.model, "committed": found.committed,
+              "adapter_sha256": found.adapter_sha256, "findings": found.findings}, output)  # fmt: skip
+    if not found.committed:
+        talk("note: this machine's database does not know the run; hashes were compared with the export's record only")
+    if not found.ok:
+        talk(f"error: {directory} is not what was trained: " + _failed_checks(found.findings))
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+@cli_errors
+def show_config(
+    project: Annotated[Path, typer.Argument(help="A project directory.")] = Path(),
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every setting, with the place it comes from.")] = False,
+    run_config: Annotated[list[str] | None, typer.Option("--run-config", help="key=value ..., as of a run.")] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """What a run of a project would be set to; without --resolved only what is not the default."""
+    from contract.config import RunConfig
+    from orchestrator.settings import parse_overrides, resolve_settings
+
+    settings = resolve_settings(project, parse_overrides(run_config or []))
+    defaults = RunConfig.from_flower({}).to_flower()
+    shown = [setting for setting in settings if resolved or setting.value != defaults[setting.key]]
+    emit(shown, output, columns=("key", "value", "origin"))
+
+
+@contextmanager
+def _reader() -> Iterator[Reader]:
+    from storage.store import open_reader
+
+    reader = open_reader()
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _named(run: str | None, last: bool) -> str:
+    if (run is None) != last:
+        raise ConfigError("name one run: RUN or --last" + (", not both" if last else ""))
+    return run or "last"
+
+
+def _adapter_directory(run_id: str) -> Path:
+    return home_dir() / "runs" / run_id / "adapter"
+
+
+def _best(reader: Reader, run: RunRow) -> int:
+    best = best_version(judged_losses(reader.metrics(run.run_id)))
+    if best is None:
+        raise StorageError(f"no adapter of run {run.run_id} was judged on held-out text; choose one with --round")
+    return best
+
+
+def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
+    losses = judged_losses(reader.metrics(run.run_id))
+    return {
+        "run_id": run.run_id,
+        "status": run.status,
+        "reason": run.reason,
+        "mode": run.mode,
+        "rounds": f"{run.committed_rounds}/{run.config.get('num-rounds', '?')}",
+        "held_out_loss": losses.get(run.committed_rounds),
+        "best_round": best_version(losses),
+        "created_at": run.created_at.replace(microsecond=0),
+    }
+
+
+def _round_data(reader: Reader, attempt: RoundRow) -> dict[str, Any]:
+    taking_part = [
+        row for row in reader.participations(attempt.run_id, attempt.number) if row.attempt == attempt.attempt
+    ]
+    metrics = reader.metrics(attempt.run_id)
+    told = {
+        row.name: row.value
+        for row in metrics
+        if (row.number, row.attempt, row.node_id) == (attempt.number, attempt.attempt, None)
+    }
+    training_s = attempt.phase_seconds.get("training")
+    return {
+        "round": attempt.number,
+        "attempt": attempt.attempt,
+        "status": attempt.status,
+        "phase": attempt.phase,
+        "clients": f"{sum(row.status == 'trained' for row in taking_part)}/{len(taking_part)}",
+        "train_loss": told.get("train_loss"),
+        "held_out_loss": judged_losses(metrics).get(attempt.number) if attempt.status == "committed" else None,
+        "tokens": attempt.trained_tokens or attempt.tokens,
+        "tokens_per_s": attempt.trained_tokens / training_s if training_s else None,
+        "wire_mb": (attempt.received_bytes + attempt.sent_bytes) / 1e6,
+        "seconds": attempt.seconds,
+        "phase_seconds": attempt.phase_seconds,
+        "reason": attempt.reason,
+        "participations": taking_part,
+    }
+
+
+def _failed_checks(findings: Any) -> str:
+    return "; ".join(f"{finding.check} ({finding.found})" for finding in findings if not finding.ok)

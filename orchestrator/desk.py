@@ -1,0 +1,50 @@
+"""What a run works with, all of it given, so that a test can give another clock, grid or trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from contract.config import RunConfig
+from contract.records import RoundKey, RoundProgress
+from orchestrator.adapters import ClientPart
+from orchestrator.exchange import Clock, Exchange
+from orchestrator.trunk import TrunkAverage
+from storage.artifacts import ArtifactStore
+from storage.store import Store
+
+
+class RunTrunk(Protocol):
+    """What a run asks of the trunk; `orchestrator.trunk.Trunk` is the one on the wire."""
+
+    def put_adapter(self, data: bytes) -> str: ...
+
+    def get_adapter(self, sha256: str) -> bytes: ...
+
+    def progress(self, key: RoundKey) -> RoundProgress: ...
+
+    def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts and the time."""
+
+    run_id: str
+    config: RunConfig
+    exchange: Exchange
+    trunk: RunTrunk
+    store: Store
+    artifacts: ArtifactStore
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A committed adapter: its number, its client part's values, and the ids of both parts."""
+
+    number: int
+    client: ClientPart
+    client_sha256: str
+    trunk_sha256: str

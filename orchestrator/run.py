@@ -1,0 +1,150 @@
+"""A run, from its settings to its exported adapter."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from contract.config import ConfigValue, RunConfig
+from contract.errors import TrunklineError
+from orchestrator.adapters import ClientPart, draw_first_adapter
+from orchestrator.base_model import BaseModel, find_model
+from orchestrator.desk import Desk, Version
+from orchestrator.exchange import Clock, Exchange, MessageGrid
+from orchestrator.export import Export, export_adapter, record_structure
+from orchestrator.metrics import best_version, has_stalled, judged_losses
+from orchestrator.round import judge_last, play_round
+from orchestrator.trunk import Trunk, require_served
+from storage.artifacts import ArtifactStore
+from storage.records import RunMode
+from storage.store import Store
+
+log = logging.getLogger("trunkline.orchestrator")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run is started with.
+
+    `runs_dir` receives RUN_ID/adapter; `at_exit` registers what must still be done when a signal ends the process.
+    """
+
+    values: Mapping[str, ConfigValue]
+    flower_run_id: str
+    mode: RunMode
+    grid: MessageGrid
+    store: Store
+    artifacts: ArtifactStore
+    runs_dir: Path
+    clock: Clock
+    at_exit: Callable[[Callable[[], None]], None] = lambda ending: None
+
+
+def conduct(start: Start) -> Export:
+    """Conduct one run to its end and return its exported adapter.
+
+    However it ends, SQL then holds how and why, and what ended it is raised.
+    """
+    run_id = new_run_id(datetime.now(UTC))
+    with _refusal_recorded(start, run_id):
+        config = RunConfig.from_flower(start.values)
+        model = find_model(config.model)
+        trunk = Trunk(config.trunk_address)
+        served = trunk.describe()
+        require_served(config, served, model.fingerprint, trunk.address)
+    start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
+    desk = Desk(run_id, config, Exchange(start.grid, start.clock), trunk, start.store, start.artifacts, start.clock)
+    with _end_recorded(start, run_id) as ending:
+        log.info("run %s: %d rounds of %s, trunk at %s", run_id, config.num_rounds, config.aggregation, trunk.address)
+        version = first_version(desk, model)
+        while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
+            version = play_round(desk, version)
+        if config.eval_fraction:
+            judge_last(desk, version)
+        ending.reason = _told_end(desk, version)
+        export = export_adapter(
+            start.store,
+            start.artifacts,
+            start.store.get_run(run_id),
+            version.number,
+            start.runs_dir / run_id / "adapter",
+        )
+    trunk.close()
+    log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
+    return export
+
+
+def first_version(desk: Desk, model: BaseModel) -> Version:
+    """Draw version 0 from the seed, keep both parts, and give the trunk its own."""
+    first = draw_first_adapter(desk.config, model.directory)
+    client_sha256, trunk_sha256 = desk.artifacts.put(first.client), desk.artifacts.put(first.trunk)
+    desk.trunk.put_adapter(first.trunk)
+    record_structure(desk.store, desk.run_id, first.spec)
+    desk.store.add_adapter_version(desk.run_id, 0, client_sha256, trunk_sha256)
+    return Version(0, ClientPart.from_bytes(first.client), client_sha256, trunk_sha256)
+
+
+def new_run_id(now: datetime) -> str:
+    """YYYYMMDD-HHMMSS-xxxx: sorts by time, and two runs of one second differ."""
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _losses(desk: Desk) -> dict[int, float]:
+    return judged_losses(desk.store.metrics(desk.run_id))
+
+
+def _told_end(desk: Desk, last: Version) -> str | None:
+    """Why the run ended as it did, where that is not just that its rounds were played."""
+    losses = _losses(desk)
+    best = best_version(losses)
+    told = []
+    if last.number < desk.config.num_rounds:
+        told.append(f"stopped early: no lower held-out loss in the last {desk.config.early_stopping_patience} rounds")
+    if best is not None and best != last.number:
+        told.append(f"round {best} has the lowest held-out loss ({losses[best]:.4f}); `adapter export --best` takes it")
+    return "; ".join(told) or None
+
+
+@contextmanager
+def _refusal_recorded(start: Start, run_id: str) -> Iterator[None]:
+    """Keep a run that cannot even start, so that `runs show --last` says why."""
+    try:
+        yield
+    except TrunklineError as error:
+        start.store.create_run(run_id, start.flower_run_id, dict(start.values), start.mode, "")
+        start.store.finish_run(run_id, "failed", str(error))
+        log.error("run %s failed: %s", run_id, error)
+        raise
+
+
+@dataclass(slots=True)
+class _Ending:
+    reason: str | None = None
+
+
+@contextmanager
+def _end_recorded(start: Start, run_id: str) -> Iterator[_Ending]:
+    """Give the run its end in SQL, whatever happens inside: finished, failed with the error, or stopped."""
+    start.at_exit(lambda: _stop(start.store, run_id))
+    ending = _Ending()
+    try:
+        yield ending
+    except Exception as error:
+        told = str(error) if isinstance(error, TrunklineError) else f"{type(error).__name__}: {error}"
+        start.store.finish_run(run_id, "failed", told)
+        log.error("run %s failed: %s", run_id, told)
+        raise
+    except BaseException:
+        _stop(start.store, run_id)
+        raise
+    start.store.finish_run(run_id, "finished", ending.reason)
+
+
+def _stop(store: Store, run_id: str) -> None:
+    if store.finish_run(run_id, "stopped", "the ServerApp was told to end"):
+        log.warning("run %s stopped", run_id)
