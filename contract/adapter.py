@@ -342,8 +342,8 @@ def write_export(
     """Write `tensors` (canonical names, both sides) as a directory that `PeftModel.from_pretrained` loads.
 
     It appears whole or not at all, over an earlier export only. The weights file is `to_bytes(tensors)`, so that its
-    SHA-256 is the adapter's id. `origin` (the run, the round, the cut, ...) goes into the record. Raises ConfigError where something else is in the way, StorageError where it cannot
-    be written.
+    SHA-256 is the adapter's id. `origin` (the run, the round, the cut, ...) goes into the record. Raises ConfigError
+    where something else is in the way, StorageError where it cannot be written.
     """
     target = Path(directory)
     if target.exists() and not (target / RECORD_FILE).is_file():

@@ -36,6 +36,7 @@ LAYER_ARGUMENTS = frozenset(
 
 
 _ROWS, _TOKENS = 2, 3  # of the dry run
+_proved: dict[str, LayerProbe] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,14 @@ def probe(config_dir: str | Path) -> LayerProbe:
 
 
 def probe_config(config: PretrainedConfig) -> LayerProbe:
-    """`probe` for a configuration that is already in hand."""
+    """`probe` for a configuration that is already in hand; a second call for an equal one costs nothing."""
+    key = f"{type(config).__qualname__} {config.to_json_string(use_diff=False)}"
+    if key not in _proved:
+        _proved[key] = _prove(config)
+    return _proved[key]
+
+
+def _prove(config: PretrainedConfig) -> LayerProbe:
     name = config.model_type
     cls = model_class(config)
     reasons = []

@@ -43,6 +43,7 @@ __all__ = [
     "TrunkPart",
     "attach_remote",
     "load_part",
+    "present_modules",
     "probe",
 ]
 
@@ -87,6 +88,15 @@ class AbsentModule(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_BTD
+
+
+def present_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that a part (or a whole model) really holds, stubs left out."""
+    return {
+        name
+        for name, module in unwrap(model).named_modules()
+        if not isinstance(module, (AbsentLayer, AbsentEmbedding, AbsentModule))
+    }
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

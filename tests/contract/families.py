@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+hf_logging.disable_progress_bar()
 
 VOCAB = 96
 TOKENS = 12
