@@ -140,7 +140,10 @@ def _bound_postgres_locks(connection: Any, record: Any) -> None:
 
 
 def _finite_json(value: object) -> str:
-    return json.dumps(value, allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"a value cannot be kept as JSON: {error}") from error
 
 
 def _one_line(error: BaseException) -> str:
