@@ -9,6 +9,8 @@ import http.client
 import json
 import os
 import re
+import socket
+import subprocess
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from trunkline.processes import Daemon, Supervisor
 START_LIMIT_S = 120.0
 SUBMIT_LIMIT_S = 180.0
 LOOPBACK = "127.0.0.1"
+CONNECTION = "trunkline"
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -120,17 +123,33 @@ def submit(
     supervisor: Supervisor, app: Path, superlink: SuperLinkAddress, federation_config: str | None = None
 ) -> Submission:
     """`flwr run` the staged `app`; raises ConnectionFailedError or RoundError where the SuperLink does not take it."""
-    home = supervisor.directory / "flwr-home"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "config.toml").write_text(_connection_file(superlink), encoding="utf-8")
-    argv = [str(scripts_dir() / "flwr"), "run", str(app), "trunkline", "--stream"]
-    if federation_config:
-        argv += ["--federation-config", federation_config]
     if not _listens(superlink.address):
         raise ConnectionFailedError(f"no SuperLink answers at {superlink.address}; start flower-superlink there first")
-    stream = supervisor.start("flwr-run", argv, {"FLWR_HOME": str(home)})
+    argv = [str(scripts_dir() / "flwr"), "run", str(app), CONNECTION, "--stream"]
+    if federation_config:
+        argv += ["--federation-config", federation_config]
+    stream = supervisor.start("flwr-run", argv, {"FLWR_HOME": str(_connection_home(supervisor, superlink))})
     supervisor.wait_for(lambda: _started_run(stream) is not None, stream, "the run", SUBMIT_LIMIT_S)
     return Submission(_started_run(stream) or "", stream)
+
+
+def end_status(supervisor: Supervisor, superlink: SuperLinkAddress, flower_run_id: str) -> tuple[str, str]:
+    """What Flower says of a run, such as ("finished:failed", its details); ("unknown", why) where it says nothing."""
+    argv = [str(scripts_dir() / "flwr"), "ls", "--run-id", flower_run_id, "--format", "json", CONNECTION]
+    home = str(_connection_home(supervisor, superlink))
+    asked = subprocess.run(
+        argv,
+        env={**supervisor.environment, "FLWR_HOME": home},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SUBMIT_LIMIT_S,
+    )
+    try:
+        run = json.loads(asked.stdout)["runs"][0]
+        return str(run["status"]), str(run["status-details"])
+    except (ValueError, LookupError, TypeError):
+        return "unknown", asked.stderr or asked.stdout
 
 
 def _started_run(stream: Daemon) -> str | None:
@@ -138,16 +157,18 @@ def _started_run(stream: Daemon) -> str | None:
     return found.group(1) if found else None
 
 
-def _connection_file(superlink: SuperLinkAddress) -> str:
-    lines = [
-        '[superlink]\ndefault = "trunkline"\n\n[superlink.trunkline]',
-        f"address = {json.dumps(superlink.address)}",
-    ]
-    if superlink.root_certificates is None:
-        lines.append("insecure = true")
-    else:
-        lines.append(f"root-certificates = {json.dumps(str(superlink.root_certificates))}")
-    return "\n".join(lines) + "\n"
+def _connection_home(supervisor: Supervisor, superlink: SuperLinkAddress) -> Path:
+    """A FLWR_HOME whose only connection is `superlink`: the user's own stays as it is."""
+    home = supervisor.directory / "flwr-home"
+    home.mkdir(parents=True, exist_ok=True)
+    certificates = superlink.root_certificates
+    trust = "insecure = true" if certificates is None else f"root-certificates = {json.dumps(str(certificates))}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f"address = {json.dumps(superlink.address)}\n{trust}\n",
+        encoding="utf-8",
+    )
+    return home
 
 
 def _quoted(key: str, value: str) -> str:
@@ -170,8 +191,6 @@ def _healthy(host: str, port: int) -> bool:
 
 
 def _listens(address: str) -> bool:
-    import socket
-
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

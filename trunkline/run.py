@@ -1,0 +1,104 @@
+"""`trunkline run`: a project's run, simulated here or on a SuperLink, watched to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from contract.config import RunConfig
+from contract.errors import ConfigError
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from storage.home import home_dir
+from storage.records import RunRow
+from trunkline.bundle import project_config
+from trunkline.flower import SuperLinkAddress, simulation_config, start_superlink
+from trunkline.watch import run_to_end
+from trunkline.workplace import cores, open_workplace, start_trunk
+
+app = typer.Typer()
+
+
+@app.command()
+@cli_errors
+def run(
+    project: Annotated[Path, typer.Argument(help="The project's directory, as `trunkline init` writes it.")] = Path(),
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="Settings over the project's: 'KEY=VALUE ...'.")
+    ] = None,
+    simulate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Simulate N clients on this machine, all started here.")
+    ] = None,
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Run on the SuperNodes of this SuperLink.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="CA of the SuperLink; without it no TLS is used.")
+    ] = None,
+    trunk: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A trunk that serves already; a simulation starts its own.")
+    ] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Run PROJECT and watch it; exits 0 when the run finished, 1 when it failed or was stopped."""
+    if (simulate is None) == (superlink is None):
+        raise ConfigError("say where to run: --simulate N for clients on this machine, or --superlink HOST:PORT")
+    overrides = [*(run_config or []), *([f'trunk-address="{trunk}"'] if trunk else [])]
+    config = project_config(project, overrides)
+    if simulate is not None:
+        emit(summary(run_simulated(config, simulate, own_trunk=trunk is None)), output)
+        return
+    certificates = root_certificates.absolute() if root_certificates else None
+    row = run_deployed(config, SuperLinkAddress(str(superlink), certificates))
+    if row is not None:
+        emit(summary(row), output)
+
+
+def run_simulated(config: RunConfig, clients: int, *, own_trunk: bool = True) -> RunRow:
+    """Run with `clients` virtual ones, a SuperLink and, unless told otherwise, a trunk started for it."""
+    for key, value in (("model", config.model), ("data", config.data)):
+        if not value:
+            raise ConfigError(f"{key} is not set; a simulation takes it from the project's settings or --run-config")
+    if config.quorum > clients:
+        raise ConfigError(
+            f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
+        )
+    talk(f"data: client 0 to {clients - 1} reads {config.data} with its number for {{partition}}")
+    workers = min(clients, cores())
+    with open_workplace(workers + 1) as workplace:
+        supervisor = workplace.supervisor
+        trunk = start_trunk(workplace, config, config.model) if own_trunk else None
+        superlink = start_superlink(supervisor, simulation=True)
+        needed = list(supervisor.daemons)
+        if trunk is not None:
+            config = config.model_copy(update={"trunk_address": trunk.address(supervisor)})
+        talk(f"trunk {config.trunk_address}, {clients} clients, {workers} at a time; the first round starts up slowly")
+        row = run_to_end(workplace, config, superlink, needed, simulation_config(clients, workers))
+        return require_row(row)
+
+
+def run_deployed(config: RunConfig, superlink: SuperLinkAddress) -> RunRow | None:
+    """Run on a SuperLink that is there; None where this machine does not see the database that the run writes to."""
+    talk("data: each SuperNode reads what its own node config names")
+    talk(f"trunk {config.trunk_address}, SuperLink {superlink.address}")
+    with open_workplace(1) as workplace:
+        return run_to_end(workplace, config, superlink)
+
+
+def require_row(row: RunRow | None) -> RunRow:
+    """The row of a run that wrote to this machine's database, as one started wholly here does."""
+    if row is None:
+        raise ConfigError("the run finished, but in another database than this one: unset TRUNKLINE_DATABASE_URL")
+    return row
+
+
+def summary(row: RunRow) -> dict[str, object]:
+    """What a person wants of a finished run."""
+    return {
+        "run": row.run_id,
+        "status": row.status,
+        "rounds": row.committed_rounds,
+        "adapter": home_dir() / "runs" / row.run_id / "adapter",
+        "note": row.reason,
+    }

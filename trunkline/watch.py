@@ -1,0 +1,120 @@
+"""Submit a run and watch it to its end, whatever the end is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from contract.config import RunConfig
+from contract.errors import RoundError, TrunklineError
+from contract.output import talk
+from storage.records import EndStatus, RunRow
+from storage.store import Store, open_store
+from trunkline.bundle import stage_app
+from trunkline.flower import Submission, SuperLinkAddress, end_status, submit
+from trunkline.live import display, read_standing
+from trunkline.processes import Daemon
+from trunkline.workplace import Workplace
+
+POLL_S = 0.25
+# A SuperLink elsewhere may write to a database that this machine does not see; then its log is what there is to show.
+UNSEEN_AFTER_S = 10.0
+COMPLETED = "finished:completed"
+
+
+def run_to_end(
+    workplace: Workplace,
+    config: RunConfig,
+    superlink: SuperLinkAddress,
+    needed: Sequence[Daemon] = (),
+    federation_config: str | None = None,
+) -> RunRow | None:
+    """Run the app with `config` on `superlink` and watch it: its row once it finished.
+
+    `needed` are the daemons started for it here, which end with it; with none the SuperLink is someone else's, and an
+    interrupted watch leaves the run going. None where the run finished without this machine's database knowing of it.
+    Raises RoundError with the reason of a run that did not finish.
+    """
+    app = stage_app(config, workplace.directory / "app")
+    with _opened_store() as store:
+        submission = submit(workplace.supervisor, app, superlink, federation_config)
+        watch = _Watch(workplace, store, submission, needed)
+        try:
+            row = watch.until_ended()
+        except KeyboardInterrupt:
+            watch.end_row("stopped", "interrupted where it was started")
+            if not needed:
+                talk(f"the run goes on; `flwr stop {submission.flower_run_id}` on its SuperLink ends it")
+            raise
+        except TrunklineError as error:
+            watch.end_row("failed", str(error))
+            raise
+        if row is None:
+            _require_completed(workplace, superlink, submission)
+        elif row.status != "finished":
+            raise RoundError(f"run {row.run_id} {row.status}: {row.reason or 'it left no reason'}")
+        return row
+
+
+@contextmanager
+def _opened_store() -> Iterator[Store]:
+    store = open_store()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@dataclass(slots=True)
+class _Watch:
+    workplace: Workplace
+    store: Store
+    submission: Submission
+    needed: Sequence[Daemon]
+    shown_characters: int = 0
+
+    def until_ended(self) -> RunRow | None:
+        """The run's row once it has ended, or None if Flower's run ended and SQL never knew of it."""
+        began = time.monotonic()
+        with display() as show:
+            while True:
+                streaming = self.submission.stream.alive()
+                standing = read_standing(self.store, self.submission.flower_run_id)
+                if standing is not None:
+                    show(standing)
+                    if standing.run.status != "running":
+                        return standing.run
+                if not streaming:
+                    self.end_row("failed", f"its ServerApp ended without a word: {self._last_words()}")
+                    return self.store.run_by_flower_id(self.submission.flower_run_id)
+                self.workplace.supervisor.check(self.needed)
+                if standing is None and not self.needed and time.monotonic() - began > UNSEEN_AFTER_S:
+                    self._show_log()
+                time.sleep(POLL_S)
+
+    def end_row(self, status: EndStatus, reason: str) -> None:
+        """Give the run its end in SQL where nobody is left to do so."""
+        row = self.store.run_by_flower_id(self.submission.flower_run_id)
+        if row is not None and (self.needed or status == "failed"):
+            self.store.finish_run(row.run_id, status, reason)
+
+    def _last_words(self) -> str:
+        return " ".join(self.submission.stream.last_lines(2).split()) or "no output"
+
+    def _show_log(self) -> None:
+        text = self.submission.stream.log_path.read_text(errors="replace")
+        whole_lines = text[: text.rfind("\n") + 1]
+        for line in whole_lines[self.shown_characters :].splitlines():
+            talk(line)
+        self.shown_characters = len(whole_lines)
+
+
+def _require_completed(workplace: Workplace, superlink: SuperLinkAddress, submission: Submission) -> None:
+    """Raise RoundError unless Flower says that the run, of which SQL knows nothing here, came to a good end."""
+    status, details = end_status(workplace.supervisor, superlink, submission.flower_run_id)
+    if status != COMPLETED:
+        said = details or submission.stream.last_lines(3)
+        raise RoundError(f"Flower's run {submission.flower_run_id} is {status}: {' '.join(said.split())}")
+    talk("finished; this machine's database knows nothing of the run: see `trunkline runs show` where the SuperLink is")
