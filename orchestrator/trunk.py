@@ -25,7 +25,7 @@ from contract.errors import (
 from contract.records import CutLayers, RoundKey, RoundProgress
 from contract.trunk_pb2_grpc import TrunkStub
 
-MAX_ADAPTER_BYTES = 8 << 30
+MAX_ADAPTER_BYTES = 1 << 30
 ANSWER_TIMEOUT_S = 10.0
 TRANSFER_TIMEOUT_S = 600.0
 
