@@ -18,6 +18,7 @@ from contract.errors import (
     DeadlineError,
     FrameError,
     FrameTooLargeError,
+    SessionError,
     TrunklineError,
     error_named,
 )
@@ -103,8 +104,8 @@ class FrameStream:
     def receive(self, kind: str) -> Any:
         """The body of the next frame, which must be of `kind` and no chunk.
 
-        Raises the trunk's own error, rebuilt; ConnectionFailedError when the stream broke; DeadlineError after the
-        time limit; FrameError when another kind came.
+        Raises the trunk's own error, rebuilt; ConnectionFailedError when the connection broke; SessionError when the
+        stream is over; DeadlineError after the time limit; FrameError when another kind came.
         """
         frame: ServerFrame = wire.parse_server_frame(self._next())
         got = frame.WhichOneof("body")
@@ -184,7 +185,7 @@ class FrameStream:
         if self._expired:
             return DeadlineError(f"the trunk at {self._address} did not answer within {self._timeout_s:g} s")
         if status in (None, grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
-            return ConnectionFailedError(f"the session with the trunk at {self._address} is over: start a new one")
+            return SessionError(f"the session with the trunk at {self._address} is over: start a new one")
         if status is grpc.StatusCode.UNAVAILABLE and _named(self._call) is None:
             return ConnectionFailedError(
                 f"the connection to the trunk at {self._address} broke ({_first_line(self._call)}): its session is "

@@ -83,6 +83,7 @@ class RemoteTrunk:
         """
         self.address = connection.address
         self.wire_log = connection.wire_log
+        self._connection = connection  # a channel that nobody holds closes itself
         self._codec = hello.codec
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes

@@ -27,7 +27,7 @@ from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
 from contract.records import CutLayers, Factor, LoraSpec, RoundKey
-from contract.trunk_pb2 import CloseReply, Hello
+from contract.trunk_pb2 import CloseReply, Hello, ModelAgreement
 
 _HEADER_BYTES = (1 << 10, 1 << 9)  # of an adapter's safetensors: fixed, and per tensor
 
@@ -88,7 +88,6 @@ def load_split_model(
     settings = SplitSettings(model_path, cut, dtype, attn_implementation, codec, device, timeout_s)
     check_codec(codec)
     connection = TrunkConnection(trunk_address, wire_log=WireLog(wire_log))
-    connection.describe()  # a wrong address shows before minutes of loading
     spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
     return open_split_model(settings, spec, connection, seed)
 
@@ -100,6 +99,9 @@ def open_split_model(
     directory = resolve_model(settings.model_path)
     found = probe(directory)
     settings.cut.check(found.layers)
+    agreement = wire.model_agreement(fingerprint(directory), settings.cut, settings.dtype, settings.attn_implementation)
+    # The trunk compares these too; here it shows before a large model is loaded for nothing.
+    wire.require_agreement(agreement, connection.describe().model)
     shapes = adapter.adapter_shapes(directory, spec)
     client_shapes, trunk_shapes = adapter.split_adapter(shapes, found, settings.cut)
     if isinstance(start, int):
@@ -123,7 +125,7 @@ def open_split_model(
     _refuse_long_sequences(model)
     trunk = RemoteTrunk(
         connection,
-        _hello(settings, trunk_spec(spec, found, settings.cut), trainable, start),
+        _hello(agreement, settings.codec, trunk_spec(spec, found, settings.cut), trainable, start),
         hidden_size=found.hidden_size,
         adapter_bytes=_size_limit(trunk_shapes),
         timeout_s=settings.timeout_s,
@@ -202,15 +204,9 @@ def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) ->
     return tensors
 
 
-def _hello(settings: SplitSettings, spec: LoraSpec, trainable: Factor, start: int | RoundStart) -> Hello:
+def _hello(agreement: ModelAgreement, codec: str, spec: LoraSpec, trainable: Factor, start: int | RoundStart) -> Hello:
     hello = Hello(
-        protocol=wire.PROTOCOL,
-        model=wire.model_agreement(
-            fingerprint(resolve_model(settings.model_path)), settings.cut, settings.dtype, settings.attn_implementation
-        ),
-        lora=wire.lora_to_wire(spec),
-        trainable=trainable,
-        codec=settings.codec,
+        protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable, codec=codec
     )
     if isinstance(start, int):
         hello.seed = start

@@ -1,0 +1,67 @@
+"""A tiny Llama with a tokenizer of its own, a trunk in another process, and rounds by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, PeftModel
+
+from clients.connection import TrunkConnection
+from clients.split_model import RoundStart, SplitSettings, closing_session, open_split_model
+from contract import adapter
+from contract.architecture import probe
+from contract.records import CutLayers, Factor, RoundKey
+from orchestrator.trunk import Trunk
+from tests.conftest import TrunkProcess
+from tests.contract.families import save_model
+from tests.contract.parity import Tensors
+
+CUT = CutLayers(1, 1)
+ALL_LINEAR = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("models") / "tiny llama")
+
+
+@pytest.fixture(scope="session")
+def trunk(trunk_process: Callable[..., TrunkProcess], llama_dir: Path) -> TrunkProcess:
+    """Serves the tiny Llama for all tests of this folder that leave it as it was."""
+    return trunk_process(llama_dir, CUT.head, CUT.tail)
+
+
+@contextmanager
+def opened(
+    model_dir: Path,
+    address: str,
+    cut: CutLayers,
+    tensors: Tensors,
+    lora: LoraConfig = ALL_LINEAR,
+    *,
+    attn_implementation: str = "sdpa",
+    key: RoundKey | None = None,
+    client_id: str = "client-1",
+    trainable: Factor = "AB",
+) -> Iterator[PeftModel]:
+    """A split model in a round that starts from `tensors`, as a client app opens it."""
+    spec = adapter.resolve_lora(model_dir, lora)
+    client, trunk_part = adapter.split_adapter(tensors, probe(model_dir), cut)
+    orchestrator = Trunk(address)
+    start = RoundStart(
+        key=key or RoundKey(re.sub(r"\W", "-", address), 1, 1),
+        client_id=client_id,
+        trainable=trainable,
+        client_vector=adapter.flatten(client, sorted(client)),
+        client_sha256=adapter.sha256_hex(adapter.to_bytes(client)),
+        trunk_sha256=orchestrator.put_adapter(adapter.to_bytes(trunk_part)),
+    )
+    orchestrator.close()
+    settings = SplitSettings(model_dir, cut, attn_implementation=attn_implementation)
+    model = open_split_model(settings, spec, TrunkConnection(address), start)
+    with closing_session(model):
+        yield model

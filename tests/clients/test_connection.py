@@ -1,0 +1,133 @@
+"""What a client is told when the trunk is not there, not the right one, goes away, or does not answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+
+import clients
+from clients.connection import TrunkConnection
+from contract import wire
+from contract.errors import AgreementError, ConfigError, ConnectionFailedError, DeadlineError, SessionError
+from contract.records import RoundKey
+from contract.trunk_pb2 import ClientFrame, Hello, Lora
+from tests.clients.conftest import ALL_LINEAR, CUT, opened
+from tests.conftest import TrunkProcess
+from tests.contract.families import batch, save_model
+from tests.contract.parity import trained_adapter
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def other_trunk(trunk_process: Callable[..., TrunkProcess], llama_dir: Path) -> Iterator[TrunkProcess]:
+    """One that the tests of this module may stop and kill."""
+    process = trunk_process(llama_dir, CUT.head, CUT.tail)
+    yield process
+    process.kill()
+
+
+def load(model_dir: Path, address: str, head: int = CUT.head, **more: object) -> PeftModel:
+    return clients.load_split_model(model_dir, address, head, CUT.tail, ALL_LINEAR, **more)  # type: ignore[arg-type]
+
+
+def test_nothing_listening_is_one_line_that_names_the_address(llama_dir: Path, free_port: int) -> None:
+    address = f"127.0.0.1:{free_port}"
+    started = time.monotonic()
+    with pytest.raises(ConnectionFailedError, match=rf"^no trunk answers at {address}: .*trunk serve") as caught:
+        load(llama_dir, address)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert time.monotonic() - started < 8
+
+
+def test_something_that_never_answers_is_given_up(llama_dir: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        connection = TrunkConnection(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout_s=0.5)
+        with pytest.raises(ConnectionFailedError, match="no trunk answers"):
+            connection.describe()
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "127.0.0.1:", ":50051", "127.0.0.1:http"])
+def test_an_address_must_be_host_and_port(address: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        TrunkConnection(address)
+
+
+def test_another_model_is_refused_with_both_fingerprints(trunk: TrunkProcess, tmp_path: Path) -> None:
+    other = save_model("llama", tmp_path / "other", seed=1)
+    served = TrunkConnection(trunk.address).describe().model.fingerprint
+    with pytest.raises(AgreementError, match=rf"^fingerprint is '\w+' at the client and '{served}' at the trunk$"):
+        load(other, trunk.address)
+
+
+def test_another_cut_is_refused_with_both_cuts(trunk: TrunkProcess, llama_dir: Path) -> None:
+    with pytest.raises(AgreementError, match="head_layers is 2 at the client and 1 at the trunk"):
+        load(llama_dir, trunk.address, head=2)
+
+
+def test_an_adapter_that_the_trunk_does_not_hold_is_refused_by_its_own_error(
+    trunk: TrunkProcess, llama_dir: Path
+) -> None:
+    connection = TrunkConnection(trunk.address)
+    stream = connection.open_stream(5.0)
+    hello = Hello(
+        protocol=wire.PROTOCOL,
+        model=connection.describe().model,
+        lora=Lora(rank=1, alpha=1.0),
+        adapter_sha256="0" * 64,
+        trainable="B",
+        codec="identity",
+    )
+    stream.send(ClientFrame(hello=hello))
+    with pytest.raises(SessionError, match=f"trunk at {trunk.address}: .*{'0' * 64}"):
+        stream.receive("welcome")
+
+
+def test_a_trunk_that_does_not_answer_ends_the_session_in_time(llama_dir: Path, other_trunk: TrunkProcess) -> None:
+    model = load(llama_dir, other_trunk.address, timeout_s=1.0)
+    loss = model(**batch().inputs()).loss
+    os.kill(other_trunk.process.pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match="did not answer within 1 s"):
+            loss.backward()
+        assert time.monotonic() - started < 5
+        with pytest.raises(DeadlineError):
+            model(**batch().inputs())
+    finally:
+        os.kill(other_trunk.process.pid, signal.SIGCONT)
+
+
+def test_a_trunk_that_dies_ends_the_session_and_nothing_reconnects(llama_dir: Path, other_trunk: TrunkProcess) -> None:
+    model = load(llama_dir, other_trunk.address)
+    model(**batch().inputs()).loss.backward()
+    other_trunk.kill()
+    with pytest.raises(ConnectionFailedError, match=f"{other_trunk.address} broke .* start a new one"):
+        model(**batch().inputs())
+    with pytest.raises((ConnectionFailedError, SessionError)):
+        model(**batch().inputs())
+
+
+def test_one_clients_session_does_not_end_anothers(llama_dir: Path, trunk: TrunkProcess) -> None:
+    tensors = trained_adapter(llama_dir, ALL_LINEAR)
+    key = RoundKey("neighbours", 1, 1)
+    with opened(llama_dir, trunk.address, CUT, tensors, key=key, client_id="a") as first:
+        with opened(llama_dir, trunk.address, CUT, tensors, key=key, client_id="b") as second:
+            expected = second(**batch().inputs()).loss
+            clients.split_model.remote_layers(first).trunk.abandon()
+            assert second(**batch().inputs()).loss == expected

@@ -1,0 +1,261 @@
+"""A split model is used as any PEFT model is; each way of using it is held against the un-split model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+import clients
+from clients.split_model import adapter_state
+from contract.adapter import adapter_parameters, adapter_shapes, initial_adapter, resolve_lora
+from contract.errors import (
+    CapacityError,
+    ConfigError,
+    DataError,
+    FrameError,
+    ModelError,
+    NonFiniteError,
+    SessionError,
+)
+from tests.clients.conftest import ALL_LINEAR, CUT
+from tests.conftest import TrunkProcess
+from tests.contract.families import Batch, batch
+from tests.contract.parity import Tensors, differences, reference, run
+
+SEED = 11
+
+
+@pytest.fixture
+def whole(llama_dir: Path) -> PeftModel:
+    return reference(llama_dir, ALL_LINEAR, first_adapter(llama_dir), "sdpa")
+
+
+@pytest.fixture
+def split(llama_dir: Path, trunk: TrunkProcess) -> Iterator[PeftModel]:
+    model = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, ALL_LINEAR, seed=SEED, timeout_s=20)
+    yield model
+    clients.split_model.remote_layers(model).trunk.abandon()
+
+
+def first_adapter(model_dir: Path, lora: LoraConfig = ALL_LINEAR) -> Tensors:
+    return initial_adapter(adapter_shapes(model_dir, resolve_lora(model_dir, lora)), SEED)
+
+
+def trainable(model: PeftModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def trained(model: PeftModel, *, clip: float = 0.0, steps: int = 3, accumulate: int = 2, **adamw: Any) -> Tensors:
+    """The adapter after some steps of the loop that everybody writes."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, **adamw)
+    for step in range(steps):
+        for part in range(accumulate):
+            given = batch("left", rows=2 + part, seed=10 * step + part)
+            (model(**given.inputs()).loss / accumulate).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model)
+
+
+def state(model: PeftModel) -> Tensors:
+    """The whole adapter, of a split model or of an un-split one."""
+    if any(isinstance(module, clients.split_model.RemoteLayers) for module in model.modules()):
+        return adapter_state(model)
+    return {name: value.detach().clone() for name, value in adapter_parameters(model).items()}
+
+
+def largest_difference(expected: Tensors, got: Tensors) -> float:
+    assert expected.keys() == got.keys()
+    return max(float((expected[name] - got[name]).abs().max()) for name in expected)
+
+
+def whole_gradients(model: PeftModel, given: Batch) -> Tensors:
+    return run(model, adapter_parameters(model), given)
+
+
+def split_gradients(model: PeftModel, given: Batch) -> Tensors:
+    model.zero_grad()
+    found = run(model, adapter_parameters(model), given)
+    return found | {f"grad {name}": grad for name, grad in clients.trunk_state(model, gradients=True).items()}
+
+
+def test_accumulated_steps_without_clipping_are_bitwise_equal(whole: PeftModel, split: PeftModel) -> None:
+    expected = trained(whole, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6)
+    assert differences(expected, trained(split, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6)) == []
+
+
+def test_clipping_acts_on_the_norm_over_client_and_trunk(whole: PeftModel, split: PeftModel, llama_dir: Path) -> None:
+    start = first_adapter(llama_dir)
+    expected, got = trained(whole, clip=0.05), trained(split, clip=0.05)
+    # The two norms are summed in another order, so the factors may differ in the last bit of a float32.
+    assert largest_difference(expected, got) < 1e-6
+    assert largest_difference(expected, start) > 1e-3
+
+
+def test_the_anchor_carries_the_trunks_gradient_norm(whole: PeftModel, split: PeftModel) -> None:
+    for seed in (1, 2):
+        for model in (whole, split):
+            model(**batch("none", seed=seed).inputs()).loss.backward()
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in trainable(model)]) for model in (whole, split)]
+    assert torch.allclose(norms[0], norms[1], rtol=1e-6)
+
+
+def test_two_calls_under_one_loss_add_up(whole: PeftModel, split: PeftModel) -> None:
+    for model in (whole, split):
+        losses = [model(**batch("right", seed=seed).inputs()).loss for seed in (1, 2, 3)]
+        (losses[0] + 2 * losses[1]).backward()
+        losses[2].backward()
+    got = {name: parameter.grad for name, parameter in adapter_parameters(split).items()}
+    got |= clients.trunk_state(split, gradients=True)
+    expected = {name: parameter.grad for name, parameter in adapter_parameters(whole).items()}
+    assert largest_difference(expected, got) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_bitwise_equal(whole: PeftModel, split: PeftModel, reentrant: bool) -> None:
+    expected = whole_gradients(whole, batch("left"))
+    for model in (split, whole):
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert differences(expected, split_gradients(split, batch("left"))) == []
+    assert differences(expected, whole_gradients(whole, batch("left"))) == []
+
+
+def test_bf16_autocast_is_bitwise_equal(whole: PeftModel, split: PeftModel) -> None:
+    plain = whole_gradients(whole, batch("left"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = whole_gradients(whole, batch("left"))
+        got = split_gradients(split, batch("left"))
+    assert differences(expected, got) == []
+    assert "loss" in differences(plain, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept_at_the_trunk(whole: PeftModel, split: PeftModel, mode: Any) -> None:
+    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    with mode():
+        kept = [split(**batch("right", seed=seed).inputs()).logits for seed in range(room + 2)]
+        expected = whole(**batch("right", seed=room + 1).inputs()).logits
+    assert torch.equal(kept[-1], expected)
+
+
+def test_generate_without_a_cache_equals_the_unsplit_model(whole: PeftModel, split: PeftModel) -> None:
+    given = {"input_ids": batch().input_ids[:, :4], "max_new_tokens": 5, "use_cache": False, "do_sample": False}
+    assert torch.equal(split.generate(**given), whole.generate(**given))
+
+
+def test_forwards_that_are_let_go_free_their_graphs(split: PeftModel) -> None:
+    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    for seed in range(room + 2):
+        split(**batch(seed=seed).inputs())
+    split(**batch().inputs()).loss.backward()
+
+
+def test_forwards_that_are_held_fill_the_trunk(split: PeftModel) -> None:
+    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    held = [split(**batch(seed=seed).inputs()).loss for seed in range(room)]
+    with pytest.raises(CapacityError, match=f"{room} forwards wait"):
+        split(**batch().inputs())
+    assert len(held) == room
+
+
+def test_an_overlong_sequence_is_refused_by_name(split: PeftModel) -> None:
+    with pytest.raises(DataError, match="65 tokens is longer than the model's max_position_embeddings, 64"):
+        split(**batch(tokens=65).inputs())
+    split(**batch(tokens=64).inputs()).loss.backward()
+
+
+def test_a_mask_that_is_not_binary_is_refused_by_name(split: PeftModel) -> None:
+    given = batch("left")
+    with pytest.raises(FrameError, match="attention_mask .* hold only 0 and 1"):
+        split(input_ids=given.input_ids, attention_mask=given.attention_mask * 2)
+    split(**given.inputs()).loss.backward()
+
+
+def test_activations_and_gradients_that_are_not_finite_are_refused_before_sending(split: PeftModel) -> None:
+    trunk = clients.split_model.remote_layers(split).trunk
+    head = adapter_parameters(split)
+    name = next(name for name in head if ".layers.0." in name and "lora_B" in name)
+    sent = trunk.wire_log.sent_bytes
+    with torch.no_grad():
+        head[name][0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="hidden states at the head cut"):
+        split(**batch().inputs())
+    assert trunk.wire_log.sent_bytes == sent
+    with torch.no_grad():
+        head[name].zero_()
+    loss = split(**batch().inputs()).loss
+    sent = trunk.wire_log.sent_bytes
+    with pytest.raises(NonFiniteError, match="gradient at the tail cut"):
+        (loss * float("nan")).backward()
+    assert trunk.wire_log.sent_bytes == sent
+    split(**batch().inputs()).loss.backward()
+
+
+def test_a_second_backward_through_one_graph_is_refused(split: PeftModel) -> None:
+    loss = split(**batch().inputs()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(SessionError, match="backward a second time through microbatch 1"):
+        loss.backward()
+
+
+def test_an_optimizer_that_the_trunk_cannot_follow_is_refused_before_it_moves(split: PeftModel) -> None:
+    for optimizer, reason in (
+        (torch.optim.SGD(trainable(split), lr=0.1), "optimizer is SGD"),
+        (torch.optim.AdamW(trainable(split), amsgrad=True), "amsgrad=True"),
+    ):
+        split(**batch().inputs()).loss.backward()
+        before = state(split)
+        with pytest.raises(ConfigError, match=reason):
+            optimizer.step()
+        assert differences(before, state(split)) == []
+
+
+def test_other_optimizers_in_the_process_are_left_alone(split: PeftModel) -> None:
+    other = torch.nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    torch.optim.SGD([other], lr=0.5).step()
+    assert other.tolist() == [0.5, 0.5]
+
+
+def test_gradients_left_over_from_before_a_step_are_refused(split: PeftModel) -> None:
+    optimizer = torch.optim.AdamW(trainable(split))
+    split(**batch().inputs()).loss.backward()
+    optimizer.step()
+    loss = split(**batch().inputs()).loss
+    with pytest.raises(ConfigError, match="optimizer.zero_grad"):
+        loss.backward()
+
+
+def test_autograd_grad_does_not_spoil_the_next_backward(whole: PeftModel, split: PeftModel) -> None:
+    probe = next(iter(adapter_parameters(split).values()))
+    torch.autograd.grad(split(**batch(seed=3).inputs()).loss, probe, allow_unused=True)
+    expected = whole_gradients(whole, batch("left"))
+    assert differences(expected, split_gradients(split, batch("left"))) == []
+    loss = split(**batch(seed=4).inputs()).loss
+    torch.autograd.grad(split(**batch(seed=3).inputs()).loss, probe, allow_unused=True)
+    with pytest.raises(ConfigError, match=r"torch.autograd.grad was called"):
+        loss.backward()
+
+
+def test_a_model_that_is_not_split_is_refused_by_name(whole: PeftModel) -> None:
+    with pytest.raises(ModelError, match="is not a split model"):
+        clients.trunk_state(whole)
+
+
+def test_close_answers_what_the_trunk_did(llama_dir: Path, trunk: TrunkProcess) -> None:
+    model = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, ALL_LINEAR)
+    model(**batch().inputs()).loss.backward()
+    reply = clients.close(model)
+    wire_log = clients.split_model.remote_layers(model).trunk.wire_log
+    assert reply.received_bytes == wire_log.sent_bytes
+    with pytest.raises(SessionError, match="session .* is over"):
+        model(**batch().inputs())
