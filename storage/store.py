@@ -329,7 +329,8 @@ def _settle_participations(session: Session, commit: RoundCommit) -> int:
     """Write each client's outcome as the commit says; answers the number of survivors."""
     row = schema.Participation
     of_attempt = (row.run_id == commit.run_id, row.number == commit.number, row.attempt == commit.attempt)
-    status = {node: was for node, was in session.execute(select(row.node_id, row.status).where(*of_attempt))}
+    recorded = session.scalars(select(row).where(*of_attempt))
+    status: dict[str, str] = {taken.node_id: taken.status for taken in recorded}
     survivors = set(commit.survivors)
     for node_id in sorted(survivors | {node for node, was in status.items() if was == "trained"}):
         if node_id not in survivors or status.get(node_id) not in ("invited", "trained"):

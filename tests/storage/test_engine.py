@@ -1,0 +1,122 @@
+"""URLs, disks and connections that cannot be used each give one clear error of our own."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from contract.errors import ConfigError, ConnectionFailedError, StorageError
+from storage import engine as engine_module
+from storage.engine import make_engine
+from storage.home import artifacts_dir, database_url, home_dir, network_filesystem
+from storage.store import open_store
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("no url at all", "TRUNKLINE_DATABASE_URL is no database URL"),
+        ("mysql://u:hunter2@host/db", r"TRUNKLINE_DATABASE_URL is mysql://u:\*\*\*@host/db; it must be sqlite"),
+        ("sqlite://", "it must name a file"),
+        ("sqlite:///:memory:", "it must name a file"),
+    ],
+)
+def test_an_impossible_url_is_refused_by_its_variable_and_without_its_password(url: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        make_engine(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_database_server_that_does_not_answer_is_a_connection_error() -> None:
+    with pytest.raises(
+        ConnectionFailedError, match=r"no database answers at postgresql\+psycopg://u:\*\*\*@"
+    ) as caught:
+        open_store("postgresql://u:hunter2@127.0.0.1:1/db")
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"cannot make {tmp_path / 'file'}"):
+        open_store(f"sqlite:///{tmp_path / 'file' / 'x.db'}")
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("this is no database, but text that is long enough to be read as a header" * 20)
+    with pytest.raises(StorageError, match=r"x\.db: file is not a database"):
+        open_store(f"sqlite:///{tmp_path / 'x.db'}")
+
+
+def test_sqlite_runs_in_wal_with_foreign_keys_and_durable_commits(tmp_path: Path) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path / 'x.db'}")
+    with engine.connect() as connection:
+        pragmas = {
+            name: connection.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "foreign_keys", "synchronous", "busy_timeout")
+        }
+    assert pragmas == {
+        "journal_mode": "wal",
+        "foreign_keys": 1,
+        "synchronous": 2,
+        "busy_timeout": engine_module.BUSY_TIMEOUT_S * 1000,
+    }
+    engine.dispose()
+
+
+def test_the_directory_is_made_for_its_owner_only(tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path / 'home' / 'x.db'}").close()
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+
+
+def test_home_follows_its_variable_and_the_database_lies_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "a b%20c ?#"
+    monkeypatch.setenv("TRUNKLINE_HOME", str(home))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    assert home_dir() == home
+    assert artifacts_dir() == home / "artifacts"
+    open_store().close()
+    assert (home / "trunkline.db").is_file()
+    monkeypatch.setenv("TRUNKLINE_DATABASE_URL", "postgresql://elsewhere/db")
+    assert database_url() == "postgresql://elsewhere/db"
+
+
+def test_home_is_a_hidden_directory_of_the_user_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRUNKLINE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home_dir() == tmp_path / ".trunkline"
+
+
+def mount_table(tmp_path: Path) -> Path:
+    table = tmp_path / "mounts"
+    table.write_text(
+        "/dev/sda1 / ext4 rw 0 0\nserver:/x /home nfs4 rw 0 0\n/dev/sdb1 /home/local ext4 rw 0 0\n"
+        "//nas/y /mnt/my\\040disk cifs rw 0 0\n",
+        encoding="utf-8",
+    )
+    return table
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/u/x.db", "nfs4"),
+        ("/home/local/x.db", None),
+        ("/var/x.db", None),
+        ("/mnt/my disk/x.db", "cifs"),
+        ("/homework/x.db", None),
+    ],
+)
+def test_a_network_disk_is_told_by_the_closest_mount(tmp_path: Path, path: str, kind: str | None) -> None:
+    assert network_filesystem(Path(path), mount_table(tmp_path)) == kind
+
+
+def test_sqlite_on_a_network_disk_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_module, "network_filesystem", lambda path: "nfs4")
+    with caplog.at_level(logging.WARNING, "trunkline.storage"):
+        make_engine(f"sqlite:///{tmp_path / 'x.db'}")
+    assert "lies on a network disk (nfs4)" in caplog.text
