@@ -64,7 +64,7 @@ def run_simulated(config: RunConfig, clients: int, *, own_trunk: bool = True) ->
         raise ConfigError(
             f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
         )
-    talk(f"data: client 0 to {clients - 1} reads {config.data} with its number for {{partition}}")
+    talk(f"data: simulated clients read {config.data}, where {{partition}} is their number, 0 to {clients - 1}")
     workers = min(clients, cores())
     with open_workplace(workers + 1) as workplace:
         supervisor = workplace.supervisor
