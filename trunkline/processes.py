@@ -51,6 +51,12 @@ class Daemon:
         lines = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(lines[-count:])
 
+    def last_words(self) -> str:
+        """Why it ended, as far as it said: its `error: ` line, or else the last lines, as one line."""
+        lines = self.last_lines().splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return " ".join(" ".join(errors[-1:] or lines[-3:]).split()) or "no output"
+
 
 @dataclass
 class Supervisor:
@@ -97,8 +103,7 @@ class Supervisor:
         """Raise RoundError with the end of its log if one of `daemons` (all, by default) is no longer running."""
         for daemon in self.daemons if daemons is None else daemons:
             if not daemon.alive():
-                said = daemon.last_lines(3) or "no output"
-                raise RoundError(f"{daemon.name} ended with code {daemon.process.wait()}: {said}")
+                raise RoundError(f"{daemon.name} ended with code {daemon.process.wait()}: {daemon.last_words()}")
 
     def wait_for(self, ready: Callable[[], bool], daemon: Daemon, what: str, limit_s: float) -> None:
         """Wait until `ready()`; RoundError if `daemon` ends first, DeadlineError after `limit_s` seconds."""

@@ -87,7 +87,7 @@ class _Watch:
                     if standing.run.status != "running":
                         return standing.run
                 if not streaming:
-                    self.end_row("failed", f"its ServerApp ended without a word: {self._last_words()}")
+                    self.end_row("failed", f"its ServerApp ended without a word: {self.submission.stream.last_words()}")
                     return self.store.run_by_flower_id(self.submission.flower_run_id)
                 self.workplace.supervisor.check(self.needed)
                 if standing is None and not self.needed and time.monotonic() - began > UNSEEN_AFTER_S:
@@ -99,9 +99,6 @@ class _Watch:
         row = self.store.run_by_flower_id(self.submission.flower_run_id)
         if row is not None and (self.needed or status == "failed"):
             self.store.finish_run(row.run_id, status, reason)
-
-    def _last_words(self) -> str:
-        return " ".join(self.submission.stream.last_lines(2).split()) or "no output"
 
     def _show_log(self) -> None:
         text = self.submission.stream.log_path.read_text(errors="replace")
@@ -115,6 +112,6 @@ def _require_completed(workplace: Workplace, superlink: SuperLinkAddress, submis
     """Raise RoundError unless Flower says that the run, of which SQL knows nothing here, came to a good end."""
     status, details = end_status(workplace.supervisor, superlink, submission.flower_run_id)
     if status != COMPLETED:
-        said = details or submission.stream.last_lines(3)
-        raise RoundError(f"Flower's run {submission.flower_run_id} is {status}: {' '.join(said.split())}")
+        said = " ".join(details.split()) or submission.stream.last_words()
+        raise RoundError(f"Flower's run {submission.flower_run_id} is {status}: {said}")
     talk("finished; this machine's database knows nothing of the run: see `trunkline runs show` where the SuperLink is")
