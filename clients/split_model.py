@@ -147,14 +147,15 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(tensors)}
 
 
-def export_adapter(model: nn.Module, directory: str | Path) -> Path:
+def export_adapter(model: nn.Module, directory: str | Path, *, base_model: str | None = None) -> Path:
     """Joins the client's and its trunk session's halves into one stock PEFT adapter for the whole model.
 
-    `PeftModel.from_pretrained(whole_model, directory)` loads it. Raises SessionError or ConnectionFailedError when the
-    session is over.
+    `PeftModel.from_pretrained(whole_model, directory)` loads it. It names `base_model` as its base, or else the path
+    that this model was loaded from. Raises SessionError or ConnectionFailedError when the session is over, ConfigError
+    and StorageError when the directory cannot be written.
     """
     layers = remote_layers(model)
-    return adapter.write_export(directory, adapter_state(model), layers.spec, layers.base_model_name)
+    return adapter.write_export(directory, adapter_state(model), layers.spec, base_model or layers.base_model_name)
 
 
 def close(model: nn.Module, *, trained_tokens: int = 0, contribute: bool = False) -> CloseReply:
