@@ -98,6 +98,7 @@ class AdapterSlots:
     """The slots of one shared trunk model. `model` gets PEFT's wrappers in place."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self._modules = dict(model.named_modules())
         self._hidden_size = int(model.config.hidden_size)
         self._peft = add_lora(model, _NO_TARGETS, "none")
@@ -180,6 +181,7 @@ class AdapterSlots:
             if name in self._peft.peft_config:
                 self._peft.delete_adapter(name)
             raise
+        self._model.train(self._model.training)  # PEFT's new modules start in training mode, whatever the model's is
         placeholders = adapter_parameters(self._peft, name)
         canonical = {id(parameter): name for name, parameter in placeholders.items()}
         places = {

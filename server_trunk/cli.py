@@ -126,10 +126,11 @@ def split(
     rows = [
         {
             "part": part,
-            "size_mb": round(sizes[part] / 1e6, 3),
+            "size_bytes": sizes[part],
+            "size": f"{sizes[part] / 1e6:,.2f} MB",
             "share": f"{100 * sizes[part] / whole:.1f} %",
             "path": str(out / part) if part != "whole" else model,
         }
         for part in ("client", "trunk", "whole")
     ]
-    emit(rows, output)
+    emit(rows, output, columns=("part", "size", "share", "path"))

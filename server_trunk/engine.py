@@ -86,7 +86,7 @@ class Engine:
         """What is served, in words."""
         first, last = self.cut.head, self.layers - self.cut.tail - 1
         return (
-            f"(layers {first} to {last} of {self.layers}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}, "
+            f"(layers {first} to {last} of {self.layers}, {self.parameters / 1e6:.3g} M parameters, {self.dtype}, "
             f"{self.attn_implementation}, {self.device}, {torch.get_num_threads()} threads)"
         )
 

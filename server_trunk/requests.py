@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_fro
 from server_trunk.contributions import check_name
 from server_trunk.engine import AUTOCAST, Graph
 
+_MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
 _FACTORS: dict[str, Factor] = {"A": "A", "B": "B", "AB": "AB"}
 
 
@@ -99,8 +99,8 @@ def read_step(step: pb.Step) -> tuple[AdamWSettings, float]:
         ("weight_decay", step.weight_decay),
         ("grad_scale", step.grad_scale),
     ):
-        if not math.isfinite(value) or value < 0:
-            raise FrameError(f"step.{name} is {value}; it must be finite and 0 or more")
+        if not 0 <= value <= _MAX_SETTING:
+            raise FrameError(f"step.{name} is {value}; it must be 0 to {_MAX_SETTING:g}")
     for name, value in (("beta1", step.beta1), ("beta2", step.beta2)):
         if not 0 <= value < 1:
             raise FrameError(f"step.{name} is {value}; it must be at least 0 and less than 1")

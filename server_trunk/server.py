@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -102,12 +103,11 @@ class TrunkServer:
             maximum_concurrent_rpcs=2 * options.max_sessions + _CONTROL_CALLS,
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
+        _require_free(self._host, self._port)
         try:
             port = self._server.add_insecure_port(f"{host}:{self._port}")
         except RuntimeError as error:
-            raise ListenError(
-                f"cannot listen on {options.listen}: the port is taken or not yours; name another, or 0 for a free one"
-            ) from error
+            raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
             engine = await self._compute.run(self._load)
         except BaseException:
@@ -138,12 +138,12 @@ class TrunkServer:
             await asyncio.sleep(_DRAIN_POLL_S)
         if self._table.taken:
             logger.warning("%d sessions were still open and are cut off", self._table.taken)
-        self._servicer.hang_up()
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop at once and give the threads back."""
+        """Cut off what is open with UNAVAILABLE and give the threads back."""
         self._sweeper.cancel()
+        self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
         self._compute.close()
         self._disk.close()
@@ -167,6 +167,20 @@ class TrunkServer:
             freed = self._table.sweep()
             if freed:
                 logger.info("freed %d graphs that waited too long for their backward", freed)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise ListenError with the system's reason; gRPC itself would tell it to the log only."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {host}:{port}: {error.strerror}; name another port, or 0 for a free one"
+            ) from error
 
 
 def _transport_options() -> list[tuple[str, Any]]:

@@ -10,8 +10,16 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from contract import trunk_pb2 as pb
-from contract.adapter import adapter_parameters, add_lora, from_bytes, load_adapter_, resolve_lora, split_adapter
-from contract.adapter import sha256_hex, to_bytes
+from contract.adapter import (
+    adapter_parameters,
+    add_lora,
+    from_bytes,
+    load_adapter_,
+    resolve_lora,
+    sha256_hex,
+    split_adapter,
+    to_bytes,
+)
 from contract.architecture import probe
 from contract.partition import attach_remote, load_part
 from contract.records import CutLayers
