@@ -17,7 +17,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 256 * 1024 * 1024
 
 # safetensors' own names; the size is in bytes per element.
-_NAMES_BY_SIZE = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2"}
+_NAMES_BY_SIZE = {8: "F64 I64", 4: "F32 I32", 2: "F16 BF16 I16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2"}
 DTYPE_SIZES = {name: size for size, names in _NAMES_BY_SIZE.items() for name in names.split()}
 
 
@@ -164,6 +164,18 @@ def _check_extent(tensor: StoredTensor, file_bytes: int) -> None:
         raise ModelError(f"{tensor.path.name}: {tensor.name} has {tensor.size} bytes for shape {tensor.shape}")
     if tensor.start + tensor.size > file_bytes:
         raise ModelError(f"{tensor.path} is truncated: {tensor.name} ends past the end of the file")
+
+
+def read_into(tensor: StoredTensor, buffer: memoryview) -> None:
+    """Fill `buffer` (of `tensor.size` bytes) from the file. Raises ModelError where the file ends too soon."""
+    with tensor.path.open("rb", buffering=0) as stream:
+        stream.seek(tensor.start)
+        filled = 0
+        while filled < tensor.size:
+            count = stream.readinto(buffer[filled:])
+            if not count:
+                raise ModelError(f"{tensor.path} is truncated: {tensor.name} ends past the end of the file")
+            filled += count
 
 
 def part_info(model_dir: str | Path) -> PartInfo | None:

@@ -8,6 +8,7 @@ subclass that prunes itself while still on the meta device, so that absent weigh
 from __future__ import annotations
 
 import inspect
+import mmap
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from contract.architecture import (
@@ -32,7 +33,7 @@ from contract.architecture import (
     unwrap,
 )
 from contract.errors import ConfigError, ModelError, UnsupportedModelError
-from contract.model_files import part_info, resolve_model, weight_files
+from contract.model_files import StoredTensor, part_info, read_into, resolve_model, stored_tensors
 from contract.records import CutLayers, Side
 
 __all__ = [
@@ -48,6 +49,21 @@ __all__ = [
 ]
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+GENERATION_FILE = "generation_config.json"
 
 
 class RemoteLayers(Protocol):
@@ -124,20 +140,22 @@ def load_part(
     found = probe_config(config)
     cut.check(found.layers)
     _check_part(directory, cut, side, dtype)
-    weight_files(directory)
+    weights = {tensor.name: _StoredWeight(tensor) for tensor in stored_tensors(directory)}
     config.use_cache = False
     part = _part_class(model_class(config), found, cut, side)
     with quiet_loading():
         try:
             model, report = part.from_pretrained(
-                directory,
+                None,
                 config=config,
+                state_dict=weights,
                 dtype=DTYPES[dtype],
                 attn_implementation=attn_implementation,
-                use_safetensors=True,
                 output_loading_info=True,
                 device_map=None if device == "cpu" else {"": device},
             )
+            if (directory / GENERATION_FILE).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(directory)
         # The loader's own errors are of many classes; each of them means this checkpoint cannot be loaded.
         except Exception as error:
             raise ModelError(f"{directory} cannot be loaded: {first_line(error)}") from error
@@ -145,7 +163,28 @@ def load_part(
         if report[kind]:
             raise ModelError(f"{directory} {problem} {_names(report[kind])} ({part.__name__}, {side} part)")
     model.generation_config.use_cache = False
+    model.config.name_or_path = str(directory)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+class _StoredWeight:
+    """A weight that the loader reads when it comes to it, by plain reads into memory of its own.
+
+    The loader's own way maps the files: pages of every dtype conversion then stay resident until the last weight is
+    in, and a file that changes later changes the model.
+    """
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self._stored = stored
+
+    def __getitem__(self, index: object) -> Tensor:
+        size, dtype = self._stored.size, STORED_DTYPES[self._stored.dtype]
+        if size == 0:
+            return torch.empty(self._stored.shape, dtype=dtype)
+        # Pages of its own, so that what is only read to be converted goes back whole, not to the allocator's heap.
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        read_into(self._stored, memoryview(pages))
+        return torch.frombuffer(pages, dtype=dtype).reshape(self._stored.shape)
 
 
 def check_attention(config: PretrainedConfig, attn_implementation: str) -> None:
