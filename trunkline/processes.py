@@ -3,16 +3,19 @@
 A `Supervisor` gives every process it starts a session of its own, a log file, and a marker in its environment that
 all descendants inherit. Stopping asks the processes to end, then kills whatever still carries the marker, descends
 from a started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no
-way out. The caller's Ctrl-C never reaches the children by itself, so the order of the stop is ours.
+way out. On Linux such orphans become this process's children, so that it can reap them. The caller's Ctrl-C never
+reaches the children by itself, so the order of the stop is ours.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ MARKER = "TRUNKLINE_SUPERVISOR"
 POLL_S = 0.05
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOG_TAIL_LINES = 12
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Supervisor:
 
     def __enter__(self) -> Supervisor:
         self.directory.mkdir(parents=True, exist_ok=True)
+        _adopt_orphans()
         return self
 
     def __exit__(
@@ -127,17 +132,25 @@ class Supervisor:
     def stop(self) -> None:
         """End the whole family: SIGTERM to each, then, after `grace_s` seconds, SIGKILL to all that remains."""
         with ignoring_signals():
-            remaining = self._send_until_gone(signal.SIGTERM, self.grace_s)
+            members: set[psutil.Process] = set()
+            remaining = self._send_until_gone(signal.SIGTERM, self.grace_s, members)
             if remaining:
                 log.info("killing %d processes that did not end by themselves", len(remaining))
-                remaining = self._send_until_gone(signal.SIGKILL, self.kill_s)
+                remaining = self._send_until_gone(signal.SIGKILL, self.kill_s, members)
             if remaining:
                 log.error("processes %s could not be killed", sorted(process.pid for process in remaining))
             for daemon in self.daemons:
                 daemon.process.poll()
+            for process in members - {*remaining}:
+                _reap(process.pid, limit_s=1.0)
 
-    def _send_until_gone(self, number: signal.Signals, limit_s: float) -> list[psutil.Process]:
-        """Send `number` once to each member, those that appear meanwhile too; answers who is left at the limit."""
+    def _send_until_gone(
+        self, number: signal.Signals, limit_s: float, members: set[psutil.Process]
+    ) -> list[psutil.Process]:
+        """Send `number` once to each member, those that appear meanwhile too; answers who is left at the limit.
+
+        All that were seen are added to `members`.
+        """
         deadline = time.monotonic() + limit_s
         told: set[psutil.Process] = set()
         while True:
@@ -146,6 +159,7 @@ class Supervisor:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
             told.update(remaining)
+            members.update(remaining)
             if not remaining or time.monotonic() > deadline:
                 return remaining
             time.sleep(POLL_S)
@@ -169,6 +183,23 @@ def _is_running(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def _adopt_orphans() -> None:
+    """Have the kernel give us the descendants whose parents end, where it can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _reap(pid: int, limit_s: float) -> None:
+    """Take the exit status of a child that we adopted; whoever has another parent is that one's to reap.
+
+    A process that was killed is gone from view a moment before it can be reaped.
+    """
+    deadline = time.monotonic() + limit_s
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
