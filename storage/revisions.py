@@ -91,15 +91,15 @@ def damage(engine: Engine) -> list[str]:
 
 
 def _revision(connection: Connection) -> str | None:
+    # Tables first: whoever makes them commits the revision with them, so a revision read later accounts for them.
+    ours = sorted(set(inspect(connection).get_table_names()) & set(schema.Base.metadata.tables))
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
     found = context.get_current_revision()
-    if found is None:
-        clash = sorted(set(inspect(connection).get_table_names()) & set(schema.Base.metadata.tables))
-        if clash:
-            raise SchemaError(
-                f"the database at {shown(connection.engine)} holds tables named {', '.join(clash)} that Trunkline did "
-                "not make: give it a database of its own"
-            )
+    if found is None and ours:
+        raise SchemaError(
+            f"the database at {shown(connection.engine)} holds tables named {', '.join(ours)} that Trunkline did not "
+            "make: give it a database of its own"
+        )
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Engine, func, select, update
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
@@ -103,14 +105,19 @@ class Store(Reader):
     def add_client(self, node_id: str, name: str | None = None) -> None:
         """Remember a client; once more changes nothing but its name, where one is given."""
         with self._writing() as session:
-            self._add_client(session, node_id, name)
+            self._add_clients(session, [node_id])
+            if name is not None:
+                session.execute(
+                    update(schema.Client).where(schema.Client.node_id == node_id).values(name=_storable(name))
+                )
 
-    def _add_client(self, session: Session, node_id: str, name: str | None = None) -> None:
-        known = session.get(schema.Client, node_id)
-        if known is None:
-            session.add(schema.Client(node_id=node_id, name=_storable(name), first_seen_at=self._clock()))
-        elif name is not None:
-            known.name = _storable(name)
+    def _add_clients(self, session: Session, node_ids: Iterable[str]) -> None:
+        insert = postgresql_insert if self._engine.dialect.name == "postgresql" else sqlite_insert
+        now = self._clock()
+        # Two runs may meet the same clients at once: in one order, or each could wait for the other.
+        rows = [{"node_id": node_id, "first_seen_at": now} for node_id in sorted(set(node_ids))]
+        if rows:
+            session.execute(insert(schema.Client).values(rows).on_conflict_do_nothing())
 
     def add_adapter_version(self, run_id: str, number: int, client_sha256: str, trunk_sha256: str) -> None:
         """Add the adapter that a run begins with, version 0. Later versions come by commit_round alone."""
@@ -152,13 +159,10 @@ class Store(Reader):
                 session.flush()  # only one open round fits
             attempt = before + 1
             session.add(_fresh_round(run_id, number, attempt, now))
-            for node_id in dict.fromkeys(cohort):
-                self._add_client(session, node_id)
+            self._add_clients(session, cohort)
             session.flush()
             key = {"run_id": run_id, "number": number, "attempt": attempt}
-            session.add_all(
-                schema.Participation(**key, node_id=node_id, status="invited") for node_id in dict.fromkeys(cohort)
-            )
+            session.add_all(schema.Participation(**key, node_id=node, status="invited") for node in set(cohort))
             return attempt
 
     def record_progress(
