@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from aggregation.rules import trainable_factor
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
-from clients.trainer import judge, train
+from clients.trainer import Judgement, judge, train
 from contract.adapter import (
     WEIGHTS_FILE,
     adapter_parameters,
@@ -41,10 +41,20 @@ from demo.settings import MODEL_DIR, RUN_CONFIG, SOURCES
 
 
 @dataclass(frozen=True, slots=True)
+class SiteLosses:
+    """What the base model and the federated adapter lose on one source's own held-out text of `tokens` tokens."""
+
+    source: str
+    tokens: int
+    base_loss: float
+    federated_loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Mean losses in nats per token over the union of the clients' held-out text, `tokens` in all.
 
-    `alone` holds the loss of each source's lone adapter; `solo_loss` is their mean.
+    `alone` holds the loss of each source's lone adapter; `solo_loss` is their mean. `sites` looks at each source alone.
     """
 
     base_loss: float
@@ -52,6 +62,7 @@ class Comparison:
     solo_loss: float
     alone: Mapping[str, float]
     tokens: int
+    sites: tuple[SiteLosses, ...]
 
     @property
     def federation_pays(self) -> bool:
@@ -76,14 +87,21 @@ def compare(
     spec = resolve_lora(config.model, run_lora(config))
     first = initial_adapter(adapter_shapes(config.model, spec), config.seed)
     model = add_lora(_whole_model(config), spec)
-    base_loss, tokens = _judge_union(model, first, sites, config)
-    federated_loss, _ = _judge_union(model, federated, sites, config)
+    before = _judge_each(model, first, sites, config)
+    after = _judge_each(model, federated, sites, config)
     alone: dict[str, float] = {}
     for source, site in sites.items():
         own = _train_alone(model, first, site, config, source)
-        alone[source], _ = _judge_union(model, own, sites, config)
+        alone[source] = _over_union(_judge_each(model, own, sites, config))
         tell(f"{source} alone: loss {alone[source]:.3f} on everybody's held-out text")
-    return Comparison(base_loss, federated_loss, sum(alone.values()) / len(alone), alone, tokens)
+    return Comparison(
+        base_loss=_over_union(before),
+        federated_loss=_over_union(after),
+        solo_loss=sum(alone.values()) / len(alone),
+        alone=alone,
+        tokens=sum(judgement.tokens for judgement in before.values()),
+        sites=tuple(SiteLosses(name, before[name].tokens, before[name].loss, after[name].loss) for name in sites),
+    )
 
 
 def _exported(directory: Path) -> dict[str, Tensor]:
@@ -115,25 +133,31 @@ def _train_alone(
     return {name: parameter.detach().clone() for name, parameter in live.items()}
 
 
-def _judge_union(
+def _judge_each(
     model: PeftModel, adapter: Mapping[str, Tensor], sites: Mapping[str, SiteData], config: RunConfig
-) -> tuple[float, int]:
-    """Loss per token over the rows by which each site judges adapters in a run, and their tokens."""
+) -> dict[str, Judgement]:
+    """By source: what `adapter` loses on the rows by which that site judges adapters in a run."""
     load_adapter_(model, adapter)
-    judged = [judge(model, site.heldout_rows, config) for site in sites.values()]
-    tokens = sum(judgement.tokens for judgement in judged)
-    return sum(judgement.loss * judgement.tokens for judgement in judged) / tokens, tokens
+    return {source: judge(model, site.heldout_rows, config) for source, site in sites.items()}
+
+
+def _over_union(judged: Mapping[str, Judgement]) -> float:
+    """Loss per token over all sites' rows."""
+    tokens = sum(judgement.tokens for judgement in judged.values())
+    return sum(judgement.loss * judgement.tokens for judgement in judged.values()) / tokens
 
 
 @cli_errors
 def main(
     adapter: Annotated[Path, typer.Argument(help="The exported adapter of a demo run.")],
     model: Annotated[Path, typer.Option(help="The whole base model.")] = MODEL_DIR,
+    clients: Annotated[int, typer.Option(min=1, help="How many clients the run had.")] = len(SOURCES),
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds it had.")] = int(RUN_CONFIG["num-rounds"]),
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Compare a demo run's adapter with what each client would get alone."""
-    config = RunConfig.from_flower({**RUN_CONFIG, "model": str(model)})
-    comparison = compare(adapter, config, SOURCES, talk)
+    config = RunConfig.from_flower({**RUN_CONFIG, "model": str(model), "num-rounds": rounds})
+    comparison = compare(adapter, config, SOURCES[:clients], talk)
     emit(comparison, output, title="Loss on everybody's held-out text")
 
 
