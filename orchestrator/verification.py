@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.errors import DeadlineError, ModelError, StorageError, error_named
-from contract.model_files import read_json
+from contract.model_files import read_json, resolve_model
 from contract.records import CutLayers
 from orchestrator.export import joined_sha256
 from storage.artifacts import ArtifactStore
@@ -62,6 +62,7 @@ def verify_adapter(directory: Path, model: str | None, reader: Reader, artifacts
     base_model = model or str(record.get("base_model", ""))
     if not base_model:
         raise ModelError(f"{directory} does not say what model it is for; name it with --model")
+    resolve_model(base_model)
     sql_findings, expected = _against_sql(origin, reader, artifacts)
     report = _in_fresh_process(directory, base_model, origin, expected)
     checked = [Finding(check["name"], check["ok"], check["found"]) for check in report["checks"]]
