@@ -69,8 +69,9 @@ def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: st
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    warmup_steps = math.ceil(config.warmup_ratio * steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, steps)
+    # Hugging Face's own "constant" would leave the warm-up out without a word.
+    kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
+    scheduler = get_scheduler(kind, optimizer, math.ceil(config.warmup_ratio * steps), steps)
     total, tokens = 0.0, 0
     for step, microbatches in enumerate(_steps(rows, config, key)):
         count = sum(predicted_tokens(batch) for batch in microbatches)
@@ -109,10 +110,10 @@ def _backward(model: nn.Module, batch: Batch, tokens: int, step: int) -> float:
     """Adds one microbatch's share of the gradient; answers its share of the step's mean loss."""
     loss: Tensor = model(**_on_device(batch, model)).loss
     if not torch.isfinite(loss):
-        raise NonFiniteError(f"the loss of training step {step + 1} is {float(loss)}: lower learning-rate")
+        raise NonFiniteError(f"the loss of training step {step + 1} is {float(loss.detach())}: lower learning-rate")
     share = loss * (predicted_tokens(batch) / tokens)
     share.backward()  # type: ignore[no-untyped-call]
-    return float(share)
+    return float(share.detach())
 
 
 def _clip(parameters: Sequence[Tensor], max_grad_norm: float, step: int) -> None:

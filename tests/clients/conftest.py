@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 from peft import LoraConfig, PeftModel
 
 from clients.connection import TrunkConnection
@@ -33,6 +34,13 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trunk(trunk_process: Callable[..., TrunkProcess], llama_dir: Path) -> TrunkProcess:
     """Serves the tiny Llama for all tests of this folder that leave it as it was."""
     return trunk_process(llama_dir, CUT.head, CUT.tail)
+
+
+@pytest.fixture
+def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name the Flower task that makes them."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 @contextmanager
