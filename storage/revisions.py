@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -19,6 +20,8 @@ from storage.engine import for_writing, shown
 VERSION_TABLE = "trunkline_schema"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x7472756E6B
+
+SchemaState = Literal["absent", "older", "current", "newer"]
 
 
 def head_revision() -> str:
@@ -37,6 +40,15 @@ def current_revision(engine: Engine) -> str | None:
         return _revision(connection)
 
 
+def state(found: str | None) -> SchemaState:
+    """How the revision of a database stands to this code's."""
+    if found is None:
+        return "absent"
+    if found == head_revision():
+        return "current"
+    return "older" if found in {script.revision for script in _scripts().walk_revisions()} else "newer"
+
+
 def prepare(engine: Engine) -> None:
     """Give an empty database the schema, and require this code's revision of any other."""
     if current_revision(engine) is None:
@@ -46,13 +58,14 @@ def prepare(engine: Engine) -> None:
 
 def require_current(engine: Engine) -> None:
     """Raise SchemaError unless the database's schema is this code's, StorageError where there is none yet."""
-    found, newest = current_revision(engine), head_revision()
+    found = current_revision(engine)
     if found is None:
         raise StorageError(f"there is no Trunkline database at {shown(engine)} yet; the first run makes it")
     _refuse_newer(engine, found)
-    if found != newest:
+    if state(found) == "older":
         raise SchemaError(
-            f"the schema of {shown(engine)} is revision {found}, this code needs {newest}: run `trunkline db upgrade`"
+            f"the schema of {shown(engine)} is revision {found}, this code needs {head_revision()}: "
+            "run `trunkline db upgrade`"
         )
 
 
@@ -104,8 +117,7 @@ def _revision(connection: Connection) -> str | None:
 
 
 def _refuse_newer(engine: Engine, found: str) -> None:
-    known = [script.revision for script in _scripts().walk_revisions()]
-    if found not in known:
+    if state(found) == "newer":
         raise SchemaError(
             f"the schema of {shown(engine)} is revision {found}, newer than this code's {head_revision()}: "
             "use the Trunkline that wrote it, or a later one"
