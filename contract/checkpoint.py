@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from contract.architecture import probe
-from contract.errors import ConfigError, ModelError
+from contract.errors import ConfigError, ModelError, StorageError
 from contract.model_files import (
     CONFIG_FILE,
     DTYPE_SIZES,
@@ -117,7 +117,7 @@ def write_parts(model_dir: str | Path, out_dir: str | Path, cut: CutLayers, dtyp
 
     The answer's keys are "client", "trunk" and "whole" (as written: client + trunk == whole). `dtype` ("float32" or
     "bfloat16") converts floating-point weights; None keeps theirs. Tokenizer files go with the client. Each directory
-    appears whole or not at all. Raises ConfigError (cut, dtype, a part is already there) and ModelError.
+    appears whole or not at all. Raises ConfigError (cut, dtype, a part is already there), ModelError and StorageError.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
@@ -171,7 +171,7 @@ def _write_part(source: Path, target: Path, tensors: Sequence[StoredTensor], inf
         staging.chmod(0o755)
         os.rename(staging, target)
     except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return size
