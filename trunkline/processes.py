@@ -43,6 +43,7 @@ class Daemon:
     name: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    told_characters: int = 0
 
     def alive(self) -> bool:
         """Whether it still runs. An ended process stays unreaped, so that its session's number is not used again."""
@@ -54,6 +55,12 @@ class Daemon:
         """The end of what it printed, without blank lines."""
         lines = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(lines[-count:])
+
+    def new_lines(self) -> list[str]:
+        """The whole lines that it printed since the last time it was asked."""
+        text = self.log_path.read_text(errors="replace")
+        told, self.told_characters = self.told_characters, text.rfind("\n") + 1
+        return text[told : self.told_characters].splitlines()
 
     def last_words(self) -> str:
         """Why it ended, as far as it said: its `error: ` line, or else the last lines, as one line."""

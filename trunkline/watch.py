@@ -73,7 +73,6 @@ class _Watch:
     store: Store
     submission: Submission
     needed: Sequence[Daemon]
-    shown_characters: int = 0
 
     def until_ended(self) -> RunRow | None:
         """The run's row once it has ended, or None if Flower's run ended and SQL never knew of it."""
@@ -91,7 +90,8 @@ class _Watch:
                     return self.store.run_by_flower_id(self.submission.flower_run_id)
                 self.workplace.supervisor.check(self.needed)
                 if standing is None and not self.needed and time.monotonic() - began > UNSEEN_AFTER_S:
-                    self._show_log()
+                    for line in self.submission.stream.new_lines():
+                        talk(line)
                 time.sleep(POLL_S)
 
     def end_row(self, status: EndStatus, reason: str) -> None:
@@ -99,13 +99,6 @@ class _Watch:
         row = self.store.run_by_flower_id(self.submission.flower_run_id)
         if row is not None and (self.needed or status == "failed"):
             self.store.finish_run(row.run_id, status, reason)
-
-    def _show_log(self) -> None:
-        text = self.submission.stream.log_path.read_text(errors="replace")
-        whole_lines = text[: text.rfind("\n") + 1]
-        for line in whole_lines[self.shown_characters :].splitlines():
-            talk(line)
-        self.shown_characters = len(whole_lines)
 
 
 def _require_completed(workplace: Workplace, superlink: SuperLinkAddress, submission: Submission) -> None:
