@@ -46,6 +46,17 @@ def make_engine(url: str) -> Engine:
     return engine
 
 
+@contextmanager
+def opened_engine(url: str) -> Iterator[Engine]:
+    """An engine as make_engine gives it for as long as the block runs, whose errors become ours."""
+    engine = make_engine(url)
+    try:
+        with storage_errors(engine):
+            yield engine
+    finally:
+        engine.dispose()
+
+
 def for_writing(engine: Engine) -> Engine:
     """The same engine, whose transactions take SQLite's write lock at their start: a reader that turns writer in the
     middle would fail at once instead of waiting its turn."""
