@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from contract.errors import ConfigError
 from contract.model_files import CONFIG_FILE, part_info
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """`fingerprint` is None where the directory holds no weights to take it from."""
+def find_model(model: str) -> Path:
+    """The directory that the run's setting `model` names: a whole checkpoint, a part, or config.json alone.
 
-    directory: Path
-    fingerprint: str | None
-
-
-def find_model(model: str) -> BaseModel:
-    """The model that the run's setting `model` names: a whole checkpoint, a part, or a directory with config.json.
-
-    Raises ConfigError where there is none, ModelError where its weights or its part's record are broken.
+    Raises ConfigError where there is none.
     """
     directory = Path(model).expanduser()
     if not model or not (directory / CONFIG_FILE).is_file():
@@ -28,11 +19,19 @@ def find_model(model: str) -> BaseModel:
             f"model is {model!r}; it must be the absolute path of a directory that holds {CONFIG_FILE}, "
             "as this orchestrator sees it"
         )
+    return directory
+
+
+def model_fingerprint(directory: Path) -> str | None:
+    """The model's fingerprint, or None where the directory holds no weights to take it from.
+
+    A whole checkpoint is read from end to end. Raises ModelError where it, or a part's record, is broken.
+    """
     info = part_info(directory)
     if info is not None:
-        return BaseModel(directory, info.fingerprint)
+        return info.fingerprint
     if not any(directory.glob("*.safetensors")):
-        return BaseModel(directory, None)
+        return None
     from contract.checkpoint import fingerprint
 
-    return BaseModel(directory, fingerprint(directory))
+    return fingerprint(directory)

@@ -26,6 +26,10 @@ RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run'
 LastOption = Annotated[bool, typer.Option("--last", help="The newest run.")]
 
 RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "created_at", "reason")
+SHOW_COLUMNS = (
+    *("run_id", "flower_run_id", "status", "reason", "mode", "rounds", "held_out_losses", "best_round"),
+    *("adapter", "model_fingerprint", "created_at", "ended_at"),
+)
 ROUND_COLUMNS = (
     *("round", "attempt", "status", "phase", "clients", "train_loss", "held_out_loss"),
     *("tokens", "tokens_per_s", "wire_mb", "seconds", "reason"),
@@ -63,7 +67,7 @@ def list_runs(
 @runs_app.command("show")
 @cli_errors
 def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
-    """One run: how it ended and why, its losses, its settings."""
+    """One run: how it ended and why, and its losses. `-o json` tells its settings too."""
     with _reader() as reader:
         row = reader.get_run(_named(run, last))
         data = _run_data(reader, row)
@@ -71,7 +75,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
         data["adapter"] = _adapter_directory(row.run_id) if _adapter_directory(row.run_id).is_dir() else None
         data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
         data |= {"ended_at": row.ended_at, "config": row.config}
-    emit(data, output)
+    emit(data, output, columns=SHOW_COLUMNS)
 
 
 @rounds_app.command("list")

@@ -71,6 +71,7 @@ def collect_updates(
     for node_id in cohort:
         if node_id not in got.metrics and node_id not in got.failures:
             record(node_id, "late", f"no answer, and no progress for {desk.config.round_timeout_s:g} s")
+    deadline.last_look()
     got.seen = deadline.seen
     return got
 

@@ -49,6 +49,13 @@ class ProgressDeadline:
         now = self._clock.monotonic()
         if now - self._looked < LOOK_EVERY_S:
             return
+        self._read_and_report(now)
+
+    def last_look(self) -> None:
+        """Read the trunk's counters once more, so that they are whole when the last client has answered."""
+        self._read_and_report(self._clock.monotonic())
+
+    def _read_and_report(self, now: float) -> None:
         self._looked = now
         seen = self._counters()
         if seen != self.seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from contract.config import ConfigValue, RunConfig
 from contract.errors import TrunklineError
 from orchestrator.adapters import ClientPart, draw_first_adapter
-from orchestrator.base_model import BaseModel, find_model
+from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
@@ -51,37 +51,33 @@ def conduct(start: Start) -> Export:
     However it ends, SQL then holds how and why, and what ended it is raised.
     """
     run_id = new_run_id(datetime.now(UTC))
-    with _refusal_recorded(start, run_id):
-        config = RunConfig.from_flower(start.values)
-        model = find_model(config.model)
-        trunk = Trunk(config.trunk_address)
-        served = trunk.describe()
-        require_served(config, served, model.fingerprint, trunk.address)
-    start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
-    desk = Desk(run_id, config, Exchange(start.grid, start.clock), trunk, start.store, start.artifacts, start.clock)
-    with _end_recorded(start, run_id) as ending:
+    with ExitStack() as held:
+        with _refusal_recorded(start, run_id):
+            config = RunConfig.from_flower(start.values)
+            model_dir = find_model(config.model)
+            trunk = held.enter_context(closing(Trunk(config.trunk_address)))
+            served = trunk.describe()
+        start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
+        exchange = Exchange(start.grid, start.clock)
+        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock)
+        ending = held.enter_context(_end_recorded(start, run_id))
         log.info("run %s: %d rounds of %s, trunk at %s", run_id, config.num_rounds, config.aggregation, trunk.address)
-        version = first_version(desk, model)
+        require_served(config, served, model_fingerprint(model_dir), trunk.address)
+        version = first_version(desk, model_dir)
         while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
             version = play_round(desk, version)
         if config.eval_fraction:
             judge_last(desk, version)
         ending.reason = _told_end(desk, version)
-        export = export_adapter(
-            start.store,
-            start.artifacts,
-            start.store.get_run(run_id),
-            version.number,
-            start.runs_dir / run_id / "adapter",
-        )
-    trunk.close()
+        directory = start.runs_dir / run_id / "adapter"
+        export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
 
 
-def first_version(desk: Desk, model: BaseModel) -> Version:
+def first_version(desk: Desk, model_dir: Path) -> Version:
     """Draw version 0 from the seed, keep both parts, and give the trunk its own."""
-    first = draw_first_adapter(desk.config, model.directory)
+    first = draw_first_adapter(desk.config, model_dir)
     client_sha256, trunk_sha256 = desk.artifacts.put(first.client), desk.artifacts.put(first.trunk)
     desk.trunk.put_adapter(first.trunk)
     record_structure(desk.store, desk.run_id, first.spec)

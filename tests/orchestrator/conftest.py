@@ -15,7 +15,6 @@ from contract.config import ConfigValue, RunConfig
 from contract.model_files import resolve_model
 from contract.records import CutLayers
 from orchestrator.adapters import ClientPart, draw_first_adapter
-from orchestrator.base_model import find_model
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Exchange
 from orchestrator.export import Export
@@ -105,7 +104,7 @@ class Bench:
         return Desk(run_id, self.config, exchange, trunk, self.store, self.artifacts, self.clock)
 
     def first(self, desk: Desk) -> Version:
-        version = first_version(desk, find_model(str(self.model)))
+        version = first_version(desk, self.model)
         self.tell_shapes(version.client)
         return version
 

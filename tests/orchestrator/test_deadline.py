@@ -110,3 +110,12 @@ def test_who_watches_is_told_of_each_change_once(clock: FakeClock) -> None:
         deadline.look()
         clock.sleep(1.0)
     assert told == [(0, 1), (1, 1)]
+
+
+def test_the_last_look_reads_at_once(clock: FakeClock) -> None:
+    trunk, told = Trunk(), list[int]()
+    deadline = ProgressDeadline(clock, 10.0, trunk.read, lambda seen, replies: told.append(seen.steps))
+    deadline.look()
+    trunk.seen = replace(trunk.seen, steps=7)
+    deadline.last_look()
+    assert (deadline.seen.steps, told) == (7, [7])

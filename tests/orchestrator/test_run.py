@@ -15,7 +15,7 @@ from flwr.app import Error, Message
 from contract import adapter
 from contract.config import ConfigValue
 from contract.errors import AgreementError, ConfigError, ConnectionFailedError, QuorumError, TrunklineError
-from orchestrator.base_model import find_model
+from orchestrator.base_model import model_fingerprint
 from orchestrator.run import conduct
 from orchestrator.trunk import Trunk
 from tests.orchestrator.conftest import Bench
@@ -130,8 +130,8 @@ def test_another_models_fingerprint_is_named_with_both_sides(make_bench: MakeBen
     bench = make_bench()
     other = save_llama(tmp_path / "other", seed=1)
     error = refused(bench, model=str(other))
-    assert f"model fingerprint is {find_model(str(other)).fingerprint} in this run and" in str(error)
-    assert str(find_model(str(bench.model)).fingerprint) in str(error)
+    assert f"model fingerprint is {model_fingerprint(other)} in this run and" in str(error)
+    assert str(model_fingerprint(bench.model)) in str(error)
 
 
 def test_a_configuration_alone_is_model_enough(make_bench: MakeBench, tmp_path: Path) -> None:
