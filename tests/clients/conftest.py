@@ -17,8 +17,8 @@ from contract import adapter
 from contract.architecture import probe
 from contract.records import CutLayers, Factor, RoundKey
 from orchestrator.trunk import Trunk
+from tests.clients.sites import save_site_model
 from tests.conftest import TrunkProcess
-from tests.contract.families import save_model
 from tests.contract.parity import Tensors
 
 CUT = CutLayers(1, 1)
@@ -27,7 +27,7 @@ ALL_LINEAR = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_typ
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("models") / "tiny llama")
+    return save_site_model(tmp_path_factory.mktemp("models") / "tiny llama")
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +36,13 @@ def trunk(trunk_process: Callable[..., TrunkProcess], llama_dir: Path) -> TrunkP
     return trunk_process(llama_dir, CUT.head, CUT.tail)
 
 
-@pytest.fixture
-def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def flower_task() -> Iterator[None]:
     """Messages name the Flower task that makes them."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_run_id", "_node_id", "_task_id"):
+            patch.setattr(TaskIdentity, name, 1)
+        yield
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from clients.data import batches, load_dataset, load_tokenizer, order_key
 from contract.adapter import adapter_parameters, is_factor, trainable_names
 from contract.config import RunConfig
 from contract.records import Factor
-from tests.clients.sites import Orchestrator, Site, Version, save_site_model, write_texts
+from tests.clients.sites import Orchestrator, Site, Version, write_texts
 from tests.conftest import TrunkProcess
 from tests.contract.parity import Tensors, reference
 
@@ -22,23 +21,13 @@ SITES, ROUNDS, STEPS, ROWS = 3, 2, 3, 2
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_site_model(tmp_path_factory.mktemp("federation") / "base model")
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_process: Callable[..., TrunkProcess], model_dir: Path) -> TrunkProcess:
-    return trunk_process(model_dir, 1, 1)
-
-
-@pytest.fixture(scope="module")
-def sites(model_dir: Path, trunk: TrunkProcess, tmp_path_factory: pytest.TempPathFactory) -> list[Site]:
+def sites(llama_dir: Path, trunk: TrunkProcess, tmp_path_factory: pytest.TempPathFactory) -> list[Site]:
     folder = tmp_path_factory.mktemp("site data")
     return [
         Site(
             node_id=100 + number,
             node_config={
-                "model": str(model_dir),
+                "model": str(llama_dir),
                 "data": str(write_texts(folder / f"site {number}.jsonl", rows=9 + 4 * number, seed=number)),
                 "trunk-address": trunk.address,
             },
@@ -121,9 +110,9 @@ def assert_within_the_bound(
 @pytest.mark.usefixtures("flower_task")
 @pytest.mark.parametrize("aggregation", ["ffa", "rolora", "fedavg"])
 def test_rounds_equal_fedavg_of_the_unsplit_adapter(
-    model_dir: Path, trunk: TrunkProcess, sites: list[Site], aggregation: str
+    llama_dir: Path, trunk: TrunkProcess, sites: list[Site], aggregation: str
 ) -> None:
-    orchestrator = Orchestrator(run_config(aggregation), model_dir, trunk.address, run=f"equals-{aggregation}")
+    orchestrator = Orchestrator(run_config(aggregation), llama_dir, trunk.address, run=f"equals-{aggregation}")
     version = orchestrator.first()
     chained = version.tensors()
     for number in range(1, ROUNDS + 1):
@@ -145,9 +134,9 @@ def test_rounds_equal_fedavg_of_the_unsplit_adapter(
 
 @pytest.mark.usefixtures("flower_task")
 def test_the_bound_would_see_one_client_weighted_wrongly(
-    model_dir: Path, trunk: TrunkProcess, sites: list[Site]
+    llama_dir: Path, trunk: TrunkProcess, sites: list[Site]
 ) -> None:
-    orchestrator = Orchestrator(run_config("ffa"), model_dir, trunk.address, run="weighted-wrongly")
+    orchestrator = Orchestrator(run_config("ffa"), llama_dir, trunk.address, run="weighted-wrongly")
     version = orchestrator.first()
     start = version.tensors()
     moved = orchestrator.round(version, sites)
