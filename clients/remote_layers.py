@@ -9,6 +9,7 @@ optimiser's step on the anchor is the trunk's step, with the settings of the anc
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class RemoteLayers(nn.Module):
         self.spec = spec
         self.base_model_name = base_model_name
         self.anchor = nn.Parameter(torch.zeros(1))
-        self.anchor.register_post_accumulate_grad_hook(self._settle)  # type: ignore[no-untyped-call]
+        # The collector does not look into a tensor's hooks: one that held this module would keep it for ever.
+        settle = weakref.WeakMethod(self._settle)
+        self.anchor.register_post_accumulate_grad_hook(lambda _: _call(settle))  # type: ignore[no-untyped-call]
         self._norm_told = 0.0  # what backward passes since the last reset have handed to the anchor, in all
         self._norm_settled = 0.0  # the anchor's gradient as autograd left it
         self._unsettled_pass = _NO_PASS  # the backward pass that handed over what is not in the anchor's gradient yet
@@ -88,9 +91,9 @@ class RemoteLayers(nn.Module):
         )
         self._stepped = True
 
-    def _settle(self, anchor: Tensor) -> None:
+    def _settle(self) -> None:
         self._unsettled_pass = _NO_PASS
-        self._norm_settled = float(anchor.grad) if anchor.grad is not None else 0.0
+        self._norm_settled = float(self.anchor.grad) if self.anchor.grad is not None else 0.0
 
 
 class _Cross(torch.autograd.Function):
@@ -143,6 +146,11 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for layers, group in _anchored(optimizer):
         layers.step(group)
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (alive := method()) is not None:
+        alive()
 
 
 def _is_zero(grad: Tensor | None) -> bool:

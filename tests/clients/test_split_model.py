@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel
 
 import clients
-from clients.split_model import adapter_state
+from clients.connection import TrunkConnection
+from clients.remote_layers import RemoteLayers
+from clients.split_model import adapter_state, remote_layers
 from contract.adapter import adapter_parameters, adapter_shapes, initial_adapter, resolve_lora
 from contract.errors import (
     CapacityError,
@@ -39,7 +44,7 @@ def whole(llama_dir: Path) -> PeftModel:
 def split(llama_dir: Path, trunk: TrunkProcess) -> Iterator[PeftModel]:
     model = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, ALL_LINEAR, seed=SEED, timeout_s=20)
     yield model
-    clients.split_model.remote_layers(model).trunk.abandon()
+    remote_layers(model).trunk.abandon()
 
 
 def first_adapter(model_dir: Path, lora: LoraConfig = ALL_LINEAR) -> Tensors:
@@ -66,7 +71,7 @@ def trained(model: PeftModel, *, clip: float = 0.0, steps: int = 3, accumulate: 
 
 def state(model: PeftModel) -> Tensors:
     """The whole adapter, of a split model or of an un-split one."""
-    if any(isinstance(module, clients.split_model.RemoteLayers) for module in model.modules()):
+    if any(isinstance(module, RemoteLayers) for module in model.modules()):
         return adapter_state(model)
     return {name: value.detach().clone() for name, value in adapter_parameters(model).items()}
 
@@ -140,7 +145,7 @@ def test_bf16_autocast_is_bitwise_equal(whole: PeftModel, split: PeftModel) -> N
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_kept_at_the_trunk(whole: PeftModel, split: PeftModel, mode: Any) -> None:
-    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    room = remote_layers(split).trunk.welcome.max_pending
     with mode():
         kept = [split(**batch("right", seed=seed).inputs()).logits for seed in range(room + 2)]
         expected = whole(**batch("right", seed=room + 1).inputs()).logits
@@ -153,14 +158,14 @@ def test_generate_without_a_cache_equals_the_unsplit_model(whole: PeftModel, spl
 
 
 def test_forwards_that_are_let_go_free_their_graphs(split: PeftModel) -> None:
-    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    room = remote_layers(split).trunk.welcome.max_pending
     for seed in range(room + 2):
         split(**batch(seed=seed).inputs())
     split(**batch().inputs()).loss.backward()
 
 
 def test_forwards_that_are_held_fill_the_trunk(split: PeftModel) -> None:
-    room = clients.split_model.remote_layers(split).trunk.welcome.max_pending
+    room = remote_layers(split).trunk.welcome.max_pending
     held = [split(**batch(seed=seed).inputs()).loss for seed in range(room)]
     with pytest.raises(CapacityError, match=f"{room} forwards wait"):
         split(**batch().inputs())
@@ -181,7 +186,7 @@ def test_a_mask_that_is_not_binary_is_refused_by_name(split: PeftModel) -> None:
 
 
 def test_activations_and_gradients_that_are_not_finite_are_refused_before_sending(split: PeftModel) -> None:
-    trunk = clients.split_model.remote_layers(split).trunk
+    trunk = remote_layers(split).trunk
     head = adapter_parameters(split)
     name = next(name for name in head if ".layers.0." in name and "lora_B" in name)
     sent = trunk.wire_log.sent_bytes
@@ -251,11 +256,27 @@ def test_a_model_that_is_not_split_is_refused_by_name(whole: PeftModel) -> None:
         clients.trunk_state(whole)
 
 
+def test_a_model_that_is_let_go_ends_its_session_and_leaves_nothing(llama_dir: Path, trunk: TrunkProcess) -> None:
+    connection = TrunkConnection(trunk.address)
+    before = connection.describe().open_sessions
+    model = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, ALL_LINEAR)
+    model(**batch().inputs()).loss.backward()
+    assert connection.describe().open_sessions == before + 1
+    left = [weakref.ref(kept) for kept in (model, remote_layers(model), remote_layers(model).trunk)]
+    del model
+    gc.collect()
+    assert [kept() for kept in left] == [None, None, None]
+    deadline = time.monotonic() + 10
+    while connection.describe().open_sessions != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert connection.describe().open_sessions == before
+
+
 def test_close_answers_what_the_trunk_did(llama_dir: Path, trunk: TrunkProcess) -> None:
     model = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, ALL_LINEAR)
     model(**batch().inputs()).loss.backward()
     reply = clients.close(model)
-    wire_log = clients.split_model.remote_layers(model).trunk.wire_log
+    wire_log = remote_layers(model).trunk.wire_log
     assert reply.received_bytes == wire_log.sent_bytes
     with pytest.raises(SessionError, match="session .* is over"):
         model(**batch().inputs())
