@@ -59,6 +59,14 @@ class SessionAdapter:
         self.trainable = {name: self.parameters[name] for name in sorted(trainable)}
         self._optimizer = torch.optim.AdamW(self.trainable.values()) if self.trainable else None
 
+    def release(self) -> None:
+        """Give the memory back now: an optimiser is part of a reference cycle and would wait for the collector."""
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+            self._optimizer.param_groups.clear()
+        self.trainable.clear()
+        self.parameters.clear()
+
     def reset_gradient(self) -> None:
         for parameter in self.trainable.values():
             parameter.grad = None
@@ -140,6 +148,7 @@ class AdapterSlots:
         if self._bound is adapter:
             self._unbind()
         adapter.slot.users -= 1
+        adapter.release()
 
     def bind(self, adapter: SessionAdapter) -> None:
         """Make the shared model compute with `adapter`'s own tensors."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+from torch import Tensor
 
 from contract import trunk_pb2 as pb
 from contract.adapter import from_bytes, sha256_hex
@@ -26,7 +27,7 @@ from contract.errors import (
 from contract.wire import CHUNK_BYTES, ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
 from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
-from server_trunk.conversation import Conversation, TrunkSession
+from server_trunk.conversation import Conversation
 from server_trunk.engine import Engine, Graph
 from server_trunk.requests import Opening, read_hello
 from server_trunk.sessions import SessionTable
@@ -154,31 +155,38 @@ class TrunkServicer:
         opening = read_hello(frame.hello, self._agreement)
         self._engine.check_lora(opening.spec)
         with self._table.place():
-            session = await self._open(opening)
+            adapter = await self._first_adapter(opening)
             try:
-                await Conversation(
-                    session,
-                    stream,
-                    self._engine,
-                    self._contributions,
-                    compute=self._compute,
-                    disk=self._disk,
-                    max_tokens=self._limits.max_tokens,
-                ).run()
+                await self._converse(opening, adapter, stream)
             finally:
-                self._table.close(session)
-                self._compute.submit(self._engine.close, session.adapter)
+                self._compute.submit(self._engine.close, adapter)
 
-    async def _open(self, opening: Opening) -> TrunkSession:
+    async def _first_adapter(self, opening: Opening) -> SessionAdapter:
+        first: Mapping[str, Tensor] | int
         if isinstance(opening.start, str):
             self._contributions.require_adapter(opening.start)
-            base_sha256 = opening.start
-            tensors = from_bytes(await self._disk.run(self._contributions.adapters.get, base_sha256))
-            adapter = await self._compute.run(self._engine.open, opening.spec, tensors, opening.factor)
+            first = from_bytes(await self._disk.run(self._contributions.adapters.get, opening.start))
         else:
-            adapter = await self._compute.run(self._engine.open, opening.spec, opening.start, opening.factor)
+            first = opening.start
+        return await self._compute.acquire(self._engine.open, self._engine.close, opening.spec, first, opening.factor)
+
+    async def _converse(self, opening: Opening, adapter: SessionAdapter, stream: FrameStream) -> None:
+        base_sha256 = opening.start
+        if not isinstance(base_sha256, str):
             base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
-        return self._table.open(opening.client_id, opening.round_key, base_sha256, opening.codec, adapter)
+        session = self._table.open(opening.client_id, opening.round_key, base_sha256, opening.codec, adapter)
+        try:
+            await Conversation(
+                session,
+                stream,
+                self._engine,
+                self._contributions,
+                compute=self._compute,
+                disk=self._disk,
+                max_tokens=self._limits.max_tokens,
+            ).run()
+        finally:
+            self._table.close(session)
 
     # ---- single requests -----------------------------------------------------------------------------------------
 

@@ -21,6 +21,18 @@ class Worker:
         """The answer of `function`, or what it raised. A cancelled wait leaves the call itself running."""
         return await asyncio.wrap_future(self._thread.submit(function, *args, **kwargs))
 
+    async def acquire(
+        self, function: Callable[P, T], release: Callable[[T], object], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `run`; when the wait is cancelled, `release` is called with the answer that nobody took."""
+        future = self._thread.submit(function, *args, **kwargs)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                self._thread.submit(lambda: release(future.result()))
+            raise
+
     def submit(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Run `function` after what is queued, with nobody waiting for it."""
         self._thread.submit(function, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +259,19 @@ def test_training_mode_reaches_the_trunk(serve_family: Callable[..., Any]) -> No
         assert torch.equal(*still)
         assert not torch.equal(*moving)
         assert torch.equal(session.forward(hidden, need_grad=False), still[0])
+
+
+def test_clients_at_the_same_time_get_what_each_would_alone(serve_family: Callable[..., Any]) -> None:
+    def train(client: RemoteClient, seed: int) -> bytes:
+        for step in range(4):
+            client.model(**batch("left", seed=100 * seed + step).inputs()).loss.backward()
+            client.session.step()
+        return client.session.read()
+
+    with serve_family("llama") as (directory, wire), ThreadPoolExecutor(4) as pool:
+        adapters = [trained_adapter(directory, ALL_LINEAR, seed) for seed in range(4)]
+        clients = [RemoteClient(wire, directory, ALL_LINEAR, adapter, CUT) for adapter in adapters * 2]
+        alone = [train(client, seed) for seed, client in enumerate(clients[:4])]
+        together = list(pool.map(train, clients[4:], range(4)))
+    assert together == alone
+    assert len(set(alone)) == 4
