@@ -144,12 +144,30 @@ def test_a_configuration_alone_is_model_enough(make_bench: MakeBench, tmp_path: 
 
 
 @pytest.mark.parametrize("model", ["", "some/model", "/nowhere"])
-def test_a_model_that_is_not_there_is_refused_by_its_key(make_bench: MakeBench, model: str) -> None:
+def test_a_model_that_is_not_there_is_refused_by_its_key(
+    make_bench: MakeBench, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = refused(make_bench(), model=model)
     assert isinstance(error, ConfigError)
     assert str(error).startswith(
         f"model is {model!r}; it must be the absolute path of a directory that holds config.json"
     )
+
+
+def test_of_a_hub_id_the_orchestrator_needs_the_configuration_alone(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench().tell_shapes_ahead()
+    fetched: list[tuple[str, ...]] = []
+
+    def download(*asked: str) -> str:
+        fetched.append(asked)
+        return str(bench.model / "config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    bench.conduct(model="some/model")
+    assert fetched == [("some/model", "config.json")]
 
 
 def test_an_unknown_key_is_refused_by_its_name(make_bench: MakeBench) -> None:
