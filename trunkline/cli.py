@@ -19,6 +19,7 @@ from contract.errors import TrunklineError
 from contract.output import EXIT_INTERRUPTED, report_error
 from trunkline import __version__
 
+COMPLETION_PARAMETERS = ("install_completion", "show_completion")
 START, WATCH, SERVE = "Start here", "Look", "Run a site"
 
 EXIT_CODES = (
@@ -63,6 +64,8 @@ class LazyCommand(TyperGroup):
         module, _, attribute = self.mount.target.partition(":")
         command = typer.main.get_command(getattr(importlib.import_module(module), attribute))
         command.name = self.name
+        # Typer gives every app these; they belong to the root alone.
+        command.params = [parameter for parameter in command.params if parameter.name not in COMPLETION_PARAMETERS]
         return command
 
     def make_context(

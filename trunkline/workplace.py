@@ -13,7 +13,7 @@ from pathlib import Path
 
 from contract.config import RunConfig
 from contract.output import talk
-from storage.home import home_dir
+from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, database_url, home_dir
 from trunkline.flower import LOOPBACK, flower_environment
 from trunkline.processes import Daemon, Supervisor, ending_signals_interrupt
 
@@ -56,14 +56,16 @@ def open_workplace(torch_processes: int) -> Iterator[Workplace]:
     """
     directory = Path(tempfile.mkdtemp(prefix="trunkline-", dir=_short_temporary_directory()))
     environment = flower_environment(directory, _threads_each(torch_processes))
-    # The daemons run elsewhere: a home given relative to here must stay the same one.
-    environment["TRUNKLINE_HOME"] = str(home_dir().absolute())
+    # The daemons run elsewhere: a home and a database given relative to here must stay the same ones.
+    environment[HOME_VARIABLE] = str(home_dir().absolute())
+    environment[DATABASE_VARIABLE] = _absolute(database_url())
+    supervisor = Supervisor(directory / "logs", environment)
     keep = False
     try:
-        with ending_signals_interrupt(), Supervisor(directory / "logs", environment) as supervisor:
+        with ending_signals_interrupt(), supervisor:
             yield Workplace(directory, supervisor)
     except Exception:
-        keep = True
+        keep = bool(supervisor.daemons)
         raise
     finally:
         if keep:
@@ -94,6 +96,11 @@ def _threads_each(processes: int) -> int:
     """An even share of the cores, unless the user has said otherwise."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdigit() and int(told) > 0 else max(1, cores() // max(1, processes))
+
+
+def _absolute(url: str) -> str:
+    scheme, _, path = url.partition(":///")
+    return f"{scheme}:///{Path(path).absolute()}" if scheme == "sqlite" and path else url
 
 
 def _short_temporary_directory() -> str:
