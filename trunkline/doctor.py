@@ -1,0 +1,244 @@
+"""`trunkline doctor`: is this machine ready? PASS or FAIL per check, and what to do about each FAIL."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+
+from contract.errors import TrunklineError
+from contract.output import OutputFormat, OutputOption, cli_errors, emit
+from storage.home import database_url, home_dir, network_filesystem
+from trunkline.flower import scripts_dir
+from trunkline.ports import reserve_port
+from trunkline.workplace import cores
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+app = typer.Typer()
+
+REINSTALL = "run `make setup` in the checkout, or `pip install` trunkline again"
+FLOWER_PROGRAMS = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp")
+NEEDED_MEMORY_BYTES = 3 * 10**9
+NEEDED_DISK_BYTES = 10**9
+TORCH_LIMIT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found; `fix` says what to do where it failed."""
+
+    check: str
+    result: str
+    detail: str
+    fix: str | None = None
+
+
+class NotReadyError(Exception):
+    """A check failed: what was found, and its fix."""
+
+    def __init__(self, detail: str, fix: str) -> None:
+        super().__init__(detail)
+        self.fix = fix
+
+
+@app.command()
+@cli_errors
+def doctor(
+    trunk: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too.")] = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Check this machine. Exits 1 if a check fails."""
+    findings = list(examine(trunk))
+    if output is OutputFormat.TABLE:
+        for finding in findings:
+            typer.echo(f"{finding.result}  {finding.check}: {finding.detail}")
+            if finding.fix:
+                typer.echo(f"      fix: {finding.fix}")
+    else:
+        emit(findings, output)
+    if any(finding.result == "FAIL" for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine(trunk: str | None = None) -> Iterator[Finding]:
+    """Every check in turn; `trunk` (HOST:PORT) adds one for it."""
+    checks: dict[str, Callable[[], str]] = {
+        "python": check_python,
+        "packages": check_packages,
+        "torch": check_torch,
+        "flower": check_flower,
+        "cores and memory": check_machine,
+        "disk": check_disk,
+        "home": check_home,
+        "database": check_database,
+        "ports": check_ports,
+        "demo": check_demo,
+    }
+    if trunk is not None:
+        checks["trunk"] = lambda: check_trunk(trunk)
+    for name, check in checks.items():
+        yield _finding(name, check)
+
+
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "PASS", check())
+    except NotReadyError as problem:
+        return Finding(name, "FAIL", str(problem), problem.fix)
+
+
+def check_python() -> str:
+    if sys.version_info[:2] != (3, 11):
+        raise NotReadyError(f"Python {platform.python_version()}", "install Python 3.11 and run `make setup` again")
+    return f"{platform.python_version()} at {sys.executable}"
+
+
+def check_packages() -> str:
+    """Every pinned dependency is there in a version that trunkline was made for."""
+    # pip's own library for versions; it comes with several of the dependencies.
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = importlib.metadata.requires("trunkline") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise NotReadyError("trunkline itself is not installed", REINSTALL) from None
+    needed = [requirement for line in wanted if _applies(requirement := Requirement(line))]
+    for requirement in needed:
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            raise NotReadyError(f"{requirement.name} is missing", REINSTALL) from None
+        if not requirement.specifier.contains(found, prereleases=True):
+            raise NotReadyError(f"{requirement.name} is {found}; it must be {requirement.specifier}", REINSTALL)
+    return f"{len(needed)} as pinned; flwr {importlib.metadata.version('flwr')}"
+
+
+def _applies(requirement: Requirement) -> bool:
+    marker = requirement.marker
+    return marker is None or bool(marker.evaluate({"extra": ""}))
+
+
+def check_torch() -> str:
+    """In a process of its own: a broken build ends its process, and this one has no use for torch."""
+    code = (
+        "import torch; x = torch.ones(8, 8); assert float((x @ x).sum()) == 512.0; "
+        "print(torch.__version__, 'with', torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'CPU only')"
+    )
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=TORCH_LIMIT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotReadyError(f"did not import within {TORCH_LIMIT_S} s", REINSTALL) from None
+    if tried.returncode:
+        last = (tried.stderr.strip().splitlines() or ["no output"])[-1]
+        raise NotReadyError(f"does not work: {last}", REINSTALL)
+    return tried.stdout.strip()
+
+
+def check_flower() -> str:
+    missing = [name for name in FLOWER_PROGRAMS if shutil.which(name, path=str(scripts_dir())) is None]
+    if missing:
+        raise NotReadyError(f"{', '.join(missing)} not in {scripts_dir()}", REINSTALL)
+    return f"its programs are in {scripts_dir()}"
+
+
+def check_machine() -> str:
+    free = psutil.virtual_memory().available
+    detail = f"{cores()} cores, {free / 1e9:.1f} GB of memory available"
+    if free < NEEDED_MEMORY_BYTES:
+        raise NotReadyError(detail, f"free some memory: the demo needs about {NEEDED_MEMORY_BYTES / 1e9:.0f} GB")
+    return detail
+
+
+def check_disk() -> str:
+    places = {"the home": _existing(home_dir()), "the temporary directory": Path(tempfile.gettempdir())}
+    free = {name: shutil.disk_usage(path).free for name, path in places.items()}
+    detail = ", ".join(f"{size / 1e9:.1f} GB free in {name}" for name, size in free.items())
+    if min(free.values()) < NEEDED_DISK_BYTES:
+        raise NotReadyError(detail, "free some space, or point TRUNKLINE_HOME or TMPDIR at a larger disk")
+    return detail
+
+
+def check_home() -> str:
+    home = home_dir()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise NotReadyError(f"{home}: {error.strerror}", "set TRUNKLINE_HOME to a directory you may write to") from None
+    network = network_filesystem(home)
+    return str(home) if network is None else f"{home}, on a network disk ({network}): SQLite is not safe there"
+
+
+def check_database() -> str:
+    from storage.engine import opened_engine, shown
+    from storage.revisions import current_revision, state
+
+    try:
+        with opened_engine(database_url()) as engine:
+            standing, place = state(current_revision(engine)), shown(engine)
+    except TrunklineError as error:
+        raise NotReadyError(str(error), "see TRUNKLINE_DATABASE_URL and TRUNKLINE_HOME") from None
+    if standing == "older":
+        raise NotReadyError(f"{place} has an older schema", "run `trunkline db upgrade`")
+    if standing == "newer":
+        raise NotReadyError(f"{place} has a newer schema", "install the trunkline that made it, or a later one")
+    return f"{place}, {'made by the first run' if standing == 'absent' else 'schema is current'}"
+
+
+def check_ports() -> str:
+    try:
+        return f"free ones on 127.0.0.1, such as {reserve_port()}"
+    except TrunklineError as error:
+        raise NotReadyError(str(error), "end programs that hold ports, or restart the machine") from None
+
+
+def check_demo() -> str:
+    """The demo's model and text are there."""
+    from clients.stdlib_text import stdlib_root
+    from demo.settings import MODEL_DIR
+
+    weights = MODEL_DIR / "model.safetensors"
+    if not weights.is_file():
+        raise NotReadyError(f"no {weights}", "get a whole checkout of trunkline")
+    if not (stdlib_root() / "asyncio" / "events.py").is_file():
+        raise NotReadyError(
+            f"no sources of the standard library in {stdlib_root()}", "install Python with its library as .py files"
+        )
+    return f"model of {weights.stat().st_size / 1e6:.1f} MB, text in {stdlib_root()}"
+
+
+def check_trunk(address: str) -> str:
+    from orchestrator.trunk import Trunk
+
+    trunk = Trunk(address)
+    try:
+        served = trunk.describe()
+    except TrunklineError as error:
+        raise NotReadyError(str(error), "start a trunk there, or name another one") from None
+    finally:
+        trunk.close()
+    return f"{address} serves model {served.fingerprint[:12]}, cut ({served.cut.head}, {served.cut.tail})"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above that is there: a home need not be made yet."""
+    return next(place for place in (path, *path.parents) if place.exists())
