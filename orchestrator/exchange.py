@@ -77,6 +77,12 @@ class Exchange:
         self._grid = grid
         self._clock = clock
         self._owed: dict[str, str] = {}
+        self._asked = 0
+
+    @property
+    def asked(self) -> int:
+        """How many exchanges there have been, each one message to every node of a cohort."""
+        return self._asked
 
     def connected(self) -> list[str]:
         """Ids of the nodes that Flower believes to be connected, sorted. Some may be ghosts."""
@@ -97,6 +103,7 @@ class Exchange:
 
         A node that is missing from the answers was late. Pulls no further reply before the last one was consumed.
         """
+        self._asked += 1
         pending: dict[str, str] = {}
         for node_id in nodes:
             message_id = self._push(message_for(node_id))

@@ -43,6 +43,7 @@ def play_round(desk: Desk, before: Version) -> Version:
     what the trunk, SQL or the artifacts raise. The round is then left open in SQL, and nothing of it is committed.
     """
     config, number, watch = desk.config, before.number + 1, _Stopwatch(desk.clock)
+    asked = desk.exchange.asked
     with watch.lap("cohort"):
         connected = wait_for_clients(desk.exchange, config, desk.clock, SETTLE_S if number == 1 else 0.0)
         cohort = draw_cohort(connected, desk.exchange.busy(), config, number)
@@ -84,7 +85,7 @@ def play_round(desk: Desk, before: Version) -> Version:
             survivors=survivors,
             seconds=sum(watch.seconds.values()),
             phase_seconds=watch.seconds,
-            metrics=over_clients(got.metrics.values()),
+            metrics=over_clients(got.metrics.values()) | {"exchanges": desk.exchange.asked - asked},
         )
     )
     _tell(desk, number, cohort, got, watch)
