@@ -16,6 +16,7 @@ from storage.records import AdapterVersionRow, RunRow
 from storage.store import Store
 
 STRUCTURE_EVENT = "adapter-structure"
+MOST_EVENTS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def _joined(artifacts: ArtifactStore, version: AdapterVersionRow) -> Mapping[str
 
 
 def _structure(reader: Reader, run_id: str) -> LoraSpec:
-    for event in reader.events(run_id):
+    for event in reader.events(run_id, limit=MOST_EVENTS):
         if event.kind == STRUCTURE_EVENT:
             lists = {name: tuple(value) for name, value in event.detail.items() if isinstance(value, list)}
             return LoraSpec(**{**event.detail, **lists})

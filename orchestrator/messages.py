@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.lib import format as npy
 
 from contract.errors import UpdateError
 from contract.records import Factor
@@ -82,15 +83,30 @@ def read_update(content: RecordDict, due_bytes: int) -> bytes:
     arrays = list(record.values())
     if len(arrays) != 1:
         raise UpdateError(f"the reply's 'update' holds {len(arrays)} arrays; it must hold one")
-    if len(arrays[0].data) > due_bytes + _NUMPY_HEADER_BYTES:
-        raise UpdateError(f"the reply's 'update' has {len(arrays[0].data)} bytes; about {due_bytes} are due")
+    data = arrays[0].data
+    if len(data) > due_bytes + _NUMPY_HEADER_BYTES:
+        raise UpdateError(f"the reply's 'update' has {len(data)} bytes; about {due_bytes} are due")
+    return _flat_bytes(data)
+
+
+def _flat_bytes(data: bytes) -> bytes:
+    """The elements of a flat uint8 array in numpy's file format.
+
+    numpy's own reader takes the memory that a header claims before it looks at what follows, so the header is read here.
+    """
+    stream = BytesIO(data)
     try:
-        values: npt.NDArray[Any] = arrays[0].numpy()
-    except (ValueError, TypeError, EOFError, OSError) as error:
+        version = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    except (ValueError, TypeError, EOFError) as error:
         raise UpdateError(f"the reply's 'update' is no array: {type(error).__name__}") from error
-    if values.dtype != np.uint8 or values.ndim != 1:
-        raise UpdateError(f"the reply's 'update' is {values.dtype} of shape {values.shape}; it must be flat uint8")
-    return values.tobytes()
+    body = data[stream.tell() :]
+    if dtype != np.uint8 or len(shape) != 1 or shape[0] != len(body):
+        raise UpdateError(
+            f"the reply's 'update' is {dtype} of shape {shape} in {len(body)} bytes; it must be flat uint8"
+        )
+    return body
 
 
 def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:

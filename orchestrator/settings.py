@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from contract.errors import ConfigError
 
 PROJECT_FILE = "pyproject.toml"
 DEFAULT, OVERRIDE = "default", "--run-config"
+
+_PAIR = re.compile(r"(?P<key>[A-Za-z0-9_.-]+)=(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,24 @@ def project_settings(project: Path) -> dict[str, ConfigValue]:
     return dict(table)
 
 
-def parse_overrides(texts: list[str]) -> dict[str, ConfigValue]:
-    """What `--run-config` says, read as Flower reads it. Raises ConfigError where it is not `key=value ...`."""
-    import click
-    from flwr.common.config import parse_config_args
+def parse_overrides(overrides: Sequence[str]) -> dict[str, ConfigValue]:
+    """`["num-rounds=5 model='a b'"]` as a mapping. A value that is not TOML is taken as text.
 
+    Raises ConfigError naming what is not KEY=VALUE.
+    """
+    settings: dict[str, ConfigValue] = {}
+    for text in overrides:
+        rest = _PAIR.sub("", text).strip()
+        if rest:
+            raise ConfigError(f"--run-config has {rest!r}; it must be KEY=VALUE pairs parted by spaces")
+        for pair in _PAIR.finditer(text):
+            settings[pair["key"]] = _toml_value(pair["value"])
+    return settings
+
+
+def _toml_value(text: str) -> ConfigValue:
     try:
-        return dict(parse_config_args(texts))
-    except (click.ClickException, ValueError, OSError) as error:
-        told = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        raise ConfigError(f"--run-config {' '.join(texts)!r} cannot be read: {' '.join(told.split())}") from error
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str | bool | int | float) else text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
 import tomllib
 from collections.abc import Sequence
@@ -17,12 +16,11 @@ from typing import Any
 
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
+from orchestrator.settings import parse_overrides
 
 APP_NAME = "trunkline"
 CODE_PACKAGES = ("contract", "aggregation", "privacy", "storage", "clients", "orchestrator", "demo")
 COMPONENTS = {"serverapp": "orchestrator.app:app", "clientapp": "clients.app:app"}
-
-_PAIR = re.compile(r"(?P<key>[A-Za-z0-9_.-]+)=(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
 
 
 def project_config(project: Path, overrides: Sequence[str]) -> RunConfig:
@@ -45,21 +43,6 @@ def project_config(project: Path, overrides: Sequence[str]) -> RunConfig:
     for key in ("model", "data"):
         settings[key] = _from_project(project, settings.get(key, ""))
     return RunConfig.from_flower(settings)
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, ConfigValue]:
-    """`["num-rounds=5 model='a b'"]` as a mapping. A value that is not TOML is taken as text.
-
-    Raises ConfigError naming what is not KEY=VALUE.
-    """
-    settings: dict[str, ConfigValue] = {}
-    for text in overrides:
-        rest = _PAIR.sub("", text).strip()
-        if rest:
-            raise ConfigError(f"--run-config has {rest!r}; it must be KEY=VALUE pairs parted by spaces")
-        for pair in _PAIR.finditer(text):
-            settings[pair["key"]] = _toml_value(pair["value"])
-    return settings
 
 
 def stage_app(config: RunConfig, directory: Path) -> Path:
@@ -97,14 +80,6 @@ def _app_section(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     section = document.get("tool", {}).get("flwr", {}).get("app", {})
     return section if isinstance(section, dict) else {}
-
-
-def _toml_value(text: str) -> ConfigValue:
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, str | bool | int | float) else text
 
 
 def _from_project(project: Path, value: ConfigValue) -> ConfigValue:

@@ -224,7 +224,8 @@ def test_plain_settings_are_those_that_differ_from_the_defaults(project: Path) -
     [
         (("--run-config", "num-round=3"), "unknown config key 'num-round'; did you mean 'num-rounds'?"),
         (("--run-config", "num-rounds=0"), "num-rounds is 0; it must be a whole number, >= 1"),
-        (("--run-config", "num-rounds=oops"), "cannot be read"),
+        (("--run-config", "num-rounds=oops"), "num-rounds is 'oops'; it must be a whole number, >= 1"),
+        (("--run-config", "num-rounds"), "--run-config has 'num-rounds'; it must be KEY=VALUE pairs"),
     ],
 )
 def test_wrong_settings_are_refused_as_the_run_would(project: Path, arguments: tuple[str, ...], told: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from numpy.lib import format as npy
 
 from aggregation.ring import plan
 from aggregation.rules import trainable_factor
@@ -184,6 +186,13 @@ def no_array_at_all(client: ScriptedClient) -> Callable[[Message], Content]:
     return lambda message: RecordDict({"update": ArrayRecord({"update": broken})})
 
 
+def claiming_a_terabyte(client: ScriptedClient) -> Callable[[Message], Content]:
+    header = BytesIO()
+    npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40,)})
+    claim = Array(dtype="uint8", shape=(1 << 40,), stype="numpy.ndarray", data=header.getvalue() + b"few")
+    return lambda message: RecordDict({"update": ArrayRecord({"update": claim})})
+
+
 def refusing(client: ScriptedClient) -> Callable[[Message], Content]:
     return lambda message: Error(1000, "UpdateError: coordinate 7 of the update is nan; it must be finite")
 
@@ -202,6 +211,7 @@ def gone(client: ScriptedClient) -> Callable[[Message], Content]:
         (without_update, "refused", "holds no array record 'update'"),
         (two_arrays, "refused", "holds 2 arrays"),
         (no_array_at_all, "refused", "is no array"),
+        (claiming_a_terabyte, "refused", "(1099511627776,) in 3 bytes; it must be flat uint8"),
         (refusing, "failed", "coordinate 7 of the update is nan"),
         (gone, "failed", "not connected any more"),
     ],
