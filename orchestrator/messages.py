@@ -92,7 +92,7 @@ def read_update(content: RecordDict, due_bytes: int) -> bytes:
 def _flat_bytes(data: bytes) -> bytes:
     """The elements of a flat uint8 array in numpy's file format.
 
-    numpy's own reader takes the memory that a header claims before it looks at what follows, so the header is read here.
+    numpy's own reader takes the memory that a header claims before it looks at what follows.
     """
     stream = BytesIO(data)
     try:
