@@ -78,7 +78,7 @@ def display() -> Iterator[Callable[[Standing], None]]:
         yield _PlainLines()
         return
     with Live(console=Console(stderr=True), refresh_per_second=8, transient=False) as live:
-        yield lambda standing: live.update(_table(standing))
+        yield lambda standing: live.update(round_table(standing))
 
 
 class _PlainLines:
@@ -112,7 +112,8 @@ class _PlainLines:
             sys.stderr.flush()
 
 
-def _table(standing: Standing) -> Group:
+def round_table(standing: Standing) -> Group:
+    """The table of rounds with a bar of the run's progress under it."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("", "clients") else "right")

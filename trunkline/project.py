@@ -86,6 +86,8 @@ def _config_table() -> str:
             section = row.section
             lines.append(f"\n## {section}")
         value = values.get(row.key, row.default)
-        lines += textwrap.wrap(row.meaning, COMMENT_WIDTH, initial_indent="# ", subsequent_indent="# ")
+        lines += textwrap.wrap(
+            row.meaning, COMMENT_WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+        )
         lines.append(f"{row.key} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"

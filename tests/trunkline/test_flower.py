@@ -1,0 +1,69 @@
+"""Flower's programs get an environment that works offline, on one machine, beside other runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from contract.errors import ConfigError
+from trunkline.flower import flower_environment, node_config, simulation_config
+from trunkline.workplace import open_workplace
+
+
+def test_the_environment_is_offline_and_joins_nobodys_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "somebody:6379")
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    environment = flower_environment(tmp_path, threads=3)
+    assert "RAY_ADDRESS" not in environment
+    assert environment["NO_PROXY"] == environment["no_proxy"] == "intranet,127.0.0.1,localhost"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert shutil.which("flower-superexec", path=environment["PATH"]), "the SuperLink looks for it on the PATH"
+
+
+def test_node_config_quotes_paths_with_spaces_as_flower_reads_them() -> None:
+    from flwr.common.config import parse_config_args
+
+    values = {"data": "/my data/it's.jsonl", "model": '/odd "name"/m', "name": "site"}
+    assert parse_config_args([node_config(values)]) == values
+
+
+@pytest.mark.parametrize("path", ["both ' and \" quotes", "back\\slash"])
+def test_a_path_that_flower_cannot_carry_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="data is .* must not hold"):
+        node_config({"data": path})
+
+
+def test_a_simulation_starts_no_more_workers_than_clients_or_cores() -> None:
+    assert simulation_config(50, 2).endswith("num-supernodes=50 client-resources-num-cpus=1 init-args-num-cpus=2")
+    assert simulation_config(2, 16).endswith("init-args-num-cpus=2")
+
+
+def test_a_workplace_keeps_relative_places_and_leaves_no_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRUNKLINE_HOME", "here")
+    monkeypatch.setenv("TRUNKLINE_DATABASE_URL", "sqlite:///runs.db")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with open_workplace(2) as workplace:
+        environment = workplace.supervisor.environment
+        assert workplace.directory.is_dir()
+        assert len(str(workplace.directory)) < 45, "Ray's sockets need the rest"
+    assert not workplace.directory.exists()
+    assert environment["TRUNKLINE_HOME"] == str(tmp_path / "here")
+    assert environment["TRUNKLINE_DATABASE_URL"] == f"sqlite:///{tmp_path}/runs.db"
+    assert environment["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_logs_are_kept_only_where_something_that_ran_failed(capsys: pytest.CaptureFixture[str], started: bool) -> None:
+    with pytest.raises(ValueError, match="broken"):  # noqa: PT012
+        with open_workplace(1) as workplace:
+            if started:
+                workplace.supervisor.start("talker", ["echo", "hello"]).process.wait(10)
+            raise ValueError("broken")
+    assert workplace.directory.exists() is started
+    assert (str(workplace.logs) in capsys.readouterr().err) is started
+    shutil.rmtree(workplace.directory, ignore_errors=True)
