@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 app = ClientApp()
 logger = logging.getLogger("trunkline.clients")
 
+_REASON_LETTERS = 1000
 REFUSED, FAULT = 1000, 1001
 """Codes of an error reply: raised on purpose (the reason is the error's own line), or a fault of this program."""
 
@@ -46,11 +47,15 @@ def _answer(message: Message, context: Context, *, training: bool) -> Message:
         return Message(_work(message, context, training=training), reply_to=message)
     except TrunklineError as error:
         logger.error("round refused: %s: %s", type(error).__name__, error)
-        return Message(Error(REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return Message(Error(REFUSED, _one_line(error)), reply_to=message)
     # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
     except Exception as error:
         logger.exception("round failed")
         return Message(Error(FAULT, f"{type(error).__name__} at the client; its log says more"), reply_to=message)
+
+
+def _one_line(error: TrunklineError) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON_LETTERS]
 
 
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:

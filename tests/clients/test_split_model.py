@@ -96,6 +96,16 @@ def test_accumulated_steps_without_clipping_are_bitwise_equal(whole: PeftModel, 
     assert differences(expected, trained(split, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6)) == []
 
 
+def test_dora_in_a_session_of_its_own_is_bitwise_equal(llama_dir: Path, trunk: TrunkProcess) -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["v_proj", "up_proj"], task_type="CAUSAL_LM")
+    whole = reference(llama_dir, lora, first_adapter(llama_dir, lora), "sdpa")
+    split = clients.load_split_model(llama_dir, trunk.address, CUT.head, CUT.tail, lora, seed=SEED)
+    expected, got = trained(whole), trained(split)
+    clients.close(split)
+    assert differences(expected, got) == []
+    assert sum(name.endswith("lora_magnitude_vector") for name in expected) == 8
+
+
 def test_clipping_acts_on_the_norm_over_client_and_trunk(whole: PeftModel, split: PeftModel, llama_dir: Path) -> None:
     start = first_adapter(llama_dir)
     expected, got = trained(whole, clip=0.05), trained(split, clip=0.05)
