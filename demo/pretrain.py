@@ -88,16 +88,23 @@ def train_tokenizer(documents: Sequence[Document]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def is_heldout(document: Document, recipe: Recipe) -> bool:
+    """Whether `document` only judges the model: by the hash of its module's name."""
+    digest = hashlib.sha256(document.module.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < recipe.heldout_fraction * 2**64
+
+
 def split_streams(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> TokenStreams:
-    """Whole documents go to one side, by the hash of their module's name."""
+    """The documents' tokens, each document on one side as a whole."""
     streams: dict[bool, list[int]] = {True: [], False: []}
     shuffled = list(documents)
     random.Random(recipe.seed).shuffle(shuffled)
     end = tokenizer.convert_tokens_to_ids(END)
     for document in shuffled:
-        digest = hashlib.sha256(document.module.encode()).digest()
-        heldout = int.from_bytes(digest[:8], "big") < recipe.heldout_fraction * 2**64
-        streams[heldout] += [*tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"], end]
+        streams[is_heldout(document, recipe)] += [
+            *tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"],
+            end,
+        ]
     return TokenStreams(torch.tensor(streams[False]), torch.tensor(streams[True]))
 
 
