@@ -64,7 +64,7 @@ def verify_adapter(directory: Path, model: str | None, reader: Reader, artifacts
         raise ModelError(f"{directory} does not say what model it is for; name it with --model")
     resolve_model(base_model)
     sql_findings, expected = _against_sql(origin, reader, artifacts)
-    report = _in_fresh_process(directory, base_model, origin, expected)
+    report = _in_fresh_process(_question(directory, base_model, origin, expected))
     checked = [Finding(check["name"], check["ok"], check["found"]) for check in report["checks"]]
     return Verification(
         directory, base_model, report["adapter_sha256"], expected is not None, (*sql_findings, *checked)
@@ -85,10 +85,8 @@ def _against_sql(
     return [Finding("parts committed in SQL", same, told)], joined_sha256(artifacts, version)
 
 
-def _in_fresh_process(
-    directory: Path, model: str, origin: Mapping[str, Any], expected_sha256: str | None
-) -> dict[str, Any]:
-    question = {
+def _question(directory: Path, model: str, origin: Mapping[str, Any], expected_sha256: str | None) -> dict[str, Any]:
+    return {
         "directory": str(directory),
         "model": model,
         "head_layers": int(origin.get("head_layers", UNKNOWN_CUT.head)),
@@ -97,10 +95,14 @@ def _in_fresh_process(
         "attn_implementation": str(origin.get("attn_implementation", "sdpa")),
         "expected_sha256": expected_sha256,
     }
+
+
+def _in_fresh_process(question: Mapping[str, Any]) -> dict[str, Any]:
+    directory = question["directory"]
     command = [sys.executable, "-m", "orchestrator.verification"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(question), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            command, input=json.dumps(dict(question)), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         raise DeadlineError(f"the check of {directory} took longer than {TIMEOUT_S:g} s") from None

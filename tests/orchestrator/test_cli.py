@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from orchestrator import verification
 from orchestrator.cli import adapter_app, config_app, rounds_app, runs_app
 from orchestrator.export import export_adapter
 from tests.orchestrator.conftest import Bench, LiveTrunk, inside_a_flower_task, make_bench_at
@@ -140,16 +142,18 @@ def test_a_changed_artifact_is_never_exported(bench: Bench, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-# ---- verification, each in a process of its own ----------------------------------------------------------------------
+# ---- verification ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def verified_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own costs seconds, and one test has shown that it works."""
+    monkeypatch.setattr(verification, "_in_fresh_process", verification._answer)
+
+
+def test_the_adapter_of_a_run_is_proved_in_a_fresh_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def test_the_adapter_of_a_run_is_proved_in_a_fresh_process(bench: Bench, verified_path: None) -> None:
     directory = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter"
     found = data(adapter_app, "verify", directory)
     assert found["ok"] is True
@@ -167,7 +171,7 @@ def failed_checks(directory: Path) -> set[str]:
     return {finding["check"] for finding in json.loads(done.stdout)["data"]["findings"] if not finding["ok"]}
 
 
-def test_a_tampered_adapter_fails_even_if_its_own_record_was_tampered_too(bench: Bench, verified_path: None) -> None:
+def test_a_tampered_adapter_fails_even_if_its_own_record_was_tampered_too(bench: Bench, in_this_process: None) -> None:
     directory = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter"
     weights = directory / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -181,13 +185,22 @@ def test_a_tampered_adapter_fails_even_if_its_own_record_was_tampered_too(bench:
     assert failed_checks(directory) == {"committed hash"}
 
 
-def test_an_adapter_that_was_not_trained_fails(bench: Bench, tmp_path: Path, verified_path: None) -> None:
+def test_an_adapter_that_was_not_trained_fails(bench: Bench, tmp_path: Path, in_this_process: None) -> None:
     row = bench.store.get_run("last")
     export_adapter(bench.store, bench.artifacts, row, 0, tmp_path / "untrained")
     assert failed_checks(tmp_path / "untrained") == {"changes the model"}
 
 
-def test_without_the_model_verification_is_one_line(bench: Bench, verified_path: None) -> None:
+def test_an_adapter_with_a_nan_fails_and_says_so(bench: Bench, in_this_process: None) -> None:
+    directory = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter"
+    tensors = load_file(directory / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, directory / "adapter_model.safetensors")
+    assert {"finite", "weights hash", "committed hash"} <= failed_checks(directory)
+
+
+def test_without_the_model_verification_is_one_line(bench: Bench) -> None:
     directory = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter"
     done = run(adapter_app, "verify", directory, "--model", "/nowhere")
     assert done.exit_code == 1
