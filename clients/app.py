@@ -54,13 +54,26 @@ def _answer(message: Message, context: Context, *, training: bool) -> Message:
         return Message(Error(FAULT, f"{type(error).__name__} at the client; its log says more"), reply_to=message)
 
 
+def _speak() -> None:
+    """Let a site's SuperNode log say what this app does: Flower configures only its own logger."""
+    root = logging.getLogger("trunkline")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)-7s trunkline: %(message)s"))
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+
+
 def _one_line(error: TrunklineError) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON_LETTERS]
 
 
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
+    simulated = in_simulation()
+    if not simulated:
+        _speak()
     config = RunConfig.from_flower(context.run_config)
-    site = read_site(context.node_config, config, str(context.node_id), simulated=in_simulation())
+    site = read_site(context.node_config, config, str(context.node_id), simulated=simulated)
     # Idle OpenMP threads that spin would take the cores from a trunk on the same machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from clients.participation import take_part

@@ -22,7 +22,7 @@ from torch import Tensor
 from clients.connection import FrameStream, TrunkConnection
 from contract import codec, wire
 from contract.adapter import from_bytes
-from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.errors import AgreementError, ConfigError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
 from contract.records import AdamWSettings
 from contract.trunk_pb2 import (
     Backward,
@@ -116,8 +116,7 @@ class RemoteTrunk:
                 f"a batch of {batch} x {tokens} tokens is over the trunk's limit of {self.welcome.max_tokens}"
             )
         request = _forward_request(hidden_BTD, crossing, need_grad)
-        released, _ = self._mechanism.apply(hidden_BTD.detach())
-        codec.require_finite(released, "the hidden states at the head cut")
+        released = self._released(hidden_BTD, "the hidden states at the head cut")
         header, data = codec.encode(released, self._codec)
         request.hidden.CopyFrom(header)
         with self._exchange():
@@ -144,8 +143,7 @@ class RemoteTrunk:
                 f"backward a second time through microbatch {graph.microbatch}: the trunk frees its graph at the first "
                 "(retain_graph is not supported)"
             )
-        released, _ = self._mechanism.apply(grad_BTD.detach())
-        codec.require_finite(released, "the gradient at the tail cut")
+        released = self._released(grad_BTD, "the gradient at the tail cut")
         header, data = codec.encode(released, self._codec)
         request = Backward(
             microbatch=graph.microbatch, grad=header, want_input_grad=want_input_grad, reset_gradient=reset_gradient
@@ -218,6 +216,14 @@ class RemoteTrunk:
             except BaseException:
                 self._stream.cancel()
                 raise
+
+    def _released(self, value_BTD: Tensor, what: str) -> Tensor:
+        """What may leave in place of `value_BTD`. A release with a price is refused: no ledger is kept here."""
+        released, event = self._mechanism.apply(value_BTD.detach())
+        if event is not None:
+            raise ConfigError(f"wire privacy {self._mechanism.name!r} has a price, and this client keeps no ledger")
+        codec.require_finite(released, what)
+        return released
 
     def _send(self, frame: ClientFrame, data: memoryview) -> None:
         self._stream.send(frame)

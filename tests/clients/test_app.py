@@ -68,6 +68,19 @@ def test_a_round_answers_update_and_metrics(llama_dir: Path, trunk: TrunkProcess
     assert metrics["received_bytes"] > 0
 
 
+def test_a_round_leaves_one_line_on_what_left_the_site(
+    llama_dir: Path, trunk: TrunkProcess, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    orchestrator, version = orchestrated(llama_dir, trunk, "tells")
+    reply = asked(orchestrator, version, site)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wire ")]
+    assert line.startswith("wire round=1 site=north sent_bytes=")
+    kinds = dict(part.split("=") for part in line.split()[1:])
+    assert int(kinds["sent_bytes"]) == read_metrics(reply.content, site.name)["sent_bytes"]
+    assert int(kinds["trunk.chunk"]) > int(kinds["trunk.hello"]) > int(kinds["trunk.close"]) > 0
+    assert int(kinds["sent_bytes"]) == sum(int(kinds[kind]) for kind in kinds if "." in kind)
+
+
 def test_the_final_judgement_equals_the_one_before_the_next_training(
     llama_dir: Path, trunk: TrunkProcess, site: Site
 ) -> None:

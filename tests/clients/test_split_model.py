@@ -27,6 +27,7 @@ from contract.errors import (
     NonFiniteError,
     SessionError,
 )
+from privacy.mechanism import Off, PrivacyEvent
 from tests.clients.conftest import ALL_LINEAR, CUT
 from tests.conftest import TrunkProcess
 from tests.contract.families import Batch, batch
@@ -213,6 +214,21 @@ def test_activations_and_gradients_that_are_not_finite_are_refused_before_sendin
         (loss * float("nan")).backward()
     assert trunk.wire_log.sent_bytes == sent
     split(**batch().inputs()).loss.backward()
+
+
+def test_a_release_with_a_price_is_refused_before_sending(split: PeftModel) -> None:
+    class Priced(Off):
+        name = "noise"
+
+        def apply(self, value: Any) -> tuple[Any, PrivacyEvent]:
+            return value, PrivacyEvent("noise", {})
+
+    trunk = remote_layers(split).trunk
+    trunk._mechanism = Priced()
+    sent = trunk.wire_log.sent_bytes
+    with pytest.raises(ConfigError, match="'noise' has a price, and this client keeps no ledger"):
+        split(**batch().inputs())
+    assert trunk.wire_log.sent_bytes == sent
 
 
 def test_a_second_backward_through_one_graph_is_refused(split: PeftModel) -> None:
