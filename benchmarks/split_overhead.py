@@ -58,7 +58,8 @@ def report(readings: dict[str, list[Reading]], steps: int, threads: int) -> Repo
         cpu = Spread.of([reading.cpu_seconds / steps for reading in of_side])
         row = {"step_s": seconds.median, "step_s_min": seconds.min, "step_s_max": seconds.max}
         found.results.append({"side": side, **row, "cpu_s_per_step": cpu.median, "pairs": len(of_side)})
-    ratio = Ratio.of_pairs(*([r.seconds for r in readings[side]] for side in ("split", "unsplit", "unsplit_again")))
+    seconds_of = {side: [reading.seconds for reading in of_side] for side, of_side in readings.items()}
+    ratio = Ratio.of_pairs(seconds_of["split"], seconds_of["unsplit"], seconds_of["unsplit_again"])
     found.targets.append(Target.of_ratio("time_ratio", ratio, TIME_RATIO_LIMIT))
     found.ratios["time_ratio"] = ratio
     return found
