@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from clients import chat, text_files
 from contract.errors import DataError, ModelError
+from contract.model_files import resolve_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,11 +88,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory or hub id. Raises ModelError where there is none to load."""
     from transformers import AutoTokenizer
 
-    path = Path(model)
-    if not path.is_dir() and (path.is_file() or path.is_absolute() or len(path.parts) > 2):
-        raise ModelError(f"{model}: no such directory; wants a model directory with a tokenizer")
+    directory = resolve_model(model, weights=False)
     try:
-        return AutoTokenizer.from_pretrained(str(model))
+        return AutoTokenizer.from_pretrained(str(directory))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
 

@@ -53,8 +53,9 @@ class PartInfo:
         }
 
 
-def resolve_model(model: str | Path) -> Path:
-    """The directory of a local checkpoint, or of a hub id's safetensors once they are downloaded.
+def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a local checkpoint, or of a hub id's files once they are downloaded, the safetensors only with
+    `weights`.
 
     Raises ModelError where there is neither.
     """
@@ -63,14 +64,14 @@ def resolve_model(model: str | Path) -> Path:
         return path
     if path.exists() or path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
         raise ModelError(f"model {str(model)!r} is not a directory; it must hold {CONFIG_FILE} and safetensors")
-    return _download(str(model))
+    return _download(str(model), weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "merges.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

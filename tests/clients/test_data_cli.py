@@ -59,7 +59,7 @@ def test_what_cannot_be_read_gives_one_line_and_exit_code_1(tmp_path: Path, mode
     for arguments, problem in (
         (["check", str(tmp_path / "gone.jsonl"), "--model", str(model)], "cannot be read: No such file"),
         (["check", str(tmp_path / "a.csv"), "--model", str(model)], "suffix '.csv' is not known"),
-        (["check", "stdlib:text", "--model", str(tmp_path / "gone")], "no such directory; wants a model directory"),
+        (["check", "stdlib:text", "--model", str(tmp_path / "gone")], "gone' is not a directory; it must hold"),
     ):
         result = CliRunner().invoke(data_app, arguments)
         assert result.exit_code == 1
