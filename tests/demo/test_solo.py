@@ -51,7 +51,9 @@ def test_an_adapter_that_changes_nothing_judges_as_the_base_model(tmp_path: Path
     assert all(loss < comparison.base_loss for loss in comparison.alone.values())
     assert len(told) == 2
     tokenizer = load_tokenizer(MODEL_DIR)
-    heldout = [row for source in sources for row in load_dataset(source, tokenizer, 32, 0.04, 0).heldout_rows]
+    heldout = [
+        row for source in sources for row in load_dataset(source, tokenizer, 32, CONFIG.eval_fraction, 0).heldout_rows
+    ]
     assert comparison.tokens == sum(row.targets for row in heldout)
 
 
