@@ -21,7 +21,8 @@ from demo.settings import MODEL_DIR, RUN_CONFIG, SOURCES
 from storage.home import home_dir
 from storage.records import MetricRow, RunRow
 from storage.store import open_reader
-from trunkline.flower import scripts_dir, simulation_config, start_superlink, start_supernode
+from trunkline.flower import simulation_config, start_superlink, start_supernode
+from trunkline.programs import scripts_dir
 from trunkline.run import require_row
 from trunkline.watch import POLL_S, run_to_end
 from trunkline.workplace import Workplace, cores, open_workplace, start_trunk

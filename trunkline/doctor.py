@@ -19,8 +19,8 @@ import typer
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from storage.home import database_url, home_dir, network_filesystem
-from trunkline.flower import scripts_dir
 from trunkline.ports import reserve_port
+from trunkline.programs import scripts_dir
 from trunkline.workplace import cores
 
 if TYPE_CHECKING:

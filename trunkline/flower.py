@@ -9,9 +9,9 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 from contract.errors import ConfigError, ConnectionFailedError
 from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
+from trunkline.programs import runnable_scripts
 
 START_LIMIT_S = 120.0
 SUBMIT_LIMIT_S = 180.0
@@ -43,15 +44,11 @@ class Submission:
     stream: Daemon
 
 
-def scripts_dir() -> Path:
-    """Where this installation's `flwr` and its like are, whether or not it was activated."""
-    return Path(sysconfig.get_path("scripts"))
-
-
 def flower_environment(directory: Path, threads: int) -> dict[str, str]:
     """This process's environment, made fit for Flower's daemons and what they start.
 
-    `directory` is the runs' own temporary directory; `threads` is how many threads each torch process takes.
+    `directory` is the run's own temporary directory, its path short and without spaces; `threads` is how many threads each
+    torch process takes.
     """
     environment = dict(os.environ)
     # An address in the environment would make Ray join a cluster that is not ours.
@@ -59,7 +56,7 @@ def flower_environment(directory: Path, threads: int) -> dict[str, str]:
     bypass = [environment.get("NO_PROXY") or environment.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(entry for entry in bypass if entry)
     return environment | {
-        "PATH": os.pathsep.join([str(scripts_dir()), environment.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(runnable_scripts(directory)), environment.get("PATH", os.defpath)]),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -83,7 +80,7 @@ def start_superlink(supervisor: Supervisor, simulation: bool) -> SuperLinkAddres
     port = reserve_port()
     home = supervisor.directory / "superlink-home"
     argv = [
-        str(scripts_dir() / "flower-superlink"),
+        _program(supervisor, "flower-superlink"),
         "--insecure",
         "--disable-runtime-dependency-installation",
         *("--host", LOOPBACK, "--port", str(port)),
@@ -99,7 +96,7 @@ def start_supernode(
 ) -> Daemon:
     """Start a SuperNode whose node config is `config`; it keeps trying until the SuperLink answers."""
     argv = [
-        str(scripts_dir() / "flower-supernode"),
+        _program(supervisor, "flower-supernode"),
         "--insecure",
         *("--superlink", superlink.address),
         *("--host", LOOPBACK, "--port", str(reserve_port())),
@@ -125,7 +122,7 @@ def submit(
     """`flwr run` the staged `app`; raises ConnectionFailedError or RoundError where the SuperLink does not take it."""
     if not _listens(superlink.address):
         raise ConnectionFailedError(f"no SuperLink answers at {superlink.address}; start flower-superlink there first")
-    argv = [str(scripts_dir() / "flwr"), "run", str(app), CONNECTION, "--stream"]
+    argv = [_program(supervisor, "flwr"), "run", str(app), CONNECTION, "--stream"]
     if federation_config:
         argv += ["--federation-config", federation_config]
     stream = supervisor.start("flwr-run", argv, {"FLWR_HOME": str(_connection_home(supervisor, superlink))})
@@ -135,21 +132,32 @@ def submit(
 
 def end_status(supervisor: Supervisor, superlink: SuperLinkAddress, flower_run_id: str) -> tuple[str, str]:
     """What Flower says of a run, such as ("finished:failed", its details); ("unknown", why) where it says nothing."""
-    argv = [str(scripts_dir() / "flwr"), "ls", "--run-id", flower_run_id, "--format", "json", CONNECTION]
+    argv = [_program(supervisor, "flwr"), "ls", "--run-id", flower_run_id, "--format", "json", CONNECTION]
     home = str(_connection_home(supervisor, superlink))
-    asked = subprocess.run(
-        argv,
-        env={**supervisor.environment, "FLWR_HOME": home},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SUBMIT_LIMIT_S,
-    )
+    try:
+        asked = subprocess.run(
+            argv,
+            env={**supervisor.environment, "FLWR_HOME": home},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SUBMIT_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "unknown", f"the SuperLink at {superlink.address} did not say within {SUBMIT_LIMIT_S:.0f} s"
     try:
         run = json.loads(asked.stdout)["runs"][0]
         return str(run["status"]), str(run["status-details"])
     except (ValueError, LookupError, TypeError):
         return "unknown", asked.stderr or asked.stdout
+
+
+def _program(supervisor: Supervisor, name: str) -> str:
+    """The path of Flower's program `name`, from the environment in which all that it starts will look, too."""
+    found = shutil.which(name, path=supervisor.environment["PATH"])
+    if found is None:
+        raise ConfigError(f"{name} is not installed beside this Python; install trunkline again")
+    return found
 
 
 def _started_run(stream: Daemon) -> str | None:
@@ -192,6 +200,8 @@ def _healthy(host: str, port: int) -> bool:
 
 def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"superlink is {address!r}; it must be HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:

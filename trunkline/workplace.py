@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -105,4 +106,4 @@ def _absolute(url: str) -> str:
 
 def _short_temporary_directory() -> str:
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST_TEMPORARY_PATH else "/tmp"
+    return usual if len(usual) <= LONGEST_TEMPORARY_PATH and shlex.quote(usual) == usual else "/tmp"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from contract.errors import ConfigError
-from trunkline.flower import flower_environment, node_config, simulation_config
+from trunkline.flower import SuperLinkAddress, flower_environment, node_config, simulation_config, submit
+from trunkline.processes import Supervisor
 from trunkline.workplace import open_workplace
 
 
@@ -33,6 +34,12 @@ def test_node_config_quotes_paths_with_spaces_as_flower_reads_them() -> None:
 def test_a_path_that_flower_cannot_carry_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="data is .* must not hold"):
         node_config({"data": path})
+
+
+@pytest.mark.parametrize("address", ["superlink", "host:port", ":9093", "127.0.0.1:70000"])
+def test_a_superlink_that_is_no_address_is_refused(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="superlink is .*HOST:PORT"):
+        submit(Supervisor(tmp_path), tmp_path, SuperLinkAddress(address))
 
 
 def test_a_simulation_starts_no_more_workers_than_clients_or_cores() -> None:
