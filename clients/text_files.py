@@ -191,6 +191,8 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
     except UnicodeDecodeError:
         yield SourceRow("line 1", {}, "not UTF-8 text")
         return
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise DataError(f"{path}: cannot be read as JSON: {type(error).__name__}") from error
     for number, item in enumerate(items, start=1):
         if isinstance(item, dict):
             yield SourceRow(f"row {number}", item)

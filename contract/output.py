@@ -144,7 +144,7 @@ def _rows_table(rows: list[Any], columns: Sequence[str] | None, title: str | Non
 
     records = [row if isinstance(row, dict) else {"value": row} for row in rows]
     names = list(columns) if columns is not None else list(dict.fromkeys(name for row in records for name in row))
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=_literal(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in names:
         numeric = any(isinstance(row.get(name), int | float) for row in records)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
@@ -157,12 +157,19 @@ def _object_table(record: dict[str, Any], columns: Sequence[str] | None, title: 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table = Table(title=_literal(title), title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name in columns if columns is not None else record:
         table.add_row(Text(name.replace("_", " ")), Text(_cell(record.get(name))))
     return table
+
+
+def _literal(title: str | None) -> str | None:
+    """A title may be a file's name: rich would read what stands in brackets as its markup."""
+    from rich.markup import escape
+
+    return None if title is None else escape(title)
 
 
 def _cell(value: object) -> str:

@@ -14,7 +14,7 @@ from contract.errors import ConfigError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.metrics import best_version, judged_losses
 from storage.home import artifacts_dir, home_dir
-from storage.reader import Reader
+from storage.reader import LAST, Reader
 from storage.records import RoundRow, RunRow
 
 runs_app = typer.Typer(help="Runs: what was started, how it stands or ended.", no_args_is_help=True)
@@ -130,7 +130,7 @@ def verify(
     from orchestrator.verification import verify_adapter
     from storage.artifacts import ArtifactStore
 
-    with _reader() as reader:
+    with _reader_if_any() as reader:
         found = verify_adapter(directory.absolute(), model, reader, ArtifactStore(artifacts_dir()))
     if output is OutputFormat.TABLE:
         emit(found.findings, output, columns=("check", "ok", "found"), title=f"adapter {found.adapter_sha256[:12]}")
@@ -173,10 +173,22 @@ def _reader() -> Iterator[Reader]:
         reader.close()
 
 
+@contextmanager
+def _reader_if_any() -> Iterator[Reader | None]:
+    """None where this machine has no database: who received an adapter may verify it too."""
+    from storage.store import has_database
+
+    if not has_database():
+        yield None
+        return
+    with _reader() as reader:
+        yield reader
+
+
 def _named(run: str | None, last: bool) -> str:
     if (run is None) != last:
         raise ConfigError("name one run: RUN or --last" + (", not both" if last else ""))
-    return run or "last"
+    return LAST if run is None else run
 
 
 def _adapter_directory(run_id: str) -> Path:

@@ -8,7 +8,6 @@ metric record `metrics`.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from io import BytesIO
 
@@ -39,6 +38,8 @@ METRIC_NAMES = frozenset(
 """All that a client may tell about itself; anything else is dropped unread."""
 
 _NUMPY_HEADER_BYTES = 4096
+_LARGEST_METRIC = 1e15
+"""Far above any count or loss; a product of two, summed over any cohort, is still a finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ def _flat_bytes(data: bytes) -> bytes:
 
 
 def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:
-    """The metrics of a reply that have a known name and are one finite number, which nothing else may enter SQL."""
+    """The metrics of a reply that have a known name and are one number of a sane size; nothing else may enter SQL."""
     record = content.get("metrics")
     if not isinstance(record, MetricRecord):
         return {}
     kept = {}
     for name, value in record.items():
-        if name in METRIC_NAMES and isinstance(value, int | float) and math.isfinite(value):
+        if name in METRIC_NAMES and isinstance(value, int | float) and abs(value) <= _LARGEST_METRIC:
             kept[name] = float(value)
         else:
-            log.warning("dropped a metric of client %s that is unknown or no finite number", node_id)
+            log.warning("dropped a metric of client %s that is unknown or no number of a sane size", node_id)
     return kept

@@ -50,11 +50,13 @@ class Verification:
         return all(finding.ok for finding in self.findings)
 
 
-def verify_adapter(directory: Path, model: str | None, reader: Reader, artifacts: ArtifactStore) -> Verification:
-    """Check an export; `model` defaults to the one that its record names.
+def verify_adapter(directory: Path, model: str | None, reader: Reader | None, artifacts: ArtifactStore) -> Verification:
+    """Check an export; `model` defaults to the one that its record names, and without a `reader` no SQL is asked.
 
     A failed check is in the answer. Raises ModelError where the adapter or the model cannot be loaded at all.
     """
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory; name an exported adapter")
     record_path = directory / RECORD_FILE
     record = read_json(record_path) if record_path.is_file() else {}
     found_origin = record.get("origin")
@@ -72,13 +74,15 @@ def verify_adapter(directory: Path, model: str | None, reader: Reader, artifacts
 
 
 def _against_sql(
-    origin: Mapping[str, Any], reader: Reader, artifacts: ArtifactStore
+    origin: Mapping[str, Any], reader: Reader | None, artifacts: ArtifactStore
 ) -> tuple[list[Finding], str | None]:
     """What SQL says about the version that the export's record names, and the id that its weights must have."""
+    if reader is None:
+        return [], None
     try:
         run = reader.get_run(str(origin.get("run", "")))
         version = reader.adapter_version(run.run_id, int(origin.get("round", -1)))
-    except (StorageError, ValueError):
+    except (StorageError, ValueError, TypeError):
         return [], None
     same = (origin.get("client_sha256"), origin.get("trunk_sha256")) == (version.client_sha256, version.trunk_sha256)
     told = f"{RECORD_FILE} against run {run.run_id}, round {version.number}"
@@ -86,11 +90,18 @@ def _against_sql(
 
 
 def _question(directory: Path, model: str, origin: Mapping[str, Any], expected_sha256: str | None) -> dict[str, Any]:
+    try:
+        head = int(origin.get("head_layers", UNKNOWN_CUT.head))
+        tail = int(origin.get("tail_layers", UNKNOWN_CUT.tail))
+    except (ValueError, TypeError):
+        raise ModelError(
+            f"{directory / RECORD_FILE} was changed: its head_layers or tail_layers is no number"
+        ) from None
     return {
         "directory": str(directory),
         "model": model,
-        "head_layers": int(origin.get("head_layers", UNKNOWN_CUT.head)),
-        "tail_layers": int(origin.get("tail_layers", UNKNOWN_CUT.tail)),
+        "head_layers": head,
+        "tail_layers": tail,
         "dtype": str(origin.get("dtype", "float32")),
         "attn_implementation": str(origin.get("attn_implementation", "sdpa")),
         "expected_sha256": expected_sha256,

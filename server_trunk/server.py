@@ -62,7 +62,7 @@ def check_listen(listen: str, insecure: bool) -> tuple[str, int]:
     """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `insecure`."""
     host, _, port = listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"listen is {listen!r}; it must be HOST:PORT, with port 0 for any free one")
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback

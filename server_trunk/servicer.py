@@ -39,6 +39,7 @@ logger = logging.getLogger("trunkline.server_trunk")
 SERVICE = "trunkline.v1.Trunk"
 MAX_ADAPTER_BYTES = 1 << 30
 _UPLOADS_AT_ONCE = 2
+_REASON_LETTERS = 1000  # what a peer sent may be quoted, and a status must fit the HTTP/2 headers that carry it
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -47,7 +48,7 @@ T = TypeVar("T")
 async def abort(context: Context, error: TrunklineError) -> None:
     """End the call with the error's status, its one line, and its class for the peer to rebuild."""
     status = grpc.StatusCode[error.grpc_status]
-    line = " ".join(str(error).split())
+    line = " ".join(str(error).split())[:_REASON_LETTERS]
     await context.abort(status, line, trailing_metadata=((ERROR_KEY, type(error).__name__),))
 
 
@@ -59,7 +60,7 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
         try:
             return await method(self, request, context)
         except TrunklineError as error:
-            logger.info("%s refused: %s", method.__name__, error)
+            logger.info("%s refused: %.1000s", method.__name__, error)
             await abort(context, error)
             raise
 

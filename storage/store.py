@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
 from storage import schema
-from storage.engine import for_writing, make_engine, storage_errors
+from storage.engine import for_writing, make_engine, opened_engine, storage_errors
 from storage.home import database_url
 from storage.reader import Reader
 from storage.records import EndStatus, Outcome, RoundCommit, RunMode, RunRow
-from storage.revisions import prepare, require_current
+from storage.revisions import current_revision, prepare, require_current
 
 Clock = Callable[[], datetime]
 
@@ -40,8 +40,14 @@ def open_store(url: str | None = None, clock: Clock = utc_now) -> Store:
     return Store(engine, clock)
 
 
+def has_database(url: str | None = None) -> bool:
+    """Whether there is a Trunkline database at `url` (default as in open_store); raises as open_store."""
+    with opened_engine(url or database_url()) as engine:
+        return current_revision(engine) is not None
+
+
 def open_reader(url: str | None = None) -> Reader:
-    """Open the database at `url` (default as in open_store) for reading; raises as open_store, and creates nothing."""
+    """Open the database at `url` (default as in open_store) for reading; raises as open_store; makes no database."""
     engine = make_engine(url or database_url())
     with storage_errors(engine):
         require_current(engine)

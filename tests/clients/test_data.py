@@ -201,6 +201,13 @@ def test_dates_stay_text_and_other_columns_may_be_of_any_type(tmp_path: Path) ->
     assert texts == {"2024-01-01<eos>", "2024-01-02<eos>"}
 
 
+@pytest.mark.parametrize("content", ['[{"text": ' + "1" * 5000 + "}]", "[" * 20_000])
+def test_json_that_python_does_not_take_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(DataError, match="odd.json: cannot be read as JSON"):
+        load_dataset(str(tmp_path / "odd.json"), byte_tokenizer(), 64, 0.1, 0)
+
+
 def test_broken_json_arrays_and_parquet_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"},\n {"text": "b"},\n]')
     (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": 3}]')

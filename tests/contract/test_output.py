@@ -36,6 +36,11 @@ def test_json_is_one_envelope_and_a_nan_is_null(capsys: pytest.CaptureFixture[st
     assert body["data"][1] == {"name": "second [bold]", "loss": None, "note": "late"}
 
 
+def test_a_title_is_taken_literally(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(ROWS[:1], title="rows[/bold].jsonl")
+    assert "rows[/bold].jsonl" in capsys.readouterr().out
+
+
 def test_jsonl_is_one_envelope_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(OutputFormat.JSONL, ROWS, capsys).splitlines()
     assert [json.loads(line)["data"]["name"] for line in lines] == ["first", "second [bold]"]

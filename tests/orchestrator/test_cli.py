@@ -112,7 +112,7 @@ def test_any_committed_adapter_can_be_exported(
         (("export", "--last", "--best", "--round", "1"), 2, "--best and --round both choose"),
         (("export", "--last", "--round", "9"), 1, "that round was not committed"),
         (("export", "nope"), 1, "there is no run nope"),
-        (("verify", "/nowhere"), 1, "does not say what model it is for"),
+        (("verify", "/nowhere"), 1, "is not a directory; name an exported adapter"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_its_exit_code(
@@ -205,6 +205,33 @@ def test_without_the_model_verification_is_one_line(bench: Bench) -> None:
     done = run(adapter_app, "verify", directory, "--model", "/nowhere")
     assert done.exit_code == 1
     assert done.stderr.strip().splitlines()[0].startswith("error: model '/nowhere' is not a directory")
+
+
+def test_who_has_no_database_can_verify_too(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
+) -> None:
+    directory = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter"
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    done = run(adapter_app, "verify", directory, "-o", "json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["data"]["committed"] is False
+    assert "does not know the run" in done.stderr
+
+
+@pytest.mark.parametrize("changed", [{"round": None}, {"head_layers": "one"}, {"tail_layers": None}])
+def test_a_changed_record_is_one_line(bench: Bench, changed: dict[str, object], in_this_process: None) -> None:
+    path = bench.home / "runs" / bench.store.get_run("last").run_id / "adapter" / "trunkline.json"
+    record = json.loads(path.read_text())
+    record["origin"] |= changed
+    path.write_text(json.dumps(record))
+    done = run(adapter_app, "verify", path.parent)
+    assert (done.exit_code, done.exception.__class__) in {(0, type(None)), (1, SystemExit)}
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_empty_name_is_not_the_newest_run(bench: Bench) -> None:
+    assert run(adapter_app, "export", "").exit_code == 1
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -248,7 +248,9 @@ def test_a_client_that_tells_odd_metrics_still_counts_but_they_do_not(make_bench
     def odd(message: Message) -> Content:
         reply = bench.clients[1](message)
         assert isinstance(reply, RecordDict)
-        reply["metrics"] = MetricRecord({"eval_loss": float("nan"), "rows_of_text": 3, "steps": 2, "train_loss": [1.0]})
+        reply["metrics"] = MetricRecord(
+            {"eval_loss": float("nan"), "rows_of_text": 3, "steps": 2, "train_loss": [1.0], "eval_tokens": 1e308}
+        )
         return reply
 
     bench.grid.nodes[1] = FakeNode(odd)

@@ -124,7 +124,9 @@ def test_an_address_that_others_reach_needs_leave(listen: str) -> None:
     check_listen(listen, insecure=True)
 
 
-@pytest.mark.parametrize("listen", ["50051", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:70000", ":50051"])
+@pytest.mark.parametrize(
+    "listen", ["50051", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:70000", ":50051", "127.0.0.1:\u00b2"]
+)
 def test_a_malformed_address_is_named(listen: str) -> None:
     with pytest.raises(errors.ConfigError, match="it must be HOST:PORT"):
         check_listen(listen, insecure=True)
