@@ -90,7 +90,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
     directory = resolve_model(model, weights=False)
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
 
