@@ -142,5 +142,5 @@ def _end_recorded(start: Start, run_id: str) -> Iterator[_Ending]:
 
 
 def _stop(store: Store, run_id: str) -> None:
-    if store.finish_run(run_id, "stopped", "the ServerApp was told to end"):
+    if store.finish_run(run_id, "stopped", "the ServerApp was told to end, by a person or by Flower"):
         log.warning("run %s stopped", run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ POLL_S = 0.25
 # A SuperLink elsewhere may write to a database that this machine does not see; then its log is what there is to show.
 UNSEEN_AFTER_S = 10.0
 COMPLETED = "finished:completed"
+CRASH_LOG_WAIT_S = 10.0
+_CRASH = re.compile(r"An exception occured!! (.*)")  # as Flower spells it
 
 
 def run_to_end(
@@ -54,8 +57,25 @@ def run_to_end(
         if row is None:
             _require_completed(workplace, superlink, submission)
         elif row.status != "finished":
-            raise RoundError(f"run {row.run_id} {row.status}: {row.reason or 'it left no reason'}")
+            crash = simulation_crash(submission.stream) if needed and row.status == "stopped" else None
+            raise RoundError(f"run {row.run_id} {row.status}: {crash or row.reason or 'it left no reason'}")
         return row
+
+
+def simulation_crash(stream: Daemon) -> str | None:
+    """Why Flower's simulation engine crashed, or None if it did not.
+
+    A crash ends the ServerApp just as `flwr stop` does; only the log that `stream` prints, a little later, tells which.
+    """
+    deadline = time.monotonic() + CRASH_LOG_WAIT_S
+    while True:
+        ended = not stream.alive()
+        found = _CRASH.search(stream.log_path.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            return f"Flower's simulation engine crashed: {found[1].strip()}"
+        if ended or time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_S)
 
 
 @contextmanager

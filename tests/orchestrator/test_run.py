@@ -248,5 +248,5 @@ def test_a_process_that_is_told_to_end_can_still_record_it(make_bench: MakeBench
     with pytest.raises(RuntimeError):
         conduct(start)
     run = bench.store.get_run("last")
-    assert (run.status, run.reason) == ("stopped", "the ServerApp was told to end")
+    assert (run.status, run.reason) == ("stopped", "the ServerApp was told to end, by a person or by Flower")
     endings[0]()
