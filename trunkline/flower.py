@@ -47,8 +47,8 @@ class Submission:
 def flower_environment(directory: Path, threads: int) -> dict[str, str]:
     """This process's environment, made fit for Flower's daemons and what they start.
 
-    `directory` is the run's own temporary directory, its path short and without spaces; `threads` is how many threads each
-    torch process takes.
+    `directory` is the run's own temporary directory, its path short and without spaces; each torch process takes
+    `threads` threads.
     """
     environment = dict(os.environ)
     # An address in the environment would make Ray join a cluster that is not ours.
