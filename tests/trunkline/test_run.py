@@ -135,6 +135,7 @@ def test_a_run_on_a_superlink_elsewhere_works_from_its_bundle_alone(
     without = {**os.environ, "PYTHONPATH": str(blocker)}
     assert subprocess.run([sys.executable, "-c", "import contract"], cwd="/", env=without, check=False).returncode
     work = Path("/tmp") / f"tl-{os.getpid()}"
+    work.mkdir()
     away = {**flower_environment(work, 1), "PYTHONPATH": str(blocker), "TRUNKLINE_HOME": str(tmp_path / "server")}
     with Supervisor(work / "away", away) as elsewhere, Supervisor(work / "here") as here:
         trunk = start_trunk(Workplace(work, here), RunConfig(), str(sites / "model"))
