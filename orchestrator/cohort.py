@@ -17,13 +17,14 @@ SETTLE_S = 1.0
 """For the start of a run: sites that are started together connect within about this time of each other."""
 
 
-def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock, settle_s: float = 0.0) -> list[str]:
-    """The connected nodes, once the cohort is full or, after node-wait-s, at least a quorum is there.
+def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock, *, first: bool) -> list[str]:
+    """The connected nodes, once a quorum is there; for the `first` round, a full cohort or the end of node-wait-s.
 
-    With no cohort size set it also waits until for `settle_s` seconds nobody new came.
-    Raises QuorumError saying how many there were and how many were wanted.
+    With no cohort size set the first round also waits until for SETTLE_S seconds nobody new came. A site that is gone
+    for good delays no later round. Raises QuorumError saying how many there were and how many were wanted.
     """
-    wanted = max(config.quorum, config.cohort_size)
+    wanted = max(config.quorum, config.cohort_size if first else 0)
+    settle_s = SETTLE_S if first else 0.0
     until = clock.monotonic() + config.node_wait_s
     connected = exchange.connected()
     if len(connected) < wanted:

@@ -14,7 +14,7 @@ from aggregation.ring import plan
 from aggregation.rules import trainable_factor
 from contract.errors import AgreementError, QuorumError
 from contract.records import RoundKey
-from orchestrator.cohort import SETTLE_S, draw_cohort, wait_for_clients
+from orchestrator.cohort import draw_cohort, wait_for_clients
 from orchestrator.collection import (
     Collected,
     collect_judgements,
@@ -45,7 +45,7 @@ def play_round(desk: Desk, before: Version) -> Version:
     config, number, watch = desk.config, before.number + 1, _Stopwatch(desk.clock)
     asked = desk.exchange.asked
     with watch.lap("cohort"):
-        connected = wait_for_clients(desk.exchange, config, desk.clock, SETTLE_S if number == 1 else 0.0)
+        connected = wait_for_clients(desk.exchange, config, desk.clock, first=number == 1)
         cohort = draw_cohort(connected, desk.exchange.busy(), config, number)
         fixed_point = plan(len(cohort), config.max_trained_tokens(), config.update_clip)
     attempt = desk.store.open_round(desk.run_id, number, cohort)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from aggregation.rules import rule_named
 from contract.config import ConfigValue, RunConfig
 from contract.errors import TrunklineError
 from orchestrator.adapters import ClientPart, draw_first_adapter
@@ -20,6 +21,7 @@ from orchestrator.export import Export, export_adapter, record_structure
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.round import judge_last, play_round
 from orchestrator.trunk import Trunk, require_served
+from privacy.mechanism import Off
 from storage.artifacts import ArtifactStore
 from storage.records import RunMode
 from storage.store import Store
@@ -61,16 +63,17 @@ def conduct(start: Start) -> Export:
         exchange = Exchange(start.grid, start.clock)
         desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock)
         ending = held.enter_context(_end_recorded(start, run_id))
-        log.info("run %s: %d rounds of %s, trunk at %s", run_id, config.num_rounds, config.aggregation, trunk.address)
+        log.info("run %s: %d rounds, trunk at %s", run_id, config.num_rounds, trunk.address)
+        log.info("%s (%s); %s", config.aggregation, rule_named(config.aggregation).label, Off.summary)
         require_served(config, served, model_fingerprint(model_dir), trunk.address)
         version = first_version(desk, model_dir)
         while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
             version = play_round(desk, version)
+        directory = start.runs_dir / run_id / "adapter"
+        export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
         if config.eval_fraction:
             judge_last(desk, version)
         ending.reason = _told_end(desk, version)
-        directory = start.runs_dir / run_id / "adapter"
-        export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
 
