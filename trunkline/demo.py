@@ -181,7 +181,8 @@ def _next_commands(adapter: Path) -> tuple[str, ...]:
 
 def _print_result(result: DemoResult) -> None:
     columns = ("client", "held-out before", "held-out after")
-    rows = [dict(zip(columns, (one.client, one.before, one.after), strict=True)) for one in result.clients]
+    told = [(one.client, f"{one.before:.3f}", f"{one.after:.3f}") for one in result.clients]
+    rows = [dict(zip(columns, one, strict=True)) for one in told]
     emit(rows, columns=columns)
     verdict = "federation pays" if result.federation_pays else "federation did not pay this time"
     typer.echo(
