@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.errors import ConfigError, ConnectionFailedError
+from contract.errors import ConfigError, ConnectionFailedError, RoundError
 from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
 from trunkline.programs import runnable_scripts
@@ -25,6 +25,7 @@ START_LIMIT_S = 120.0
 SUBMIT_LIMIT_S = 180.0
 LOOPBACK = "127.0.0.1"
 CONNECTION = "trunkline"
+_UNAVAILABLE = "Connection to the SuperLink is unavailable"  # as `flwr` says it
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -126,7 +127,16 @@ def submit(
     if federation_config:
         argv += ["--federation-config", federation_config]
     stream = supervisor.start("flwr-run", argv, {"FLWR_HOME": str(_connection_home(supervisor, superlink))})
-    supervisor.wait_for(lambda: _started_run(stream) is not None, stream, "the run", SUBMIT_LIMIT_S)
+    try:
+        supervisor.wait_for(lambda: _started_run(stream) is not None, stream, "the run", SUBMIT_LIMIT_S)
+    except RoundError as error:
+        if _UNAVAILABLE not in stream.log_path.read_text(encoding="utf-8", errors="replace"):
+            raise
+        how = "without TLS" if superlink.root_certificates is None else f"by TLS with {superlink.root_certificates}"
+        raise ConnectionFailedError(
+            f"the SuperLink at {superlink.address} cannot be talked to {how}: give --root-certificates where it uses "
+            "TLS, and only there"
+        ) from error
     return Submission(_started_run(stream) or "", stream)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from contract.errors import ConfigError
+from contract.config import RunConfig
+from contract.errors import ConfigError, ConnectionFailedError
+from trunkline.bundle import stage_app
 from trunkline.flower import SuperLinkAddress, flower_environment, node_config, simulation_config, submit
 from trunkline.processes import Supervisor
 from trunkline.workplace import open_workplace
@@ -74,3 +79,18 @@ def test_logs_are_kept_only_where_something_that_ran_failed(capsys: pytest.Captu
     assert workplace.directory.exists() is started
     assert (str(workplace.logs) in capsys.readouterr().err) is started
     shutil.rmtree(workplace.directory, ignore_errors=True)
+
+
+def test_a_superlink_that_does_not_speak_as_told_is_a_connection_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute, open_workplace(1) as workplace:
+        threading.Thread(target=hang_up, args=(mute,), daemon=True).start()
+        app = stage_app(RunConfig(), workplace.directory / "app")
+        with pytest.raises(ConnectionFailedError, match="cannot be talked to without TLS: give --root-certificates"):
+            submit(workplace.supervisor, app, SuperLinkAddress(f"127.0.0.1:{mute.getsockname()[1]}"))
+
+
+def hang_up(server: socket.socket) -> None:
+    """Accept and close, as a server does that waits for a TLS greeting and gets none."""
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()
