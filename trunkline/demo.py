@@ -171,7 +171,10 @@ def _next_commands(adapter: Path) -> tuple[str, ...]:
     """Three commands that can be pasted as they are, be this installation on the PATH or not."""
     own = scripts_dir() / "trunkline"
     found = shutil.which("trunkline")
-    trunkline = "trunkline" if found and Path(found).samefile(own) else shlex.quote(str(own))
+    if not own.exists():
+        trunkline = f"{shlex.quote(sys.executable)} -m trunkline"
+    else:
+        trunkline = "trunkline" if found and Path(found).samefile(own) else shlex.quote(str(own))
     return (
         f"{trunkline} rounds list --last",
         f"{trunkline} adapter verify {shlex.quote(str(adapter))}",

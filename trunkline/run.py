@@ -65,6 +65,8 @@ def run_simulated(config: RunConfig, clients: int, *, own_trunk: bool = True) ->
             f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
         )
     talk(f"data: simulated clients read {config.data}, where {{partition}} is their number, 0 to {clients - 1}")
+    if not own_trunk:
+        require_trunk(config.trunk_address)
     workers = min(clients, cores())
     with open_workplace(workers + 1) as workplace:
         supervisor = workplace.supervisor
@@ -84,6 +86,17 @@ def run_deployed(config: RunConfig, superlink: SuperLinkAddress) -> RunRow | Non
     talk(f"trunk {config.trunk_address}, SuperLink {superlink.address}")
     with open_workplace(1) as workplace:
         return run_to_end(workplace, config, superlink)
+
+
+def require_trunk(address: str) -> None:
+    """Raise ConnectionFailedError, before anything is started, unless a trunk answers at `address`."""
+    from orchestrator.trunk import Trunk
+
+    trunk = Trunk(address)
+    try:
+        trunk.describe()
+    finally:
+        trunk.close()
 
 
 def require_row(row: RunRow | None) -> RunRow:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.config import RunConfig
+from contract.errors import ConfigError, RoundError
 from contract.output import talk
 from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, database_url, home_dir
 from trunkline.flower import LOOPBACK, flower_environment
@@ -43,8 +44,13 @@ class StartingTrunk:
     announcement: Path
 
     def address(self, supervisor: Supervisor) -> str:
-        """HOST:PORT, once it is ready. Raises RoundError where it ended, with what it said."""
-        supervisor.wait_for(self.announcement.exists, self.daemon, "the trunk server", TRUNK_START_LIMIT_S)
+        """HOST:PORT, once it is ready. Raises RoundError where it ended, ConfigError where it ended for a setting."""
+        try:
+            supervisor.wait_for(self.announcement.exists, self.daemon, "the trunk server", TRUNK_START_LIMIT_S)
+        except RoundError:
+            if self.daemon.process.returncode == ConfigError.exit_code:
+                raise ConfigError(self.daemon.last_words()) from None
+            raise
         return self.announcement.read_text(encoding="utf-8").strip()
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from contract.errors import DeadlineError
 from trunkline import __version__
 from trunkline.cli import EXIT_CODES, MOUNTS, app, commands
+from trunkline.project import write_project
 
 HEAVY = ("torch", "transformers", "peft", "flwr", "ray", "sqlalchemy", "grpc")
 
@@ -103,14 +104,14 @@ def test_exit_code_1_for_what_failed(tmp_path: Path) -> None:
 )
 def test_exit_code_2_for_usage_and_configuration(tmp_path: Path, arguments: list[str], said: str) -> None:
     project = tmp_path / "project"
-    assert trunkline("init", str(project)).returncode == 0
+    write_project(project)
     answer = trunkline(*(argument.replace("PROJECT", str(project)) for argument in arguments))
     assert answer.returncode == 2
     assert said in " ".join(answer.stderr.replace("│", " ").split())
 
 
 def test_exit_code_3_when_nobody_answers(tmp_path: Path) -> None:
-    assert trunkline("init", str(tmp_path / "project")).returncode == 0
+    write_project(tmp_path / "project")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -118,6 +119,20 @@ def test_exit_code_3_when_nobody_answers(tmp_path: Path) -> None:
     assert answer.returncode == 3
     assert f"error: no SuperLink answers at {address}" in answer.stderr
     assert "logs" not in answer.stderr, "nothing ran, so there is no log to keep"
+
+
+def test_exit_code_3_when_the_trunk_is_not_there(tmp_path: Path) -> None:
+    write_project(tmp_path / "project")
+    answer = trunkline("run", str(tmp_path / "project"), "--simulate", "2", "--trunk", "127.0.0.1:9")
+    assert answer.returncode == 3
+    assert "error: trunk at 127.0.0.1:9 does not answer" in answer.stderr
+
+
+def test_exit_code_2_when_the_cut_leaves_the_trunk_nothing(tmp_path: Path) -> None:
+    write_project(tmp_path / "project")
+    answer = trunkline("run", str(tmp_path / "project"), "--simulate", "2", "-c", "head-layers=50")
+    assert answer.returncode == 2
+    assert "leave no layer for the trunk" in answer.stderr
 
 
 def test_exit_code_4_when_a_wait_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
