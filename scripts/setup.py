@@ -44,8 +44,11 @@ def main() -> int:
 
 
 def place() -> str:
-    """Where .venv is and whose Python it holds: it has to be made anew when either changes, for its paths are fixed."""
-    return digest(str(ROOT), sys.version)
+    """Where .venv is: it has to be made anew when the checkout moves, for its paths are fixed.
+
+    Not which Python made it: another one that comes first on the PATH today is no reason to install everything again.
+    """
+    return digest(str(ROOT))
 
 
 def dependencies() -> str:
