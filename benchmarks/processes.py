@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from contract.openmp import waiting
+
 START_TIMEOUT_S = 120.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,7 +58,7 @@ def _cpu_seconds(process: psutil.Process | None) -> float:
 
 @contextmanager
 def worker(
-    model_dir: Path, threads: int, trunk_address: str = "", trunk: psutil.Process | None = None, passive: bool = False
+    model_dir: Path, threads: int, trunk_address: str = "", trunk: psutil.Process | None = None
 ) -> Iterator[Worker]:
     arguments = [str(model_dir), str(threads), *([trunk_address] if trunk_address else [])]
     process = subprocess.Popen(
@@ -65,7 +67,7 @@ def worker(
         stdout=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
-        env=_environment(passive),
+        env=os.environ | (waiting(os.environ) if trunk_address else {}),
     )
     with _stopped_at_end(process):
         yield Worker(process, trunk)
@@ -78,7 +80,7 @@ def trunk_server(model_dir: Path, threads: int, directory: Path) -> Iterator[tup
     command = [sys.executable, "-m", "trunkline", "trunk", "serve", "--model", str(model_dir)]
     command += ["--head-layers", "1", "--tail-layers", "1", "--listen", "127.0.0.1:0", "--threads", str(threads)]
     command += ["--state-dir", str(directory / "trunk"), "--announce-file", str(announce)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=_environment(passive=True), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | waiting(os.environ), stderr=subprocess.DEVNULL)
     with _stopped_at_end(process):
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not announce.exists():
@@ -86,11 +88,6 @@ def trunk_server(model_dir: Path, threads: int, directory: Path) -> Iterator[tup
                 raise RuntimeError(f"the trunk did not start: {' '.join(command)}")
             time.sleep(0.05)
         yield announce.read_text().strip(), psutil.Process(process.pid)
-
-
-def _environment(passive: bool) -> dict[str, str]:
-    """Two processes that take turns on the same cores must not spin while they wait; a lone one may."""
-    return os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if passive else {})
 
 
 @contextmanager

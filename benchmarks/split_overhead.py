@@ -40,7 +40,7 @@ def measure(pairs: int, steps: int, threads: int) -> dict[str, list[Reading]]:
         with (
             trunk_server(model_dir, threads, directory) as (address, trunk),
             worker(model_dir, threads) as unsplit,
-            worker(model_dir, threads, address, trunk, passive=True) as split,
+            worker(model_dir, threads, address, trunk) as split,
         ):
             unsplit.read(WARM_UP_STEPS)
             split.read(WARM_UP_STEPS)

@@ -17,6 +17,8 @@ from flwr.clientapp import ClientApp
 from clients.site import in_simulation, read_site
 from contract.config import RunConfig
 from contract.errors import FrameError, TrunklineError
+from contract.flat_array import read_flat
+from contract.openmp import waiting
 from contract.records import RoundKey
 
 if TYPE_CHECKING:
@@ -74,8 +76,7 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
         _speak()
     config = RunConfig.from_flower(context.run_config)
     site = read_site(context.node_config, config, str(context.node_id), simulated=simulated)
-    # Idle OpenMP threads that spin would take the cores from a trunk on the same machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(waiting(os.environ))
     from clients.participation import take_part
 
     done = take_part(_read_order(message.content), config, site, training=training)
@@ -92,9 +93,7 @@ def _read_order(content: RecordDict) -> RoundOrder:
     facts, arrays = content.get("round"), content.get("adapter")
     if not isinstance(facts, ConfigRecord) or not isinstance(arrays, ArrayRecord) or len(arrays) != 1:
         raise FrameError("the message must hold a config record 'round' and one array in 'adapter'")
-    adapter_d = next(iter(arrays.values())).numpy()
-    if adapter_d.dtype != np.float32:
-        raise FrameError(f"the adapter vector is {adapter_d.dtype}; it must be float32")
+    adapter_d = read_flat(next(iter(arrays.values())).data, np.float32, "the adapter vector")
     try:
         return RoundOrder(
             key=RoundKey(str(facts["run"]), int(facts["round"]), int(facts["attempt"])),

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from numpy.lib import format as npy
 
-from contract.errors import UpdateError
+from contract.errors import FrameError, UpdateError
+from contract.flat_array import HEADER_BYTES, read_flat
 from contract.records import Factor
 from orchestrator.exchange import MESSAGE_TTL_S
 
@@ -37,7 +36,6 @@ METRIC_NAMES = frozenset(
 )
 """All that a client may tell about itself; anything else is dropped unread."""
 
-_NUMPY_HEADER_BYTES = 4096
 _LARGEST_METRIC = 1e15
 """Far above any count or loss; a product of two, summed over any cohort, is still a finite number."""
 
@@ -85,29 +83,12 @@ def read_update(content: RecordDict, due_bytes: int) -> bytes:
     if len(arrays) != 1:
         raise UpdateError(f"the reply's 'update' holds {len(arrays)} arrays; it must hold one")
     data = arrays[0].data
-    if len(data) > due_bytes + _NUMPY_HEADER_BYTES:
+    if len(data) > due_bytes + HEADER_BYTES:
         raise UpdateError(f"the reply's 'update' has {len(data)} bytes; about {due_bytes} are due")
-    return _flat_bytes(data)
-
-
-def _flat_bytes(data: bytes) -> bytes:
-    """The elements of a flat uint8 array in numpy's file format.
-
-    numpy's own reader takes the memory that a header claims before it looks at what follows.
-    """
-    stream = BytesIO(data)
     try:
-        version = npy.read_magic(stream)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-    except (ValueError, TypeError, EOFError) as error:
-        raise UpdateError(f"the reply's 'update' is no array: {type(error).__name__}") from error
-    body = data[stream.tell() :]
-    if dtype != np.uint8 or len(shape) != 1 or shape[0] != len(body):
-        raise UpdateError(
-            f"the reply's 'update' is {dtype} of shape {shape} in {len(body)} bytes; it must be flat uint8"
-        )
-    return body
+        return read_flat(data, np.uint8, "the reply's 'update'").tobytes()
+    except FrameError as error:
+        raise UpdateError(str(error)) from error
 
 
 def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
 from storage.home import home_dir
@@ -76,9 +77,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C."""
-    # Threads that spin while they wait would take the cores from a client on the same machine. Read by OpenMP once,
-    # when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(waiting(os.environ))
     from server_trunk import server
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

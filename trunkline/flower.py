@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.errors import ConfigError, ConnectionFailedError, RoundError
+from contract.openmp import waiting
 from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
 from trunkline.programs import runnable_scripts
@@ -25,6 +26,7 @@ START_LIMIT_S = 120.0
 SUBMIT_LIMIT_S = 180.0
 LOOPBACK = "127.0.0.1"
 CONNECTION = "trunkline"
+UNKNOWN = "unknown"
 _UNAVAILABLE = "Connection to the SuperLink is unavailable"  # as `flwr` says it
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
@@ -69,8 +71,7 @@ def flower_environment(directory: Path, threads: int) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(directory),
         "OMP_NUM_THREADS": str(threads),
-        # Idle OpenMP threads that spin would starve the other processes on few cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **waiting(environment),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
@@ -140,8 +141,15 @@ def submit(
     return Submission(_started_run(stream) or "", stream)
 
 
+def listen_again(supervisor: Supervisor, superlink: SuperLinkAddress, submission: Submission) -> Submission:
+    """The same run with a new stream of its log, which repeats what was said before."""
+    argv = [_program(supervisor, "flwr"), "log", submission.flower_run_id, CONNECTION, "--stream"]
+    home = str(_connection_home(supervisor, superlink))
+    return Submission(submission.flower_run_id, supervisor.start("flwr-log", argv, {"FLWR_HOME": home}))
+
+
 def end_status(supervisor: Supervisor, superlink: SuperLinkAddress, flower_run_id: str) -> tuple[str, str]:
-    """What Flower says of a run, such as ("finished:failed", its details); ("unknown", why) where it says nothing."""
+    """What Flower says of a run, such as ("finished:failed", its details); (UNKNOWN, why) where it says nothing."""
     argv = [_program(supervisor, "flwr"), "ls", "--run-id", flower_run_id, "--format", "json", CONNECTION]
     home = str(_connection_home(supervisor, superlink))
     try:
@@ -154,12 +162,12 @@ def end_status(supervisor: Supervisor, superlink: SuperLinkAddress, flower_run_i
             timeout=SUBMIT_LIMIT_S,
         )
     except subprocess.TimeoutExpired:
-        return "unknown", f"the SuperLink at {superlink.address} did not say within {SUBMIT_LIMIT_S:.0f} s"
+        return UNKNOWN, f"the SuperLink at {superlink.address} did not say within {SUBMIT_LIMIT_S:.0f} s"
     try:
         run = json.loads(asked.stdout)["runs"][0]
         return str(run["status"]), str(run["status-details"])
     except (ValueError, LookupError, TypeError):
-        return "unknown", asked.stderr or asked.stdout
+        return UNKNOWN, asked.stderr or asked.stdout
 
 
 def _program(supervisor: Supervisor, name: str) -> str:

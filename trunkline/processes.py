@@ -121,6 +121,9 @@ class Supervisor:
         """Wait until `ready()`; RoundError if `daemon` ends first, DeadlineError after `limit_s` seconds."""
         deadline = time.monotonic() + limit_s
         while not ready():
+            # It may have said so and ended since the last look.
+            if not daemon.alive() and ready():
+                return
             self.check([daemon])
             if time.monotonic() > deadline:
                 raise DeadlineError(f"{what} was not ready within {limit_s:.0f} s; its log is {daemon.log_path}")

@@ -6,15 +6,15 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from contract.config import RunConfig
-from contract.errors import RoundError, TrunklineError
+from contract.errors import ConnectionFailedError, RoundError, TrunklineError
 from contract.output import talk
 from storage.records import EndStatus, RunRow
 from storage.store import Store, open_store
 from trunkline.bundle import stage_app
-from trunkline.flower import Submission, SuperLinkAddress, end_status, submit
+from trunkline.flower import UNKNOWN, Submission, SuperLinkAddress, end_status, listen_again, submit
 from trunkline.live import display, read_standing
 from trunkline.processes import Daemon
 from trunkline.workplace import Workplace
@@ -23,6 +23,8 @@ POLL_S = 0.25
 # A SuperLink elsewhere may write to a database that this machine does not see; then its log is what there is to show.
 UNSEEN_AFTER_S = 10.0
 COMPLETED = "finished:completed"
+RECONNECTIONS = 5
+RECONNECTION_WAIT_S = 5.0
 CRASH_LOG_WAIT_S = 10.0
 _CRASH = re.compile(r"An exception occured!! (.*)")  # as Flower spells it
 
@@ -43,7 +45,7 @@ def run_to_end(
     app = stage_app(config, workplace.directory / "app")
     with _opened_store() as store:
         submission = submit(workplace.supervisor, app, superlink, federation_config)
-        watch = _Watch(workplace, store, submission, needed)
+        watch = _Watch(workplace, store, superlink, submission, needed)
         try:
             row = watch.until_ended()
         except KeyboardInterrupt:
@@ -55,9 +57,9 @@ def run_to_end(
             watch.end_row("failed", str(error))
             raise
         if row is None:
-            _require_completed(workplace, superlink, submission)
+            _require_completed(workplace, superlink, watch.submission)
         elif row.status != "finished":
-            crash = simulation_crash(submission.stream) if needed and row.status == "stopped" else None
+            crash = simulation_crash(watch.submission.stream) if needed and row.status == "stopped" else None
             raise RoundError(f"run {row.run_id} {row.status}: {crash or row.reason or 'it left no reason'}")
         return row
 
@@ -91,8 +93,10 @@ def _opened_store() -> Iterator[Store]:
 class _Watch:
     workplace: Workplace
     store: Store
+    superlink: SuperLinkAddress
     submission: Submission
     needed: Sequence[Daemon]
+    shown: set[str] = field(default_factory=set)
 
     def until_ended(self) -> RunRow | None:
         """The run's row once it has ended, or None if Flower's run ended and SQL never knew of it."""
@@ -105,14 +109,38 @@ class _Watch:
                     show(standing)
                     if standing.run.status != "running":
                         return standing.run
-                if not streaming:
-                    self.end_row("failed", f"its ServerApp ended without a word: {self.submission.stream.last_words()}")
-                    return self.store.run_by_flower_id(self.submission.flower_run_id)
                 self.workplace.supervisor.check(self.needed)
                 if standing is None and not self.needed and time.monotonic() - began > UNSEEN_AFTER_S:
-                    for line in self.submission.stream.new_lines():
-                        talk(line)
+                    self._show_log()
+                if not streaming and self._has_ended():
+                    self.end_row("failed", f"its ServerApp ended without a word: {self.submission.stream.last_words()}")
+                    return self.store.run_by_flower_id(self.submission.flower_run_id)
                 time.sleep(POLL_S)
+
+    def _has_ended(self) -> bool:
+        """Whether the run is over, now that the stream of its log is: a lost connection is no end of a run.
+
+        A run that goes on is listened to again. Raises ConnectionFailedError when its SuperLink stays out of reach.
+        """
+        for _ in range(RECONNECTIONS):
+            status, details = end_status(self.workplace.supervisor, self.superlink, self.submission.flower_run_id)
+            if status.startswith("finished"):
+                return True
+            if status != UNKNOWN:
+                self.submission = listen_again(self.workplace.supervisor, self.superlink, self.submission)
+                return False
+            time.sleep(RECONNECTION_WAIT_S)
+        raise ConnectionFailedError(
+            f"lost the SuperLink at {self.superlink.address}, where run {self.submission.flower_run_id} may go on: "
+            f"{' '.join(details.split())}"
+        )
+
+    def _show_log(self) -> None:
+        """A log that is listened to again begins at its beginning."""
+        for line in self.submission.stream.new_lines():
+            if line not in self.shown:
+                talk(line)
+            self.shown.add(line)
 
     def end_row(self, status: EndStatus, reason: str) -> None:
         """Give the run its end in SQL where nobody is left to do so."""

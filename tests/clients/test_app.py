@@ -126,7 +126,7 @@ def test_an_adapter_that_is_not_the_rounds_is_refused(llama_dir: Path, trunk: Tr
     message.content["adapter"] = ArrayRecord({"adapter": Array(wrong[:-1])})
     assert "ModelError: the adapter vector has shape" in refusal(app(message, site.context(orchestrator.config)))
     message.content["adapter"] = ArrayRecord({"adapter": Array(wrong.astype(np.float64))})
-    assert "it must be float32" in refusal(app(message, site.context(orchestrator.config)))
+    assert "it must be flat float32" in refusal(app(message, site.context(orchestrator.config)))
 
 
 def test_a_message_that_is_no_order_is_refused(llama_dir: Path, trunk: TrunkProcess, site: Site) -> None:
