@@ -69,6 +69,9 @@ def flower_environment(directory: Path, threads: int) -> dict[str, str]:
         # Up to a second of idling per message by default; much below this the polling itself takes a core.
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray forks beside the ServerApp's calls to the trunk; gRPC's own handlers then crash some of the children
+        # before they become Ray's programs (https://github.com/ray-project/ray/issues/63202).
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
         "RAY_TMPDIR": str(directory),
         "OMP_NUM_THREADS": str(threads),
         **waiting(environment),
