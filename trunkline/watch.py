@@ -49,12 +49,14 @@ def run_to_end(
         try:
             row = watch.until_ended()
         except KeyboardInterrupt:
-            watch.end_row("stopped", "interrupted where it was started")
-            if not needed:
+            if needed:
+                watch.end_row("stopped", "interrupted where it was started")
+            else:
                 talk(f"the run goes on; `flwr stop {submission.flower_run_id}` on its SuperLink ends it")
             raise
         except TrunklineError as error:
-            watch.end_row("failed", str(error))
+            if needed:
+                watch.end_row("failed", str(error))
             raise
         if row is None:
             _require_completed(workplace, superlink, watch.submission)
@@ -145,7 +147,7 @@ class _Watch:
     def end_row(self, status: EndStatus, reason: str) -> None:
         """Give the run its end in SQL where nobody is left to do so."""
         row = self.store.run_by_flower_id(self.submission.flower_run_id)
-        if row is not None and (self.needed or status == "failed"):
+        if row is not None:
             self.store.finish_run(row.run_id, status, reason)
 
 

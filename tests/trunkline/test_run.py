@@ -154,11 +154,15 @@ def test_a_run_on_a_superlink_elsewhere_works_from_its_bundle_alone(
         settings = f"num-rounds=1 local-steps=2 model='{sites / 'model'}'"
         where = ("--superlink", superlink.address, "--trunk", trunk.address(here))
         run = start("submitter", "run", str(project), *where, "-c", settings, "-o", "json")
+        wait_until(lambda: "1 rounds, trunk at" in (tmp_path / "submitter.log").read_text(), "waited for the run's log")
+        (stream,) = psutil.Process(run.pid).children()
+        stream.kill()
         assert run.wait(LIMIT_S) == 0, (tmp_path / "submitter.log").read_text()
         logs = "".join(path.read_text(errors="replace") for path in (work / "away").glob("*.log"))
     shutil.rmtree(work)
     said = (tmp_path / "submitter.log").read_text()
     assert "each SuperNode reads what its own node config names" in said
-    assert "round 1/1: 2/2 clients" in said, "the ServerApp's log is shown where SQL is out of sight"
+    for line in ("1 rounds, trunk at", "round 1/1: 2/2 clients"):
+        assert said.count(line) == 1, "the ServerApp's log is shown, once, where SQL is out of sight; its stream broke"
     assert str(checkout) not in logs
     assert status(tmp_path / "server") == ("finished", None)
