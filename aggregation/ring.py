@@ -16,6 +16,7 @@ import numpy.typing as npt
 from contract.errors import ConfigError, UpdateError
 
 RingVector = npt.NDArray[np.uint32]
+AnyRingVector = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 FloatVector = npt.NDArray[np.floating[Any]]
 
 RING = 1 << 32
@@ -23,6 +24,11 @@ _HALF_RING = 1 << 31
 _MAX_CLIENTS = 1 << 20
 _CLIP_RANGE = (2.0**-40, 2.0**40)
 _CHUNK = 1 << 16  # coordinates; keeps the float64 intermediates in cache
+
+
+def zeros(size: int, bits: int) -> AnyRingVector:
+    """The neutral vector of shape (size,) over Z_2^bits, 32 or 64."""
+    return np.zeros(size, dtype=np.uint32) if bits == 32 else np.zeros(size, dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ TrunklineError
 │   └── ExpiredGraphError       its pending graph was freed before the backward came
 ├── CapacityError          the peer is full; try again later
 ├── UpdateError            a client's update is non-finite or absurdly large
+├── SecureSumError         a party of a secure sum was told, or sent, what its rules forbid
 ├── RoundError             a round or a run cannot go on
 │   └── QuorumError             too few clients answered
 ├── ConnectionFailedError  nothing answers at an address
@@ -82,6 +83,10 @@ class CapacityError(TrunklineError):
 
 class UpdateError(TrunklineError):
     grpc_status = "INVALID_ARGUMENT"
+
+
+class SecureSumError(TrunklineError):
+    grpc_status = "FAILED_PRECONDITION"
 
 
 class RoundError(TrunklineError):
