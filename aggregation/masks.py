@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from aggregation.ring import AnyRingVector
+from aggregation.ring import RingVector
 
 _PIECE_BYTES = 1 << 18
 _ZERO_NONCE = bytes(16)
 _ZEROS = bytes(_PIECE_BYTES)
 
 
-def add_mask(vector: AnyRingVector, key: bytes, *, negative: bool = False) -> None:
+def add_mask(vector: RingVector, key: bytes, *, negative: bool = False) -> None:
     """Add the mask of `key` to `vector` in place, or take it away. A key MUST make one mask only: the nonce is zero."""
     stream = Cipher(algorithms.AES(key), modes.CTR(_ZERO_NONCE)).encryptor()
     combine = np.subtract if negative else np.add

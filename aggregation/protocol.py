@@ -13,10 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from aggregation.ring import RingVector
+from aggregation.ring import RingVector, zeros
 from contract.errors import RoundError, UpdateError
-
-_WIRE_TYPE = np.dtype("<u4")
 
 
 class ClientHalf(ABC):
@@ -53,16 +51,16 @@ class PlainSumClient(ClientHalf):
 
     stages = ("upload",)
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, bits: int = 32) -> None:
+        self._size, self._bits = size, bits
 
     def upload(self, vector: RingVector) -> bytes:
-        if vector.shape != (self._size,) or vector.dtype != np.uint32:
+        if vector.shape != (self._size,) or vector.dtype != zeros(0, self._bits).dtype:
             raise UpdateError(
                 f"the encoded update has shape {vector.shape} and type {vector.dtype}; "
-                f"this round sums uint32 vectors of shape ({self._size},)"
+                f"this round sums uint{self._bits} vectors of shape ({self._size},)"
             )
-        return vector.astype(_WIRE_TYPE, copy=False).tobytes()
+        return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class PlainSumServer(ServerHalf):
@@ -70,8 +68,8 @@ class PlainSumServer(ServerHalf):
 
     stages = ("upload",)
 
-    def __init__(self, size: int, cohort: Collection[str]) -> None:
-        self._total = np.zeros(size, dtype=np.uint32)
+    def __init__(self, size: int, cohort: Collection[str], bits: int = 32) -> None:
+        self._total = zeros(size, bits)
         self._cohort = frozenset(cohort)
         self._accepted: set[str] = set()
 
@@ -80,11 +78,11 @@ class PlainSumServer(ServerHalf):
             raise UpdateError(f"client {client_id} sent an update but is not in this round's cohort")
         if client_id in self._accepted:
             raise UpdateError(f"client {client_id} sent a second update for this round; the first one counts")
-        due_bytes = self._total.size * _WIRE_TYPE.itemsize
+        due_bytes = self._total.nbytes
         if len(upload) != due_bytes:
             fault = "truncated" if len(upload) < due_bytes else "oversized"
             raise UpdateError(f"client {client_id} sent a {fault} update: {len(upload)} bytes, {due_bytes} are due")
-        np.add(self._total, np.frombuffer(upload, dtype=_WIRE_TYPE), out=self._total)
+        np.add(self._total, np.frombuffer(upload, dtype=self._total.dtype.newbyteorder("<")), out=self._total)
         self._accepted.add(client_id)
 
     @property

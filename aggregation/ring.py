@@ -1,12 +1,13 @@
-"""Fixed point: weighted float vectors become elements of Z_2^32, where sums are exact and order does not matter.
+"""Fixed point: weighted float vectors become elements of Z_2^32 or Z_2^64, where sums are exact in any order.
 
 A client with integer weight w and update delta sends round(scale * w * delta) for each coordinate and w itself as the
-last one. Sums are taken modulo 2^32; negative numbers are two's complement. The mean is sum(w * delta) / sum(w).
+last one. Sums wrap at the ring's size; negative numbers are two's complement. The mean is sum(w * delta) / sum(w).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,22 @@ import numpy.typing as npt
 
 from contract.errors import ConfigError, UpdateError
 
-RingVector = npt.NDArray[np.uint32]
-AnyRingVector = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
+RingVector = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 FloatVector = npt.NDArray[np.floating[Any]]
+Dither = Callable[[int], npt.NDArray[np.float64]]
+"""As many independent numbers as asked for, uniform in [0, 1)."""
 
 RING = 1 << 32
-_HALF_RING = 1 << 31
+_COARSEST_CLIP = 1 << 16
+"""In steps: below it a clip of Z_2^32 is too coarse, and Z_2^64 is taken."""
+_FINEST_CLIP = 1 << 52
+"""In steps: float64 tells no more of them apart."""
 _MAX_CLIENTS = 1 << 20
 _CLIP_RANGE = (2.0**-40, 2.0**40)
 _CHUNK = 1 << 16  # coordinates; keeps the float64 intermediates in cache
 
 
-def zeros(size: int, bits: int) -> AnyRingVector:
+def zeros(size: int, bits: int) -> RingVector:
     """The neutral vector of shape (size,) over Z_2^bits, 32 or 64."""
     return np.zeros(size, dtype=np.uint32) if bits == 32 else np.zeros(size, dtype=np.uint64)
 
@@ -39,40 +44,45 @@ class FixedPoint:
     made: it raises ConfigError, so that both sides refuse such settings before anything is encoded.
 
     Bound: with N contributions whose weights sum to W, the decoded mean of a coordinate is within `error_bound(N, W)`
-    = N / (2 * scale * W) of the exact weighted mean, float64's own rounding (2^-52 of the value) aside.
+    = N / (2 * scale * W) of the exact weighted mean, float64's own rounding (2^-52 of the value) aside; twice that
+    where the encoding was dithered.
     """
 
     scale: float
     clip: float
     clients: int
     max_weight: int
+    bits: int = 32
 
     def __post_init__(self) -> None:
         _check_inputs(self.clients, self.max_weight, self.clip)
         if not math.isfinite(self.scale) or math.frexp(self.scale)[0] != 0.5:
             raise ConfigError(f"scale is {self.scale}; fixed point needs a power of two")
-        if not _fits(self.scale, self.clients, self.max_weight, self.clip):
+        if not _fits(self.scale, self.clients, self.max_weight, self.clip, self.bits):
             raise ConfigError(
                 f"{self.clients} clients of up to {self.max_weight} trained tokens and updates of up to {self.clip} "
-                f"wrap in Z_2^32 at scale {self.scale}: use a smaller scale or update-clip"
+                f"wrap in Z_2^{self.bits} at scale {self.scale}: use a smaller scale or update-clip"
             )
 
-    def encode(self, delta: FloatVector, weight: int) -> RingVector:
+    def encode(self, delta: FloatVector, weight: int, dither: Dither | None = None) -> RingVector:
         """Encode one client's update, shape (d,), float32 or float64, as shape (d + 1,); the last element is `weight`.
 
-        Raises UpdateError, naming the coordinate and its value, when one is not finite or exceeds `clip`, and when
+        Rounds to the nearest step, or with `dither` up or down by chance, so that the mean is the value itself. Raises
+        UpdateError, naming the coordinate and its value, when one is not finite or exceeds `clip`, and when
         `weight` is not within 1..max_weight. Nothing is clipped in silence.
         """
         if delta.ndim != 1:
             raise UpdateError(f"the update has shape {delta.shape}; it must be one flat vector")
         if not 1 <= weight <= self.max_weight:
             raise UpdateError(f"the weight is {weight} trained tokens; this round takes 1 to {self.max_weight}")
-        encoded = np.empty(delta.size + 1, dtype=np.uint32)
+        encoded = zeros(delta.size + 1, self.bits)
         factor = self.scale * weight
         for start in range(0, delta.size, _CHUNK):
             chunk = np.asarray(delta[start : start + _CHUNK], dtype=np.float64)
             self._refuse_unusable(chunk, start)
-            encoded[start : start + chunk.size] = np.rint(chunk * factor).astype(np.int64).astype(np.uint32)
+            steps = chunk * factor
+            codes = np.rint(steps) if dither is None else np.floor(steps + dither(steps.size))
+            encoded[start : start + chunk.size] = codes.astype(np.int64).astype(encoded.dtype)
         encoded[-1] = weight
         return encoded
 
@@ -90,14 +100,16 @@ class FixedPoint:
 
         Raises UpdateError when the sum is none that up to `clients` honest encodings can give.
         """
-        if total.ndim != 1 or total.size < 1 or total.dtype != np.uint32:
-            raise UpdateError(f"the sum has shape {total.shape} and type {total.dtype}; it must be flat uint32")
+        if total.ndim != 1 or total.size < 1 or total.dtype != zeros(0, self.bits).dtype:
+            raise UpdateError(
+                f"the sum has shape {total.shape} and type {total.dtype}; it must be flat uint{self.bits}"
+            )
         weight_sum = int(total[-1])
         if not 1 <= weight_sum <= self.clients * self.max_weight:
             raise UpdateError(f"the weights sum to {weight_sum}; it must be 1 to {self.clients * self.max_weight}")
-        mean: npt.NDArray[np.float64] = total[:-1].view(np.int32) / (self.scale * weight_sum)
+        mean: npt.NDArray[np.float64] = total[:-1].view(f"i{self.bits // 8}") / (self.scale * weight_sum)
         largest = float(np.abs(mean).max(initial=0.0))
-        if largest > (self.clip + self.error_bound(self.clients, weight_sum)) * (1 + 2**-40):
+        if largest > (self.clip + 2 * self.error_bound(self.clients, weight_sum)) * (1 + 2**-40):
             raise UpdateError(f"the mean update has a coordinate of size {largest}; it must be at most {self.clip}")
         return mean, weight_sum
 
@@ -109,14 +121,19 @@ class FixedPoint:
 def plan(clients: int, max_weight: int, clip: float) -> FixedPoint:
     """The finest FixedPoint in which no sum of `clients` updates can wrap; every party computes the same one.
 
-    `max_weight` is the most tokens that one client can train on in a round. Raises ConfigError, naming the number at
-    fault, where there is none.
+    `max_weight` is the most tokens that one client can train on in a round. The ring is Z_2^32, or Z_2^64 where in the
+    smaller one a clip's range would be less than 2^16 steps. Raises ConfigError, naming the number at fault, where
+    there is none.
     """
     _check_inputs(clients, max_weight, clip)
-    exponent = math.ceil(math.log2(_HALF_RING / (clients * max_weight * clip)))
-    while not _fits(2.0**exponent, clients, max_weight, clip):
-        exponent -= 1
-    return FixedPoint(scale=2.0**exponent, clip=clip, clients=clients, max_weight=max_weight)
+    for bits, finest in ((32, math.inf), (64, _FINEST_CLIP)):
+        exponent = math.ceil(math.log2(min(2 ** (bits - 1) / clients, finest) / (max_weight * clip)))
+        while not _fits(2.0**exponent, clients, max_weight, clip, bits):
+            exponent -= 1
+        fixed = FixedPoint(scale=2.0**exponent, clip=clip, clients=clients, max_weight=max_weight, bits=bits)
+        if fixed.scale * max_weight * clip >= _COARSEST_CLIP:
+            break
+    return fixed
 
 
 def _check_inputs(clients: int, max_weight: int, clip: float) -> None:
@@ -132,6 +149,6 @@ def _check_inputs(clients: int, max_weight: int, clip: float) -> None:
         )
 
 
-def _fits(scale: float, clients: int, max_weight: int, clip: float) -> bool:
+def _fits(scale: float, clients: int, max_weight: int, clip: float, bits: int) -> bool:
     """Whether `clients` codes of the largest size, |round(scale * weight * clip)|, stay inside half the ring."""
-    return clients * (math.ceil(scale * max_weight * clip) + 1) < _HALF_RING
+    return clients * (math.ceil(scale * max_weight * clip) + 1) < 1 << (bits - 1)

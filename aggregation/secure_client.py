@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from aggregation import keys, shamir
 from aggregation.graph import neighbours
 from aggregation.masks import add_mask
-from aggregation.ring import AnyRingVector
+from aggregation.ring import RingVector
 from aggregation.terms import Policy, Terms
 from contract import secagg_pb2 as pb
 from contract.errors import SecureSumError
@@ -131,7 +131,7 @@ class SecureClient:
         self._state.stage = Stage.SHARED
         return pb.SealedShares(shares=[share for share in sealed if share is not mine]).SerializeToString()
 
-    def upload(self, vector: AnyRingVector, adapter_sha256: str, inbox: bytes) -> bytes:
+    def upload(self, vector: RingVector, adapter_sha256: str, inbox: bytes) -> bytes:
         """Stage 2: `vector`, shape (size,), masked IN PLACE, as little-endian bytes.
 
         `inbox` holds the shares that neighbours sealed for this member; `adapter_sha256` names what was trained.

@@ -14,7 +14,7 @@ import numpy as np
 from aggregation import keys, shamir
 from aggregation.graph import neighbours
 from aggregation.masks import add_mask
-from aggregation.ring import AnyRingVector, zeros
+from aggregation.ring import RingVector, zeros
 from aggregation.secure_client import (
     advert_message,
     adverts_sha256,
@@ -156,7 +156,7 @@ class SecureServer:
             self._masking[of_member][member + 1] = value
         self._answered.add(member)
 
-    def finish(self) -> AnyRingVector:
+    def finish(self) -> RingVector:
         """The ring sum over the survivors, shape (size,). Raises SecureSumError where too few answered, or falsely."""
         self._require_enough(self._answered, "answered")
         weights: dict[tuple[int, ...], dict[int, int]] = {}

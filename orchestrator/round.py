@@ -30,7 +30,6 @@ from storage.records import RoundCommit
 
 log = logging.getLogger("trunkline.orchestrator")
 
-RING_BYTES = 4
 REASONS_SHOWN = 3
 OUTSIDE_ROUNDS = 0
 """The attempt that a final judgement names: it is no attempt at a round."""
@@ -54,8 +53,8 @@ def play_round(desk: Desk, before: Version) -> Version:
     with watch.lap("training"):
         order = _order(desk, before, key, cohort)
         size = int(np.count_nonzero(before.client.trained(order.factor))) + 1
-        summing = PlainSumServer(size, cohort)
-        got = collect_updates(desk, order, cohort, before.client.vector_d, summing, size * RING_BYTES)
+        summing = PlainSumServer(size, cohort, fixed_point.bits)
+        got = collect_updates(desk, order, cohort, before.client.vector_d, summing, size * fixed_point.bits // 8)
     survivors = sorted(got.metrics)
     _require_quorum(desk, number, cohort, got)
 

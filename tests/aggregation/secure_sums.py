@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregation.ring import AnyRingVector
+from aggregation.ring import RingVector
 from aggregation.secure_client import SecureClient
 from aggregation.secure_server import SecureServer
 from aggregation.shamir import Entropy
@@ -58,7 +58,7 @@ class Cohort:
         for client_id in who:
             self.server.accept_shares(client_id, self.reload(client_id).share(adverts, self.entropy))
 
-    def upload(self, who: Collection[str], vectors: Mapping[str, AnyRingVector]) -> None:
+    def upload(self, who: Collection[str], vectors: Mapping[str, RingVector]) -> None:
         for client_id in who:
             inbox = self.server.inbox(client_id)
             uploaded = self.reload(client_id).upload(vectors[client_id].copy(), ADAPTER, inbox)
@@ -69,13 +69,13 @@ class Cohort:
         for client_id in who:
             self.server.accept_confirmation(client_id, self.reload(client_id).confirm(message))
 
-    def unmask(self, who: Collection[str]) -> AnyRingVector:
+    def unmask(self, who: Collection[str]) -> RingVector:
         request = self.server.unmask_request()
         for client_id in who:
             self.server.accept_answer(client_id, self.reload(client_id).unmask(request))
         return self.server.finish()
 
-    def play(self, vectors: Mapping[str, AnyRingVector], gone: Sequence[Collection[str]] = ()) -> AnyRingVector:
+    def play(self, vectors: Mapping[str, RingVector], gone: Sequence[Collection[str]] = ()) -> RingVector:
         """The sum; the clients in `gone[stage]` answer nothing from that stage on."""
         left = set(self.identities)
         groups = []
@@ -119,14 +119,14 @@ def cohort_of(count: int, seed: int = 0, **changes: object) -> Cohort:
     return Cohort(terms_of(identities, **changes), identities)
 
 
-def vectors_of(cohort: Cohort, seed: int = 0) -> dict[str, AnyRingVector]:
+def vectors_of(cohort: Cohort, seed: int = 0) -> dict[str, RingVector]:
     rng = np.random.default_rng(seed)
     top = 1 << cohort.terms.ring_bits
     kind = np.uint32 if cohort.terms.ring_bits == 32 else np.uint64
     return {client_id: rng.integers(0, top, cohort.terms.size, dtype=kind) for client_id in cohort.identities}
 
 
-def plain_sum(cohort: Cohort, vectors: Mapping[str, AnyRingVector], who: Collection[str]) -> AnyRingVector:
+def plain_sum(cohort: Cohort, vectors: Mapping[str, RingVector], who: Collection[str]) -> RingVector:
     total = np.zeros_like(next(iter(vectors.values())))
     for client_id in who:
         total += vectors[client_id]

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregation import keys, shamir
-from aggregation.ring import AnyRingVector
+from aggregation.ring import RingVector
 from aggregation.secure_client import SecureClient, Stage, advert_message, survivors_message
 from aggregation.terms import Member, Policy, Terms
 from contract import secagg_pb2 as pb
@@ -298,7 +298,7 @@ def test_too_few_shares_to_hide_among() -> None:
 
 
 @pytest.mark.parametrize("vector", [np.zeros(49, np.uint32), np.zeros(50, np.uint64), np.zeros((50, 1), np.uint32)])
-def test_a_session_for_vectors_of_another_size(vector: AnyRingVector) -> None:
+def test_a_session_for_vectors_of_another_size(vector: RingVector) -> None:
     cohort = shared()
     victim = victim_of(cohort)
     refuses("sums uint32 of shape", lambda: victim.upload(vector, ADAPTER, cohort.server.inbox(VICTIM)), victim)
