@@ -69,6 +69,9 @@ def serve(
     max_pending: Annotated[int, typer.Option(min=1, help="Forwards of a session that wait for a backward.")] = 16,
     pending_ttl_s: Annotated[float, typer.Option(min=0.1, help="Seconds such a forward may wait.")] = 600.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
+    max_pending_tokens: Annotated[
+        int, typer.Option(min=1, help="Rows times tokens of all sessions' forwards that wait for a backward.")
+    ] = 131072,
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
@@ -95,6 +98,7 @@ def serve(
         max_pending=max_pending,
         pending_ttl_s=pending_ttl_s,
         max_tokens=max_tokens,
+        max_pending_tokens=max_pending_tokens,
         idle_timeout_s=idle_timeout_s,
         grace_s=grace_s,
         announce_file=announce_file,

@@ -82,12 +82,13 @@ class Conversation:
         session.pending.drop(forward.dropped)
         inputs = read_forward(forward, session.codec, self._engine.hidden_size, self._max_tokens)
         if forward.need_grad:
-            session.pending.require_room(forward.microbatch)
+            session.pending.reserve(forward.microbatch, inputs.tokens)
         data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")
         graph, header, reply = await self._compute.run(self._run_forward, forward, inputs, data)
         if forward.need_grad:
             session.pending.add(forward.microbatch, graph)
             session.count(tokens=inputs.tokens)
+        del graph  # a graph that expires while a slow client reads must not live on here
         body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
         await self._stream.write(pb.ServerFrame(forward=body))
         await self._stream.write_data(reply)
@@ -111,6 +112,8 @@ class Conversation:
         check_backward(backward, graph, self._session.codec, self._max_tokens)
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
         header, reply, norm = await self._compute.run(self._run_backward, backward, graph, data)
+        del graph
+        self._session.pending.settled(backward.microbatch)
         body = pb.BackwardReply(microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm)
         await self._stream.write(pb.ServerFrame(backward=body))
         await self._stream.write_data(reply)

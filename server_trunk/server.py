@@ -26,7 +26,7 @@ from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, Graph, choose_device
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
-from server_trunk.sessions import SessionTable
+from server_trunk.sessions import SessionTable, TokenBudget
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -52,6 +52,7 @@ class ServeOptions:
     max_pending: int = 16
     pending_ttl_s: float = 600.0
     max_tokens: int = 32768
+    max_pending_tokens: int = 131072
     idle_timeout_s: float = 900.0
     grace_s: float = 30.0
     announce_file: Path | None = None
@@ -80,15 +81,24 @@ class TrunkServer:
     """One serving trunk. Everything but the constructor runs on one event loop."""
 
     def __init__(self, options: ServeOptions) -> None:
-        """Raises ConfigError for a listen address or device that cannot be served."""
+        """Raises ConfigError for a listen address, device or limits that cannot be served."""
         self._options = options
         self._host, self._port = check_listen(options.listen, options.insecure_listen)
         choose_device(options.device)
+        if options.max_pending_tokens < options.max_tokens:
+            raise ConfigError(
+                f"max-pending-tokens is {options.max_pending_tokens}, less than max-tokens, "
+                f"{options.max_tokens}: no forward of that size could ever wait for its backward; change one of them"
+            )
         self._compute = Worker("trunk-compute")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
-            options.max_sessions, options.max_pending, options.pending_ttl_s, time.monotonic
+            options.max_sessions,
+            options.max_pending,
+            options.pending_ttl_s,
+            time.monotonic,
+            TokenBudget(options.max_pending_tokens),
         )
 
     async def start(self) -> tuple[str, str]:

@@ -24,49 +24,95 @@ _REMEMBERED_GRAPHS = 64
 _REMEMBERED_ROUNDS = 256
 
 
-class PendingGraphs(Generic[Graph]):
-    """Graphs by microbatch, at most `limit` of them, each for at most `ttl_s` seconds of `clock`."""
+class TokenBudget:
+    """Rows times tokens of the forwards of all sessions whose graphs are held; a graph's memory grows with them."""
 
-    def __init__(self, limit: int, ttl_s: float, clock: Clock) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+
+    def take(self, tokens: int) -> None:
+        """Raise CapacityError, and take nothing, when that many are not left."""
+        if self.taken + tokens > self.limit:
+            raise CapacityError(
+                f"forwards of {self.taken} tokens wait for their backward at this trunk, and {tokens} more are over "
+                f"its --max-pending-tokens of {self.limit}, which all sessions share: try again later, or with less "
+                "text in a batch"
+            )
+        self.taken += tokens
+
+    def give_back(self, tokens: int) -> None:
+        self.taken -= tokens
+
+
+class PendingGraphs(Generic[Graph]):
+    """Graphs by microbatch, at most `limit` of them, each for at most `ttl_s` seconds of `clock`.
+
+    A forward holds its tokens of the budget from `reserve` until its graph is freed or its backward is `settled`.
+    """
+
+    def __init__(self, limit: int, ttl_s: float, clock: Clock, budget: TokenBudget) -> None:
         self.limit = limit
         self.ttl_s = ttl_s
         self._clock = clock
+        self._budget = budget
+        self._reserved: dict[int, int] = {}  # microbatch -> tokens, from before its forward to after its backward
         self._graphs: OrderedDict[int, tuple[float, Graph]] = OrderedDict()
         self._expired: OrderedDict[int, str] = OrderedDict()  # microbatch -> why, for the error of a late backward
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def require_room(self, microbatch: int) -> None:
-        """Raise CapacityError when full, FrameError when `microbatch` is pending already."""
-        if microbatch in self._graphs:
+    def reserve(self, microbatch: int, tokens: int) -> None:
+        """Room for a graph that is not computed yet.
+
+        Raises CapacityError when this session or the budget is full, FrameError when `microbatch` is pending already.
+        """
+        if microbatch in self._reserved:
             raise FrameError(f"microbatch {microbatch} waits for its backward already; each forward needs a new number")
-        if len(self._graphs) >= self.limit:
+        if len(self._reserved) >= self.limit:
             raise CapacityError(
-                f"{len(self._graphs)} forwards wait for their backward, which is this trunk's limit: "
+                f"{len(self._reserved)} forwards wait for their backward, which is this trunk's limit: "
                 "run backward on them, or run forwards that need none under torch.no_grad()"
             )
+        self._budget.take(tokens)
+        self._reserved[microbatch] = tokens
 
     def add(self, microbatch: int, graph: Graph) -> None:
+        """Keep the graph of a forward that was reserved."""
         self._graphs[microbatch] = (self._clock(), graph)
 
     def pop(self, microbatch: int) -> Graph:
-        """The graph, no longer pending. Raises ExpiredGraphError when it was freed, SessionError when it never was."""
+        """The graph, no longer pending; it holds its tokens until it is `settled`.
+
+        Raises ExpiredGraphError when it was freed, SessionError when it never was.
+        """
         if microbatch in self._graphs:
             return self._graphs.pop(microbatch)[1]
         if microbatch in self._expired:
             raise ExpiredGraphError(f"the graph of microbatch {microbatch} is gone: {self._expired[microbatch]}")
         raise SessionError(f"no forward of microbatch {microbatch} waits for a backward")
 
+    def settled(self, microbatch: int) -> None:
+        """The backward of a graph that was popped is done, and its memory given back."""
+        self._budget.give_back(self._reserved.pop(microbatch, 0))
+
     def drop(self, microbatches: Iterable[int]) -> None:
         """Free what the client will never ask for."""
         for microbatch in microbatches:
-            self._graphs.pop(microbatch, None)
+            if self._graphs.pop(microbatch, None) is not None:
+                self.settled(microbatch)
 
     def free_all(self, reason: str) -> None:
         """Free every graph; a later backward is answered with `reason`."""
         for microbatch in list(self._graphs):
             self._free(microbatch, reason)
+
+    def close(self) -> None:
+        """Free every graph, and what a forward or backward that was cut short had reserved."""
+        self.free_all("its session is closed")
+        for microbatch in list(self._reserved):
+            self.settled(microbatch)
 
     def sweep(self) -> int:
         """Free what waited longer than its time; the number freed."""
@@ -78,6 +124,7 @@ class PendingGraphs(Generic[Graph]):
 
     def _free(self, microbatch: int, reason: str) -> None:
         del self._graphs[microbatch]
+        self.settled(microbatch)
         self._expired[microbatch] = reason
         while len(self._expired) > _REMEMBERED_GRAPHS:
             self._expired.popitem(last=False)
@@ -119,8 +166,11 @@ class Session(Generic[Adapter, Graph]):
 class SessionTable(Generic[Adapter, Graph]):
     """The open sessions, at most `max_sessions`, and the totals of the last rounds."""
 
-    def __init__(self, max_sessions: int, max_pending: int, pending_ttl_s: float, clock: Clock) -> None:
+    def __init__(
+        self, max_sessions: int, max_pending: int, pending_ttl_s: float, clock: Clock, budget: TokenBudget
+    ) -> None:
         self.max_sessions = max_sessions
+        self._budget = budget
         self._max_pending = max_pending
         self._pending_ttl_s = pending_ttl_s
         self._clock = clock
@@ -156,7 +206,7 @@ class SessionTable(Generic[Adapter, Graph]):
         """Enter a session, inside of its place."""
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
-        pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
+        pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock, self._budget)
         session = Session(
             secrets.token_hex(8), client_id, round_key, base_sha256, codec, adapter, pending=pending, totals=totals
         )
@@ -166,7 +216,7 @@ class SessionTable(Generic[Adapter, Graph]):
     def close(self, session: Session[Adapter, Graph]) -> None:
         """Forget a session and free its graphs."""
         self._open.discard(session)
-        session.pending.free_all("its session is closed")
+        session.pending.close()
 
     def sweep(self) -> int:
         """Free the graphs that waited too long; the number freed."""

@@ -6,7 +6,7 @@ import pytest
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
 from contract.records import RoundKey, RoundProgress
-from server_trunk.sessions import PendingGraphs, Session, SessionTable
+from server_trunk.sessions import PendingGraphs, Session, SessionTable, TokenBudget
 
 KEY = RoundKey("run", 1, 1)
 
@@ -24,13 +24,23 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def pending(clock: Clock) -> PendingGraphs[str]:
-    return PendingGraphs(2, 10.0, clock)
+def budget() -> TokenBudget:
+    return TokenBudget(100)
 
 
 @pytest.fixture
-def table(clock: Clock) -> SessionTable[str, str]:
-    return SessionTable(2, 2, 10.0, clock)
+def pending(clock: Clock, budget: TokenBudget) -> PendingGraphs[str]:
+    return PendingGraphs(2, 10.0, clock, budget)
+
+
+@pytest.fixture
+def table(clock: Clock, budget: TokenBudget) -> SessionTable[str, str]:
+    return SessionTable(2, 2, 10.0, clock, budget)
+
+
+def put(pending: PendingGraphs[str], microbatch: int, graph: str = "graph", tokens: int = 1) -> None:
+    pending.reserve(microbatch, tokens)
+    pending.add(microbatch, graph)
 
 
 def opened(table: SessionTable[str, str], key: RoundKey | None = KEY) -> Session[str, str]:
@@ -38,29 +48,66 @@ def opened(table: SessionTable[str, str], key: RoundKey | None = KEY) -> Session
 
 
 def test_a_graph_is_taken_once(pending: PendingGraphs[str]) -> None:
-    pending.add(7, "graph")
+    put(pending, 7)
     assert pending.pop(7) == "graph"
     with pytest.raises(SessionError, match="no forward of microbatch 7 waits"):
         pending.pop(7)
 
 
 def test_pending_graphs_are_bounded_and_numbers_are_not_reused(pending: PendingGraphs[str]) -> None:
-    pending.add(1, "a")
-    pending.require_room(2)
+    put(pending, 1)
     with pytest.raises(FrameError, match="microbatch 1 waits for its backward already"):
-        pending.require_room(1)
-    pending.add(2, "b")
+        pending.reserve(1, 1)
+    put(pending, 2)
     with pytest.raises(CapacityError, match="2 forwards wait for their backward, which is this trunk's limit"):
-        pending.require_room(3)
+        pending.reserve(3, 1)
     pending.drop([1, 99])
-    pending.require_room(3)
+    pending.reserve(3, 1)
     assert len(pending) == 1
 
 
+def test_the_tokens_of_waiting_forwards_are_bounded_over_all_sessions(table: SessionTable[str, str]) -> None:
+    first, second = opened(table).pending, opened(table).pending
+    put(first, 1, tokens=60)
+    put(second, 1, tokens=40)
+    with pytest.raises(CapacityError, match="and 1 more are over its --max-pending-tokens of 100"):
+        second.reserve(2, 1)
+    first.drop([1])
+    second.reserve(2, 60)
+
+
+def test_every_way_a_graph_goes_gives_its_tokens_back(
+    table: SessionTable[str, str], clock: Clock, budget: TokenBudget
+) -> None:
+    session = opened(table)
+    put(session.pending, 1, tokens=100)
+    session.pending.pop(1)
+    assert budget.taken == 100  # its backward is still to be computed
+    session.pending.settled(1)
+    assert budget.taken == 0
+    put(session.pending, 2, tokens=100)
+    session.pending.drop([2, 2])
+    put(session.pending, 3, tokens=100)
+    session.pending.free_all("stepped")
+    put(session.pending, 4, tokens=100)
+    clock.now += 11
+    table.sweep()
+    assert budget.taken == 0
+    put(session.pending, 5, tokens=30)
+    put(session.pending, 6, tokens=30)
+    session.pending.pop(6)
+    table.close(session)
+    assert budget.taken == 0
+    half = opened(table)
+    half.pending.reserve(1, 50)
+    table.close(half)
+    assert budget.taken == 0
+
+
 def test_a_graph_expires_by_the_clock_alone(pending: PendingGraphs[str], clock: Clock) -> None:
-    pending.add(1, "old")
+    put(pending, 1, "old")
     clock.now += 6
-    pending.add(2, "new")
+    put(pending, 2, "new")
     clock.now += 5
     assert pending.sweep() == 1
     with pytest.raises(ExpiredGraphError, match="microbatch 1 is gone: it was freed after waiting 10 s"):
@@ -69,16 +116,16 @@ def test_a_graph_expires_by_the_clock_alone(pending: PendingGraphs[str], clock: 
 
 
 def test_freed_graphs_say_why(pending: PendingGraphs[str]) -> None:
-    pending.add(1, "a")
+    put(pending, 1)
     pending.free_all("the adapter was stepped")
     with pytest.raises(ExpiredGraphError, match="the adapter was stepped"):
         pending.pop(1)
 
 
 def test_what_is_remembered_of_freed_graphs_is_bounded(clock: Clock) -> None:
-    pending: PendingGraphs[str] = PendingGraphs(1000, 10.0, clock)
+    pending: PendingGraphs[str] = PendingGraphs(1000, 10.0, clock, TokenBudget(1000))
     for microbatch in range(1000):
-        pending.add(microbatch, "graph")
+        put(pending, microbatch)
     pending.free_all("gone")
     with pytest.raises(ExpiredGraphError):
         pending.pop(999)
@@ -129,10 +176,10 @@ def test_a_session_of_its_own_counts_for_no_round(table: SessionTable[str, str])
 
 def test_closing_and_sweeping_free_graphs(table: SessionTable[str, str], clock: Clock) -> None:
     session = opened(table)
-    session.pending.add(1, "graph")
+    put(session.pending, 1)
     clock.now += 11
     assert table.sweep() == 1
-    session.pending.add(2, "graph")
+    put(session.pending, 2)
     table.close(session)
     assert len(session.pending) == 0
     assert table.sweep() == 0
