@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.metrics import best_version, judged_losses
 from storage.home import artifacts_dir, home_dir
 from storage.reader import LAST, Reader
-from storage.records import RoundRow, RunRow
+from storage.records import ParticipationRow, RoundRow, RunRow
 
 runs_app = typer.Typer(help="Runs: what was started, how it stands or ended.", no_args_is_help=True)
 rounds_app = typer.Typer(help="Rounds of a run.", no_args_is_help=True)
@@ -71,7 +71,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
     with _reader() as reader:
         row = reader.get_run(_named(run, last))
         data = _run_data(reader, row)
-        data["held_out_losses"] = judged_losses(reader.metrics(row.run_id))
+        data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         data["adapter"] = _adapter_directory(row.run_id) if _adapter_directory(row.run_id).is_dir() else None
         data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
         data |= {"ended_at": row.ended_at, "config": row.config}
@@ -84,7 +84,14 @@ def list_rounds(run: RunArgument = None, last: LastOption = False, output: Outpu
     """Every attempt at every round of a run. The held-out loss is that of the adapter which the round committed."""
     with _reader() as reader:
         row = reader.get_run(_named(run, last))
-        rows = [_round_data(reader, attempt) for attempt in reader.rounds(row.run_id)]
+        attempts = reader.rounds(row.run_id)
+        cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
+        for one in reader.participations(row.run_id):
+            cohorts.setdefault((one.number, one.attempt), []).append(one)
+        metrics = reader.metrics(row.run_id, over_clients=True)
+    losses = judged_losses(metrics)
+    told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
+    rows = [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
     emit(rows, output, columns=ROUND_COLUMNS, title=f"run {row.run_id}: {row.status}")
 
 
@@ -196,14 +203,14 @@ def _adapter_directory(run_id: str) -> Path:
 
 
 def _best(reader: Reader, run: RunRow) -> int:
-    best = best_version(judged_losses(reader.metrics(run.run_id)))
+    best = best_version(judged_losses(reader.metrics(run.run_id, over_clients=True)))
     if best is None:
         raise StorageError(f"no adapter of run {run.run_id} was judged on held-out text; choose one with --round")
     return best
 
 
 def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
-    losses = judged_losses(reader.metrics(run.run_id))
+    losses = judged_losses(reader.metrics(run.run_id, over_clients=True))
     return {
         "run_id": run.run_id,
         "status": run.status,
@@ -216,16 +223,12 @@ def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
     }
 
 
-def _round_data(reader: Reader, attempt: RoundRow) -> dict[str, Any]:
-    taking_part = [
-        row for row in reader.participations(attempt.run_id, attempt.number) if row.attempt == attempt.attempt
-    ]
-    metrics = reader.metrics(attempt.run_id)
-    told = {
-        row.name: row.value
-        for row in metrics
-        if (row.number, row.attempt, row.node_id) == (attempt.number, attempt.attempt, None)
-    }
+def _round_data(
+    attempt: RoundRow,
+    taking_part: Sequence[ParticipationRow],
+    train_losses: Mapping[tuple[int, int], float],
+    held_out_losses: Mapping[int, float],
+) -> dict[str, Any]:
     training_s = attempt.phase_seconds.get("training")
     return {
         "round": attempt.number,
@@ -233,8 +236,8 @@ def _round_data(reader: Reader, attempt: RoundRow) -> dict[str, Any]:
         "status": attempt.status,
         "phase": attempt.phase,
         "clients": f"{sum(row.status == 'trained' for row in taking_part)}/{len(taking_part)}",
-        "train_loss": told.get("train_loss"),
-        "held_out_loss": judged_losses(metrics).get(attempt.number) if attempt.status == "committed" else None,
+        "train_loss": train_losses.get((attempt.number, attempt.attempt)),
+        "held_out_loss": held_out_losses.get(attempt.number) if attempt.status == "committed" else None,
         "tokens": attempt.trained_tokens or attempt.tokens,
         "tokens_per_s": attempt.trained_tokens / training_s if training_s else None,
         "wire_mb": (attempt.received_bytes + attempt.sent_bytes) / 1e6,

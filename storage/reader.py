@@ -124,8 +124,19 @@ class Reader:
                 raise StorageError(f"run {run_id} has no adapter of round {number}: that round was not committed")
             return _record(AdapterVersionRow, found)
 
-    def metrics(self, run_id: str) -> list[MetricRow]:
-        """Every number recorded for a run, by round; those of aborted attempts are left out."""
+    def invited(self, run_id: str) -> dict[tuple[int, int], int]:
+        """How many clients each attempt of a run asked, by (number, attempt)."""
+        row = schema.Participation
+        query = select(row.number, row.attempt, func.count()).where(row.run_id == run_id)
+        with self._reading() as session:
+            counted = session.execute(query.group_by(row.number, row.attempt))
+            return {(number, attempt): count for number, attempt, count in counted}
+
+    def metrics(self, run_id: str, *, over_clients: bool = False) -> list[MetricRow]:
+        """Every number recorded for a run, by round; those of aborted attempts are left out.
+
+        With `over_clients` only the values over all clients: a few a round, however many clients there are.
+        """
         row, attempt = schema.Metric, schema.Round
         same_attempt = and_(attempt.run_id == row.run_id, attempt.number == row.number, attempt.attempt == row.attempt)
         query = (
@@ -134,6 +145,8 @@ class Reader:
             .where(row.run_id == run_id, or_(attempt.status.is_(None), attempt.status != "aborted"))
             .order_by(row.number, row.attempt, row.node_id, row.name)
         )
+        if over_clients:
+            query = query.where(row.node_id == "")
         with self._reading() as session:
             return [_record(MetricRow, found, node_id=found.node_id or None) for found in session.scalars(query)]
 

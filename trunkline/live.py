@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,9 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from storage.reader import Reader
-from storage.records import MetricRow, ParticipationRow, RoundRow, RunRow
+from storage.records import RoundRow, RunRow
 
 _COLUMNS = ("round", "clients", "held-out loss", "train loss", "tokens/s", "on the wire", "seconds", "")
+
+# (number, attempt) of a round: the clients asked; (number, attempt, name) of a value over all clients: the value.
+_Asked = Mapping[tuple[int, int], int]
+_Values = Mapping[tuple[int, int, str], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +52,21 @@ class Standing:
 
 
 def read_standing(reader: Reader, flower_run_id: str) -> Standing | None:
-    """Where the run that this Flower run drives stands, or None before it is in SQL."""
+    """Where the run that this Flower run drives stands, or None before it is in SQL.
+
+    Reads what is shown and no more, for a watch asks again and again: nothing of it grows with the number of clients.
+    """
     run = reader.run_by_flower_id(flower_run_id)
     if run is None:
         return None
     latest = {row.number: row for row in reader.rounds(run.run_id)}
-    metrics = reader.metrics(run.run_id)
-    took_part = reader.participations(run.run_id)
-    lines = [_line(row, metrics, took_part) for row in latest.values()]
-    first = _held_out(metrics, 0)
+    values = {(row.number, row.attempt, row.name): row.value for row in reader.metrics(run.run_id, over_clients=True)}
+    asked = reader.invited(run.run_id)
+    lines = [_line(row, values, asked) for row in latest.values()]
+    first = _held_out(values, 0)
     if lines and first is not None:
         lines.insert(0, RoundLine(0, 0, 0, first, None, None, 0, None, "", True))
-    return Standing(run, tuple(lines), _share(run, list(latest.values()), took_part))
+    return Standing(run, tuple(lines), _share(run, list(latest.values()), asked))
 
 
 def wire_size(size_bytes: float) -> str:
@@ -135,18 +142,16 @@ def round_table(standing: Standing) -> Group:
     return Group(table, bar)
 
 
-def _line(row: RoundRow, metrics: Sequence[MetricRow], took_part: Sequence[ParticipationRow]) -> RoundLine:
-    cohort = [one for one in took_part if (one.number, one.attempt) == (row.number, row.attempt)]
+def _line(row: RoundRow, values: _Values, asked: _Asked) -> RoundLine:
     committed = row.status == "committed"
     seconds = row.seconds if row.seconds is not None else (row.progress_at - row.opened_at).total_seconds()
     tokens = row.trained_tokens if committed else row.tokens
-    train_loss = _over_clients(metrics, row.number, row.attempt, "train_loss")
     return RoundLine(
         number=row.number,
         replied=row.replies,
-        asked=len(cohort),
-        held_out_loss=_held_out(metrics, row.number),
-        train_loss=train_loss,
+        asked=asked.get((row.number, row.attempt), 0),
+        held_out_loss=_held_out(values, row.number),
+        train_loss=values.get((row.number, row.attempt, "train_loss")),
         tokens_per_s=tokens / seconds if seconds > 0 else None,
         wire_bytes=row.received_bytes + row.sent_bytes,
         seconds=seconds if seconds > 0 else None,
@@ -155,16 +160,11 @@ def _line(row: RoundRow, metrics: Sequence[MetricRow], took_part: Sequence[Parti
     )
 
 
-def _held_out(metrics: Sequence[MetricRow], version: int) -> float | None:
-    return _over_clients(metrics, version, 0, "eval_loss")
+def _held_out(values: _Values, version: int) -> float | None:
+    return values.get((version, 0, "eval_loss"))
 
 
-def _over_clients(metrics: Sequence[MetricRow], number: int, attempt: int, name: str) -> float | None:
-    wanted = (number, attempt, None, name)
-    return next((row.value for row in metrics if (row.number, row.attempt, row.node_id, row.name) == wanted), None)
-
-
-def _share(run: RunRow, rounds: Sequence[RoundRow], took_part: Sequence[ParticipationRow]) -> float:
+def _share(run: RunRow, rounds: Sequence[RoundRow], asked: _Asked) -> float:
     """Committed rounds, and of the open one the steps that the trunk has seen, where steps are what counts a round."""
     wanted = int(run.config.get("num-rounds", 0) or 0)
     if run.status == "finished":
@@ -172,8 +172,8 @@ def _share(run: RunRow, rounds: Sequence[RoundRow], took_part: Sequence[Particip
     opened = next((row for row in rounds if row.status == "open"), None)
     if not wanted:
         return 0.0
-    asked = sum(1 for one in took_part if opened and (one.number, one.attempt) == (opened.number, opened.attempt))
-    due = asked * int(run.config.get("local-steps", 0) or 0)
+    clients = asked.get((opened.number, opened.attempt), 0) if opened else 0
+    due = clients * int(run.config.get("local-steps", 0) or 0)
     part = min(opened.steps / due, 0.99) if opened and due else 0.0
     return min(1.0, (run.committed_rounds + part) / wanted)
 

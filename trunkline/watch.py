@@ -20,6 +20,9 @@ from trunkline.processes import Daemon
 from trunkline.workplace import Workplace
 
 POLL_S = 0.25
+# Between two looks at SQL pass four times what the last one took: a large run must not be slowed by who watches it.
+POLL_SHARE = 4.0
+LONGEST_POLL_S = 5.0
 # A SuperLink elsewhere may write to a database that this machine does not see; then its log is what there is to show.
 UNSEEN_AFTER_S = 10.0
 COMPLETED = "finished:completed"
@@ -82,6 +85,11 @@ def simulation_crash(stream: Daemon) -> str | None:
         time.sleep(POLL_S)
 
 
+def pause_s(reading_s: float) -> float:
+    """How long to wait after a look at SQL that took `reading_s` seconds."""
+    return min(max(POLL_S, POLL_SHARE * reading_s), LONGEST_POLL_S)
+
+
 @contextmanager
 def _opened_store() -> Iterator[Store]:
     store = open_store()
@@ -106,7 +114,9 @@ class _Watch:
         with display() as show:
             while True:
                 streaming = self.submission.stream.alive()
+                looked = time.monotonic()
                 standing = read_standing(self.store, self.submission.flower_run_id)
+                pause = pause_s(time.monotonic() - looked)
                 if standing is not None:
                     show(standing)
                     if standing.run.status != "running":
@@ -117,7 +127,7 @@ class _Watch:
                 if not streaming and self._has_ended():
                     self.end_row("failed", f"its ServerApp ended without a word: {self.submission.stream.last_words()}")
                     return self.store.run_by_flower_id(self.submission.flower_run_id)
-                time.sleep(POLL_S)
+                time.sleep(pause)
 
     def _has_ended(self) -> bool:
         """Whether the run is over, now that the stream of its log is: a lost connection is no end of a run.

@@ -17,6 +17,7 @@ import torch
 import typer
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from sqlalchemy import Engine, event
 from typer.testing import CliRunner
 
 from orchestrator import verification
@@ -89,6 +90,30 @@ def test_rounds_are_listed_with_clients_losses_and_bytes(bench: Bench) -> None:
     assert rows[0]["tokens"] == 160
     assert {row["status"] for row in rows[0]["participations"]} == {"trained"}
     assert "committed" in run(rounds_app, "list", "--last").stdout
+
+
+def test_rounds_are_listed_with_as_many_queries_however_many_there_are(bench: Bench) -> None:
+    def queries() -> int:
+        asked: list[str] = []
+
+        def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+            asked.append(statement)
+
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            data(rounds_app, "list", "--last")
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+        return len(asked)
+
+    three = queries()
+    run_id = bench.store.create_run("later", "flower-2", {}, "simulation", "f" * 64).run_id
+    bench.store.add_adapter_version(run_id, 0, "a" * 64, "b" * 64)
+    for number in range(1, 21):
+        attempt = bench.store.open_round(run_id, 1, ["1", "2"])
+        bench.store.abort_round(run_id, 1, attempt, f"for the {number}th time")
+    assert len(data(rounds_app, "list", "--last")) == 20
+    assert queries() == three
 
 
 @pytest.mark.parametrize(

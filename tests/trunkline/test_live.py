@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sqlalchemy import event
 
 from contract.config import RunConfig
+from storage import schema
 from storage.records import RoundCommit
 from storage.store import Store, open_store
 from trunkline.live import Standing, display, read_standing, round_table, wire_size
@@ -94,6 +96,28 @@ def test_an_aborted_attempt_gives_way_to_the_next(store: Store) -> None:
     store.abort_round(RUN, 1, attempt, "no quorum")
     store.open_round(RUN, 1, NODES[:2])
     assert [(line.number, line.asked) for line in standing(store).lines] == [(1, 2)]
+
+
+def test_a_look_reads_no_client_by_client_however_many_there_are(store: Store) -> None:
+    begin(store)
+    play_first_round(store)
+    store.record_metrics(RUN, 1, None, {"eval_loss": 3.0})
+    for node in NODES:
+        store.record_metrics(RUN, 1, node, {"eval_loss": 3.0})
+    read: list[tuple[object, ...]] = []
+
+    def note(row: schema.Metric | schema.Participation, _: object) -> None:
+        read.append((row.number, row.name) if isinstance(row, schema.Metric) else ("participation",))
+
+    kinds = (schema.Metric, schema.Participation)
+    for kind in kinds:
+        event.listen(kind, "load", note)
+    try:
+        standing(store)
+    finally:
+        for kind in kinds:
+            event.remove(kind, "load", note)
+    assert sorted(read) == [(0, "eval_loss"), (1, "eval_loss"), (1, "train_loss")]
 
 
 def test_without_a_terminal_each_thing_is_said_once(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

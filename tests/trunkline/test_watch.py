@@ -35,3 +35,9 @@ def test_the_wait_for_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     assert watch.simulation_crash(silent) is None
     silent.process.kill()
     silent.process.wait()
+
+
+def test_a_slow_database_is_looked_at_less_often() -> None:
+    assert watch.pause_s(0.001) == watch.POLL_S
+    assert watch.pause_s(0.8) == pytest.approx(3.2)
+    assert watch.pause_s(60) == watch.LONGEST_POLL_S
