@@ -80,7 +80,13 @@ class Conversation:
     async def _forward(self, forward: pb.Forward) -> None:
         session = self._session
         session.pending.drop(forward.dropped)
-        inputs = read_forward(forward, session.codec, self._engine.hidden_size, self._max_tokens)
+        inputs = read_forward(
+            forward,
+            session.codec,
+            hidden_size=self._engine.hidden_size,
+            max_tokens=self._max_tokens,
+            max_positions=self._engine.max_positions,
+        )
         if forward.need_grad:
             session.pending.reserve(forward.microbatch, inputs.tokens)
         data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")

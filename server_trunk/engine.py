@@ -78,6 +78,8 @@ class Engine:
         self.fingerprint = fingerprint(model_dir)
         self.layers = int(model.config.num_hidden_layers)
         self.hidden_size = int(model.config.hidden_size)
+        limit = getattr(model.config, "max_position_embeddings", None)  # where clients read theirs
+        self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._part = TrunkPart(model, cut).eval()
         self._slots = AdapterSlots(model)

@@ -67,15 +67,30 @@ class ForwardInputs:
     tokens: int
 
 
-def read_forward(forward: pb.Forward, codec: str, hidden_size: int, max_tokens: int) -> ForwardInputs:
-    """The small inputs of a forward whose fields fit together. Raises FrameError."""
+def read_forward(
+    forward: pb.Forward, codec: str, *, hidden_size: int, max_tokens: int, max_positions: int | None
+) -> ForwardInputs:
+    """The small inputs of a forward whose fields fit together and within the model. Raises FrameError.
+
+    `max_positions` is the model's own limit: a row's length, and above every position. None is no limit.
+    """
     check_header(forward.hidden, codec=codec, hidden_size=hidden_size, max_tokens=max_tokens, what="forward.hidden")
     batch, tokens, _ = forward.hidden.shape
+    if max_positions is not None and tokens > max_positions:
+        raise FrameError(
+            f"forward.hidden: rows of {tokens} tokens; the model's max_position_embeddings is {max_positions}"
+        )
     mask_BT = unpack_mask(forward.attention_mask_bits, batch, tokens) if forward.has_attention_mask else None
     if forward.autocast_dtype not in AUTOCAST:
         names = ", ".join(name or "empty" for name in AUTOCAST)
         raise FrameError(f"forward.autocast_dtype is {forward.autocast_dtype!r}; it must be one of {names}")
-    return ForwardInputs(mask_BT, unpack_positions(forward.position_ids, batch, tokens), batch * tokens)
+    position_ids = unpack_positions(forward.position_ids, batch, tokens)
+    if position_ids is not None and max_positions is not None and int(position_ids.max()) >= max_positions:
+        raise FrameError(
+            f"forward.position_ids holds {int(position_ids.max())}; they must be 0 to {max_positions - 1}, below the "
+            "model's max_position_embeddings"
+        )
+    return ForwardInputs(mask_BT, position_ids, batch * tokens)
 
 
 def check_backward(backward: pb.Backward, graph: Graph, codec: str, max_tokens: int) -> None:

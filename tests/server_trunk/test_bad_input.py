@@ -183,6 +183,12 @@ FORWARDS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
     ),
     ({"has_attention_mask": True, "attention_mask_bits": b""}, errors.FrameError, "attention_mask_bits has 0 bytes"),
     ({"position_ids": [1, 2, 3]}, errors.FrameError, "position_ids has 3 values; it must have none, 4 or 4"),
+    (
+        {"position_ids": [0, 1, 2, 128]},
+        errors.FrameError,
+        "forward.position_ids holds 128; they must be 0 to 127, below the model's max_position_embeddings",
+    ),
+    ({"position_ids": [0, 1, 2, (1 << 32) - 1]}, errors.FrameError, "forward.position_ids holds 4294967295"),
     ({"autocast_dtype": "int8"}, errors.FrameError, "forward.autocast_dtype is 'int8'"),
 ]
 
@@ -194,6 +200,18 @@ def test_a_forward_is_refused_before_its_data_is_taken(
     header, _ = codec.encode(HIDDEN_BTD, "identity")
     session.send(forward=pb.Forward(**{"microbatch": 1, "hidden": header, **fields}))
     assert_refused(session.ending(), error, line)
+
+
+def test_rows_and_positions_up_to_the_models_limit_are_taken_and_longer_rows_refused(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora
+) -> None:
+    client = WireClient(start_trunk().address)
+    session = client.session(client.hello(lora))
+    session.forward(torch.zeros(2, 128, HIDDEN), position_ids=range(128))
+    with pytest.raises(Refused) as caught:
+        session.forward(torch.zeros(1, 129, HIDDEN))
+    line = "forward.hidden: rows of 129 tokens; the model's max_position_embeddings is 128"
+    assert_refused(caught.value, errors.FrameError, line)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
