@@ -15,19 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from contract.errors import ConfigError, UpdateError
+from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP
 
 RingVector = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 FloatVector = npt.NDArray[np.floating[Any]]
 Dither = Callable[[int], npt.NDArray[np.float64]]
 """As many independent numbers as asked for, uniform in [0, 1)."""
 
-RING = 1 << 32
-_COARSEST_CLIP = 1 << 16
-"""In steps: below it a clip of Z_2^32 is too coarse, and Z_2^64 is taken."""
+RING = MOST_TOKENS
+_COARSEST_CLIP, _COARSEST_TOKEN = 1 << 16, 1 << 4
+"""In steps, at the largest weight and at weight 1: below either Z_2^32 is too coarse, and Z_2^64 is taken."""
 _FINEST_CLIP = 1 << 52
 """In steps: float64 tells no more of them apart."""
 _MAX_CLIENTS = 1 << 20
-_CLIP_RANGE = (2.0**-40, 2.0**40)
 _CHUNK = 1 << 16  # coordinates; keeps the float64 intermediates in cache
 
 
@@ -86,6 +86,17 @@ class FixedPoint:
         encoded[-1] = weight
         return encoded
 
+    def require_resolved(self, delta: FloatVector, weight: int) -> None:
+        """Raise UpdateError where nothing of a client's update would be left by the encoding."""
+        largest = float(np.abs(delta).max(initial=0.0))
+        steps = largest * self.scale * weight
+        if 0 < steps < 0.5:
+            raise UpdateError(
+                f"the update would be lost: its largest change, {largest:.3g}, is {steps:.2g} steps of a fixed point "
+                f"made for up to {self.max_weight} trained tokens, of which this client has {weight}, and changes of "
+                f"up to {self.clip:g}: lower max-tokens or update-clip"
+            )
+
     def _refuse_unusable(self, chunk: npt.NDArray[np.float64], offset: int) -> None:
         usable = np.abs(chunk) <= self.clip  # False for NaN too
         if usable.all():
@@ -122,8 +133,8 @@ def plan(clients: int, max_weight: int, clip: float) -> FixedPoint:
     """The finest FixedPoint in which no sum of `clients` updates can wrap; every party computes the same one.
 
     `max_weight` is the most tokens that one client can train on in a round. The ring is Z_2^32, or Z_2^64 where in the
-    smaller one a clip's range would be less than 2^16 steps. Raises ConfigError, naming the number at fault, where
-    there is none.
+    smaller one a clip would be less than 2^16 steps for a client of the largest weight, or 2^4 for a weight of 1.
+    Raises ConfigError, naming the number at fault, where there is none.
     """
     _check_inputs(clients, max_weight, clip)
     for bits, finest in ((32, math.inf), (64, _FINEST_CLIP)):
@@ -131,7 +142,7 @@ def plan(clients: int, max_weight: int, clip: float) -> FixedPoint:
         while not _fits(2.0**exponent, clients, max_weight, clip, bits):
             exponent -= 1
         fixed = FixedPoint(scale=2.0**exponent, clip=clip, clients=clients, max_weight=max_weight, bits=bits)
-        if fixed.scale * max_weight * clip >= _COARSEST_CLIP:
+        if fixed.scale * max_weight * clip >= _COARSEST_CLIP and fixed.scale * clip >= _COARSEST_TOKEN:
             break
     return fixed
 
@@ -140,8 +151,8 @@ def _check_inputs(clients: int, max_weight: int, clip: float) -> None:
     for name, value, limit in (("clients", clients, _MAX_CLIENTS), ("max_weight", max_weight, RING - 1)):
         if not 1 <= value <= limit:
             raise ConfigError(f"{name} is {value}; fixed point takes 1 to {limit}")
-    if not _CLIP_RANGE[0] <= clip <= _CLIP_RANGE[1]:
-        raise ConfigError(f"update-clip is {clip}; fixed point needs {_CLIP_RANGE[0]:.0e} to {_CLIP_RANGE[1]:.0e}")
+    if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+        raise ConfigError(f"update-clip is {clip}; fixed point needs {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}")
     if clients * max_weight >= RING:
         raise ConfigError(
             f"{clients} clients of up to {max_weight} trained tokens can sum to {clients * max_weight}, which wraps in "

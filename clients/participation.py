@@ -117,6 +117,7 @@ def _work(
     done = train(model, data.train_rows, config, key)
     delta = _trained_vector(model, order.factor) - before
     fixed_point = plan(order.clients, config.max_trained_tokens(), config.update_clip)
+    fixed_point.require_resolved(delta, done.trained_tokens)
     upload = PlainSumClient(delta.size + 1, fixed_point.bits).upload(fixed_point.encode(delta, done.trained_tokens))
     close(model, trained_tokens=done.trained_tokens, contribute=True)
     return judgement, done, upload

@@ -37,6 +37,8 @@ class RemoteLayers(nn.Module):
         self.spec = spec
         self.base_model_name = base_model_name
         self.anchor = nn.Parameter(torch.zeros(1))
+        self.beside: frozenset[int] = frozenset()
+        """The ids of the client's own trained parameters, which no optimizer may step without the anchor."""
         # The collector does not look into a tensor's hooks: one that held this module would keep it for ever.
         settle = weakref.WeakMethod(self._settle)
         self.anchor.register_post_accumulate_grad_hook(lambda _: _call(settle))  # type: ignore[no-untyped-call]
@@ -132,8 +134,15 @@ def _anchored(optimizer: Optimizer) -> list[tuple[RemoteLayers, dict[str, Any]]]
 
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Refuses, before anything moves, an optimizer that the trunk cannot follow."""
+    name = type(optimizer).__name__
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layers in list(_LIVE):
+        if held & layers.beside and id(layers.anchor) not in held:
+            raise ConfigError(
+                f"{name} holds this model's own half of the adapter but not the trunk's, which would never be trained: "
+                "give it every parameter of the model with requires_grad, not only those named lora_"
+            )
     for _, group in _anchored(optimizer):
-        name = type(optimizer).__name__
         if not isinstance(optimizer, torch.optim.AdamW):
             raise ConfigError(f"optimizer is {name}; the trunk's half of the adapter can only be trained by AdamW")
         for option in _OTHER_ADAMS:

@@ -131,6 +131,7 @@ def open_split_model(
         timeout_s=settings.timeout_s,
     )
     layers = RemoteLayers(trunk, spec, str(settings.model_path)).to(settings.device)
+    layers.beside = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     attach_remote(model, layers)
     return model
 

@@ -6,11 +6,13 @@ import hashlib
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from clients.data import IGNORED, TokenRow, batches
@@ -69,9 +71,7 @@ def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: st
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    # Hugging Face's own "constant" would leave the warm-up out without a word.
-    kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
-    scheduler = get_scheduler(kind, optimizer, math.ceil(config.warmup_ratio * steps), steps)
+    scheduler = _schedule(optimizer, config, steps)
     total, tokens = 0.0, 0
     for step, microbatches in enumerate(_steps(rows, config, key)):
         count = sum(predicted_tokens(batch) for batch in microbatches)
@@ -83,6 +83,22 @@ def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: st
         total, tokens = total + loss * count, tokens + count
     model.eval()
     return Training(total / tokens, tokens, steps, time.monotonic() - started)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps: int) -> LRScheduler:
+    """Hugging Face's schedule over the steps of one round, begun a step later: its first step has no learning rate."""
+    # Its own "constant" would leave the warm-up out without a word.
+    kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
+    warmup_steps = math.ceil(config.warmup_ratio * steps)
+    late = 1 if warmup_steps else 0
+    scheduler: LRScheduler = get_scheduler(kind, optimizer, warmup_steps + late, steps + late)
+    if not late:
+        return scheduler
+    with warnings.catch_warnings():
+        # Torch takes a schedule that moves before the optimizer for a mistake.
+        warnings.simplefilter("ignore")
+        scheduler.step()
+    return scheduler
 
 
 def planned_steps(rows: int, config: RunConfig) -> int:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from contract.errors import ConfigError
-from contract.records import CutLayers
+from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers
 
 ConfigValue = str | int | float | bool
 """What Flower can carry as a run config's value."""
@@ -181,6 +181,17 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 "local-steps is 0 and max-tokens is 0; a round counted in epochs needs a bound on a client's tokens: "
                 "set max-tokens to the size of the largest client's data times local-epochs"
+            )
+        together, most = max(self.cohort_size, self.quorum), self.max_trained_tokens()
+        if most * together >= MOST_TOKENS:
+            key = "max-tokens" if self.max_tokens else "local-steps x batch size x max-length"
+            raise ConfigError(
+                f"{key} lets a client train on {most} tokens in a round, and {together} clients on {most * together}; "
+                f"a round's sum holds fewer than {MOST_TOKENS}"
+            )
+        if not SMALLEST_CLIP <= self.update_clip <= LARGEST_CLIP:
+            raise ConfigError(
+                f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(

@@ -11,6 +11,10 @@ from contract.errors import ConfigError
 Factor = Literal["A", "B", "AB"]
 Side = Literal["client", "trunk"]
 
+MOST_TOKENS = 1 << 32
+SMALLEST_CLIP, LARGEST_CLIP = 2.0**-40, 2.0**40
+"""What the fixed point of a round's sum can hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class CutLayers:

@@ -36,8 +36,8 @@ METRIC_NAMES = frozenset(
 )
 """All that a client may tell about itself; anything else is dropped unread."""
 
-_LARGEST_METRIC = 1e15
-"""Far above any count or loss; a product of two, summed over any cohort, is still a finite number."""
+_LARGEST_COUNT, _LARGEST_LOSS = 1e12, 1e3
+"""Far above any count, and any loss in nats; a product of two, summed over any cohort, is still a finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,14 @@ def read_update(content: RecordDict, due_bytes: int) -> bytes:
 
 
 def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:
-    """The metrics of a reply that have a known name and are one number of a sane size; nothing else may enter SQL."""
+    """The metrics of a reply with a known name that are one number of a sane size, not negative; no other enters SQL."""
     record = content.get("metrics")
     if not isinstance(record, MetricRecord):
         return {}
     kept = {}
     for name, value in record.items():
-        if name in METRIC_NAMES and isinstance(value, int | float) and abs(value) <= _LARGEST_METRIC:
+        largest = _LARGEST_LOSS if name.endswith("_loss") else _LARGEST_COUNT
+        if name in METRIC_NAMES and isinstance(value, int | float) and 0 <= value <= largest:
             kept[name] = float(value)
         else:
             log.warning("dropped a metric of client %s that is unknown or no number of a sane size", node_id)

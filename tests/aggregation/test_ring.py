@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregation.ring import RING, FixedPoint, plan
+from aggregation.ring import RING, FixedPoint, plan, zeros
 from contract.errors import ConfigError, UpdateError
 
 Floats = npt.NDArray[np.float64]
@@ -35,14 +35,14 @@ def test_sum_of_encodings_is_the_encoding_of_the_sum_and_never_wraps(
     case: tuple[FixedPoint, list[int], list[Floats]],
 ) -> None:
     fixed, weights, deltas = case
-    total = np.zeros(deltas[0].size + 1, dtype=np.uint32)
+    total = zeros(deltas[0].size + 1, fixed.bits)
     exact = [0] * deltas[0].size
     for weight, delta in zip(weights, deltas, strict=True):
         total += fixed.encode(delta, weight)
         steps = [int(np.rint(x * (fixed.scale * weight))) for x in delta]
         exact = [so_far + step for so_far, step in zip(exact, steps, strict=True)]
-    assert all(-(2**31) <= value < 2**31 for value in exact), "an honest sum left the signed half of the ring"
-    assert [int(value) for value in total[:-1].view(np.int32)] == exact
+    assert all(abs(value) < 2 ** (fixed.bits - 1) for value in exact), "an honest sum left the signed half of the ring"
+    assert [int(value) for value in total[:-1].view(f"i{fixed.bits // 8}")] == exact
     assert int(total[-1]) == sum(weights)
 
 
@@ -52,7 +52,7 @@ def test_decoded_mean_is_within_the_documented_bound_of_the_exact_mean(
     case: tuple[FixedPoint, list[int], list[Floats]],
 ) -> None:
     fixed, weights, deltas = case
-    total = np.zeros(deltas[0].size + 1, dtype=np.uint32)
+    total = zeros(deltas[0].size + 1, fixed.bits)
     for weight, delta in zip(weights, deltas, strict=True):
         total += fixed.encode(delta, weight)
     mean, weight_sum = fixed.decode(total)
@@ -69,8 +69,8 @@ def test_decoded_mean_is_within_the_documented_bound_of_the_exact_mean(
 def test_the_sum_is_the_same_in_every_order(case: tuple[FixedPoint, list[int], list[Floats]]) -> None:
     fixed, weights, deltas = case
     encodings = [fixed.encode(delta, weight) for weight, delta in zip(weights, deltas, strict=True)]
-    forward = np.add.reduce(encodings, dtype=np.uint32)
-    backward = np.add.reduce(encodings[::-1], dtype=np.uint32)
+    forward = np.add.reduce(encodings, dtype=encodings[0].dtype)
+    backward = np.add.reduce(encodings[::-1], dtype=encodings[0].dtype)
     np.testing.assert_array_equal(forward, backward)
 
 
@@ -78,9 +78,27 @@ def test_the_sum_is_the_same_in_every_order(case: tuple[FixedPoint, list[int], l
 @settings(max_examples=300, deadline=None)
 def test_plan_is_the_finest_power_of_two_that_cannot_wrap(clients: int, max_weight: int, clip: float) -> None:
     fixed = plan(clients, max_weight, clip)
-    assert clients * (fixed.scale * max_weight * clip + 0.5) < 2**31
-    with pytest.raises(ConfigError, match="wrap"):
-        FixedPoint(scale=fixed.scale * 2, clip=clip, clients=clients, max_weight=max_weight)
+    assert clients * (fixed.scale * max_weight * clip + 0.5) < 2 ** (fixed.bits - 1)
+    assert fixed.scale * clip >= 16, "a client of weight 1 still has an update"
+    if fixed.bits == 32:
+        with pytest.raises(ConfigError, match="wrap"):
+            FixedPoint(scale=fixed.scale * 2, clip=clip, clients=clients, max_weight=max_weight)
+
+
+def test_a_generous_bound_on_tokens_loses_no_update() -> None:
+    fixed = plan(4, 10**9, 1.0)
+    total = sum(fixed.encode(np.full(3, 2e-4), 5000) for _ in range(4))
+    mean, weight = fixed.decode(total)  # type: ignore[arg-type]
+    assert (fixed.bits, weight) == (64, 20_000)
+    np.testing.assert_allclose(mean, 2e-4, rtol=1e-6)
+
+
+def test_an_update_of_which_nothing_would_be_left_is_refused() -> None:
+    fixed = FixedPoint(scale=0.5, clip=1.0, clients=4, max_weight=10**9)
+    fixed.require_resolved(np.zeros(3), 1)
+    fixed.require_resolved(np.array([0.0, 2e-3]), 1000)
+    with pytest.raises(UpdateError, match="would be lost: its largest change, 0.0002, is 0.1 steps"):
+        fixed.require_resolved(np.array([0.0, -2e-4]), 1000)
 
 
 def test_every_client_at_the_limit_does_not_wrap_and_one_client_too_many_would() -> None:

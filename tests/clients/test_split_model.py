@@ -250,6 +250,16 @@ def test_an_optimizer_that_the_trunk_cannot_follow_is_refused_before_it_moves(sp
         assert differences(before, state(split)) == []
 
 
+def test_an_optimizer_that_leaves_the_trunks_half_out_is_refused_before_it_moves(split: PeftModel) -> None:
+    named = [parameter for name, parameter in split.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(named, lr=1e-2)
+    split(**batch().inputs()).loss.backward()
+    before = state(split)
+    with pytest.raises(ConfigError, match="not the trunk's, which would never be trained"):
+        optimizer.step()
+    assert differences(before, state(split)) == []
+
+
 def test_other_optimizers_in_the_process_are_left_alone(split: PeftModel) -> None:
     other = torch.nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)

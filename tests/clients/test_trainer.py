@@ -84,14 +84,21 @@ def test_the_learning_rate_follows_hugging_faces_schedule(
     train(model, token_rows(6), config(local_steps=6, lr_scheduler_type=kind, warmup_ratio=0.3), "key")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     name = "constant_with_warmup" if kind == "constant" else kind
-    scheduler = get_scheduler(name, optimizer, math.ceil(0.3 * 6), 6)
+    scheduler = get_scheduler(name, optimizer, math.ceil(0.3 * 6) + 1, 7)
     expected = []
-    for _ in range(6):
+    for _ in range(7):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert seen == pytest.approx(expected)
-    assert seen[0] < seen[2]
+    assert expected[0] == 0
+    assert seen == pytest.approx(expected[1:])
+    assert 0 < seen[0] < seen[2]
+
+
+def test_a_warm_up_over_a_single_step_still_learns(model: PeftModel) -> None:
+    before = state(model)
+    train(model, token_rows(4), config(local_steps=1, warmup_ratio=0.1), "key")
+    assert differences(before, state(model)) != []
 
 
 def test_the_gradient_norm_is_clipped(model: PeftModel) -> None:

@@ -141,7 +141,9 @@ def reply_fields(played: Round) -> list[tuple[str, int]]:
     found = list(field_sizes(message_to_proto(played.reply).metadata, "metadata."))
     for record_name, record in played.reply.content.items():
         if isinstance(record, MetricRecord):
-            found += [(f"{record_name}.{name}", 9) for name in record]
+            # A tag and a double, for each of a list's numbers too.
+            sizes = {name: 9 * len(value) if isinstance(value, list) else 9 for name, value in record.items()}
+            found += [(f"{record_name}.{name}", size) for name, size in sizes.items()]
         elif isinstance(record, ArrayRecord):
             array: Array
             for array in record.values():
@@ -149,6 +151,23 @@ def reply_fields(played: Round) -> list[tuple[str, int]]:
         else:
             found.append((f"{record_name}: {type(record).__name__}", 0))
     return found
+
+
+def test_a_refusal_tells_a_code_and_a_reason_of_a_bounded_size(
+    llama_dir: Path, trunk: TrunkProcess, tmp_path: Path, flower_task: None
+) -> None:
+    data = tmp_path / ("x" * 200) / ("y" * 200) / "notes that are gone.jsonl"
+    site = Site(78, {"model": str(llama_dir), "data": str(data), "trunk-address": trunk.address})
+    orchestrator = Orchestrator(CONFIG, llama_dir, trunk.address, run="audit-refused")
+    from clients.app import app
+
+    reply = app(orchestrator.message(orchestrator.first(), site, 1), site.context(CONFIG))
+    assert reply.has_error()
+    table, sent = documented(), dict(field_sizes(message_to_proto(reply).error, "error."))
+    assert sent.keys() == {"error.code", "error.reason"}
+    for field, size in sent.items():
+        assert size <= limit(table[field]), f"{field} has {size} bytes"
+    assert "y" * 200 in reply.error.reason, "the reason names the file that this site was told to read"
 
 
 def test_every_field_of_the_protocol_is_documented() -> None:

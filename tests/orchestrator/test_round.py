@@ -319,7 +319,7 @@ def test_artifacts_that_cannot_be_written_leave_sql_as_it_was(make_bench: MakeBe
 
 
 def test_a_fixed_point_that_could_wrap_is_refused_before_anybody_is_asked(make_bench: MakeBench) -> None:
-    bench = make_bench({1: 100, 2: 60}, max_tokens=2**31)
+    bench = make_bench({1: 100, 2: 60, 3: 50}, max_tokens=2**31 - 1)
     desk = bench.desk()
     version = bench.first(desk)
     with pytest.raises(ConfigError, match="wraps"):
