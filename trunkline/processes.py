@@ -214,7 +214,10 @@ def _reap(pid: int, limit_s: float) -> None:
 
 @contextlib.contextmanager
 def ending_signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that every way of ending cleans up."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that every way of ending cleans up.
+
+    One that this process was started to ignore stays ignored: `nohup` asks for just that.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -232,7 +235,8 @@ def ignoring_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in ENDING_SIGNALS}
+    heeded = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:

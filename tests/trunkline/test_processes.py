@@ -81,9 +81,10 @@ def test_a_child_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signalled_supervisor_takes_its_orphans_along(tmp_path: Path, number: signal.Signals) -> None:
     code = f"""
-import time
+import signal, time
 from pathlib import Path
 from trunkline.processes import Supervisor, ending_signals_interrupt
+signal.signal({number:d}, signal.SIG_DFL)  # be the tests themselves run under nohup
 with ending_signals_interrupt(), Supervisor(Path({str(tmp_path)!r})) as supervisor:
     supervisor.start("orphan", [{sys.executable!r}, "-c", {ORPHANING!r}])
     supervisor.start("child", [{sys.executable!r}, "-c", {SLEEPER!r}])
@@ -97,6 +98,22 @@ with ending_signals_interrupt(), Supervisor(Path({str(tmp_path)!r})) as supervis
     process.send_signal(number)
     assert process.wait(20) != 0
     assert marked(mark) == []
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    code = """
+import os, signal
+from trunkline.processes import ending_signals_interrupt, ignoring_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with ending_signals_interrupt():
+    with ignoring_signals():
+        pass
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+print("alive", signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+"""
+    done = subprocess.run(python(code), capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "alive True\n", done.stderr
 
 
 def marked(mark: str) -> list[int]:

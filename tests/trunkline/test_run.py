@@ -40,6 +40,8 @@ sys.path_hooks[:] = [hook for hook in sys.path_hooks if "__editable__" not in st
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start `trunkline ARGUMENTS` with its own home, from the root directory; ended with the test."""
     started: list[subprocess.Popen[str]] = []
+    # What these tests are told to ignore themselves, the commands would ignore too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(home: str, *arguments: str) -> subprocess.Popen[str]:
         log = (tmp_path / f"{home}.log").open("w")
