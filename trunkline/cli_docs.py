@@ -57,7 +57,7 @@ def _code_rows() -> Iterator[str]:
     for code, meaning in CODE_MEANINGS.items():
         names = ", ".join(f"`{cls.__name__}`" for cls in classes if cls.exit_code == code)
         yield f"| {code} | {meaning} | {names} |\n"
-    yield f"| {EXIT_INTERRUPTED} | interrupted | Ctrl-C; for `demo` and `run` also SIGTERM, and SIGHUP but for `nohup` |\n"
+    yield f"| {EXIT_INTERRUPTED} | interrupted | Ctrl-C; for `demo` and `run` also SIGTERM, SIGHUP without `nohup` |\n"
 
 
 def _chapter(path: str, command: click.Command) -> Iterator[str]:
