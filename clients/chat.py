@@ -24,8 +24,8 @@ def encode_messages(
     rendered text changes when that turn's content does, plus the special token that ends it; what the template itself
     puts around the content (an empty thinking block, say) is context.
 
-    Raises DataError without a chat template, where the template refuses the conversation, or for a tokenizer that
-    cannot map tokens to characters.
+    Raises DataError without a chat template, where the template refuses the conversation or fails on it, or for a
+    tokenizer that cannot map tokens to characters.
     """
     from jinja2 import TemplateError
 
@@ -37,8 +37,13 @@ def encode_messages(
         if _GENERATION_BLOCK.search(str(tokenizer.get_chat_template())):
             return _marked_by_template(messages, tokenizer)
         return _marked_by_probe(messages, tokenizer)
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the conversation: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:
+        # The reason of a refusal goes to whoever runs the training, and a template may quote the conversation in it.
+        said = str(error) if isinstance(error, TemplateError) else ""
+        reason = said if said and said in str(tokenizer.chat_template) else type(error).__name__
+        raise DataError(f"the chat template refuses the conversation: {reason}") from error
 
 
 def _marked_by_template(

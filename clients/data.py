@@ -85,14 +85,16 @@ class DataReport:
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint directory or hub id. Raises ModelError where there is none to load."""
+    """The tokenizer of a checkpoint directory or hub id. Raises ModelError where there is none that can be loaded."""
     from transformers import AutoTokenizer
 
     directory = resolve_model(model, weights=False)
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # The tokenizers' library says with a bare Exception that it does not know a file's kind.
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(f"{model}: no tokenizer can be loaded: {reason}") from error
 
 
 def load_dataset(
@@ -263,7 +265,10 @@ def _encode(fields: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except Exception as error:
+        raise DataError(f"the model's tokenizer fails on it: {type(error).__name__}") from error
 
 
 def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,6 +35,7 @@ FIELDS = tuple(field for form in FORMS for field in form)
 
 _BLOCK_BYTES = 32 * 2**20
 _PLAIN_CHUNK_BYTES = 64 * 2**10
+_HALF_CHARACTER = "holds half of a surrogate pair (such as \\ud800), which is no text"
 _WANTED = "'text', 'prompt' and 'completion', or 'messages'"
 
 
@@ -215,14 +216,25 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for fields in _batch_rows(batch):
                     number += 1
+                    if fields is None:
+                        yield SourceRow(f"row {number}", {}, "not UTF-8 text")
+                        return
                     yield SourceRow(f"row {number}", fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
-def _batch_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = batch.to_pylist()
-    return rows
+def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """The rows of `batch`, up to the first whose bytes are not UTF-8: None stands for that one."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
+                return
 
 
 def _one_form(rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
@@ -261,6 +273,8 @@ def _type_problem(form: tuple[str, ...], fields: Mapping[str, Any]) -> str:
         for name in form:
             if not isinstance(fields[name], str):
                 return f"'{name}' is of type {type(fields[name]).__name__}; wants text"
+            if not _is_text(fields[name]):
+                return f"'{name}' {_HALF_CHARACTER}"
         return ""
     messages = fields["messages"]
     if not isinstance(messages, list):
@@ -269,7 +283,18 @@ def _type_problem(form: tuple[str, ...], fields: Mapping[str, Any]) -> str:
         for name in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(name), str):
                 return f"message {index + 1} has no '{name}' text; wants 'role' and 'content' in every message"
+            if not _is_text(message[name]):
+                return f"'{name}' of message {index + 1} {_HALF_CHARACTER}"
     return ""
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can say it: JSON can escape one half of a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _quoted(names: Iterable[str]) -> str:

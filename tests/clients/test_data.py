@@ -135,6 +135,50 @@ def test_chat_rows_that_cannot_be_marked_are_broken(tmp_path: Path) -> None:
         load_dataset(source, byte_tokenizer(refusing), 64, 0.3, 0)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 + messages[0]['content'] }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('not this: ' + messages[0]['content']) }}", "TemplateError"),
+    ],
+)
+def test_a_template_that_fails_is_named_without_a_word_of_the_row(tmp_path: Path, template: str, reason: str) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"messages": CHAT})
+    report = check_dataset(source, byte_tokenizer(template), 64)
+    assert report.problem == f"line 1: the chat template refuses the conversation: {reason}"
+
+
+def test_a_tokenizer_that_fails_on_a_row_is_named_without_a_word_of_it(tmp_path: Path) -> None:
+    class Failing(PreTrainedTokenizerFast):
+        def __call__(self, text: str, **_: object) -> object:
+            raise TypeError(text)
+
+    source = write_lines(tmp_path / "a.jsonl", {"text": "secret"}, {"text": "secret"})
+    failing = Failing(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    assert check_dataset(source, failing, 64).problem == "line 1: the model's tokenizer fails on it: TypeError"
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b\\ud800"}]')
+    (tmp_path / "b.json").write_text('[{"messages": [{"role": "user", "content": "\\udfff"}]}]')
+    for name, problem in {
+        "a.json": "row 2: 'text' holds half of a surrogate pair",
+        "b.json": "row 1: 'content' of message 1 holds half of a surrogate pair",
+    }.items():
+        assert check_dataset(str(tmp_path / name), byte_tokenizer(MARKED_TEMPLATE), 64).problem.startswith(problem)
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_a_model_error(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    written = json.loads(file.read_text())
+    for content in ({**written, "model": {**written["model"], "type": "Wonder"}}, [], {}):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ModelError, match="no tokenizer can be loaded: ."):
+            load_tokenizer(tmp_path / "model")
+
+
 def test_plain_text_is_packed_without_losing_a_token(tmp_path: Path) -> None:
     text = "".join(f"line {i} of a long text, with ümlauts\n" for i in range(4000))
     (tmp_path / "a.txt").write_text(text)
@@ -191,6 +235,13 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path: Path) -> None:
     for name, line in (("a.jsonl", 2), ("a.txt", 3)):
         with pytest.raises(DataError, match=f"{name}: line {line}: not UTF-8 text"):
             load_dataset(str(tmp_path / name), byte_tokenizer(), 64, 0.1, 0)
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"one", b"two", b"\xff", b"four"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    report = check_dataset(str(tmp_path / "a.parquet"), byte_tokenizer(), 64)
+    assert (report.problem, report.counts.rows) == ("row 3: not UTF-8 text", 2)
 
 
 def test_dates_stay_text_and_other_columns_may_be_of_any_type(tmp_path: Path) -> None:
