@@ -156,7 +156,9 @@ def verify(
 def show_config(
     project: Annotated[Path, typer.Argument(help="A project directory.")] = Path(),
     resolved: Annotated[bool, typer.Option("--resolved", help="Every setting, with the place it comes from.")] = False,
-    run_config: Annotated[list[str] | None, typer.Option("--run-config", help="key=value ..., as of a run.")] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="key=value ..., as of a run.")
+    ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """What a run of a project would be set to; without --resolved only what is not the default."""

@@ -7,11 +7,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
 
 PROJECT_FILE = "pyproject.toml"
+APP_SECTION = ("tool", "flwr", "app")
 DEFAULT, OVERRIDE = "default", "--run-config"
 
 _PAIR = re.compile(r"(?P<key>[A-Za-z0-9_.-]+)=(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
@@ -43,17 +45,38 @@ def resolve_settings(project: Path, overrides: Mapping[str, ConfigValue]) -> tup
 
 def project_settings(project: Path) -> dict[str, ConfigValue]:
     """The table [tool.flwr.app.config] of a project directory."""
-    path = project / PROJECT_FILE
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; name a project directory") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    table = content.get("tool", {}).get("flwr", {}).get("app", {}).get("config")
-    if not isinstance(table, dict):
+    table = app_section(project).get("config")
+    if table is None:
+        path = project / PROJECT_FILE
         raise ConfigError(f"{path} has no [tool.flwr.app.config]; name the directory of a Trunkline project")
     return dict(table)
+
+
+def app_section(project: Path) -> dict[str, Any]:
+    """The table [tool.flwr.app] of a project directory, empty where it has none; `config`, if there, is a table too.
+
+    Raises ConfigError for a file that cannot be read or is not TOML, and where something else stands for a table.
+    """
+    path = project / PROJECT_FILE
+    try:
+        found: object = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; name a project directory") from error
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long, brackets too deep
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for depth, name in enumerate(APP_SECTION, start=1):
+        found = _table(found, name, path, APP_SECTION[:depth])
+    section = cast(dict[str, Any], found)
+    if "config" in section:
+        _table(section, "config", path, (*APP_SECTION, "config"))
+    return section
+
+
+def _table(parent: object, name: str, path: Path, place: Sequence[str]) -> dict[str, Any]:
+    value = cast(dict[str, Any], parent).get(name, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {'.'.join(place)} is of type {type(value).__name__}; it must be a table")
+    return value
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, ConfigValue]:

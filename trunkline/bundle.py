@@ -9,14 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
-from orchestrator.settings import parse_overrides
+from orchestrator.settings import PROJECT_FILE, app_section, parse_overrides
 
 APP_NAME = "trunkline"
 CODE_PACKAGES = ("contract", "aggregation", "privacy", "storage", "clients", "orchestrator", "demo")
@@ -29,10 +27,10 @@ def project_config(project: Path, overrides: Sequence[str]) -> RunConfig:
     A relative `model` or `data` is taken from the project's directory. Raises ConfigError for a project that is not
     a Trunkline app and for any setting that RunConfig refuses.
     """
-    path = project / "pyproject.toml"
+    path = project / PROJECT_FILE
     if not path.is_file():
         raise ConfigError(f"no pyproject.toml in {project}; `trunkline init DIR` writes a project to start from")
-    app = _app_section(path)
+    app = app_section(project)
     components = app.get("components")
     if components != COMPONENTS:
         raise ConfigError(
@@ -71,15 +69,6 @@ def _staged_pyproject(config: RunConfig) -> str:
         f'description = "A Trunkline run"\ndependencies = []\n\n[tool.flwr.app]\npublisher = "{APP_NAME}"\n\n'
         f"[tool.flwr.app.components]\n{components}\n[tool.flwr.app.config]\n{toml_config(config)}"
     )
-
-
-def _app_section(path: Path) -> dict[str, Any]:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    section = document.get("tool", {}).get("flwr", {}).get("app", {})
-    return section if isinstance(section, dict) else {}
 
 
 def _from_project(project: Path, value: ConfigValue) -> ConfigValue:

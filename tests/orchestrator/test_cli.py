@@ -269,7 +269,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_resolved_settings_tell_where_each_comes_from(project: Path) -> None:
-    rows = data(config_app, "show", project, "--resolved", "--run-config", "learning-rate=0.01 num-rounds=8")
+    rows = data(config_app, "show", project, "--resolved", "-c", "learning-rate=0.01", "--run-config", "num-rounds=8")
     found = {row["key"]: (row["value"], row["origin"]) for row in rows}
     assert found["num-rounds"] == (8, "--run-config")
     assert found["learning-rate"] == (0.01, "--run-config")
@@ -302,6 +302,14 @@ def test_wrong_settings_are_refused_as_the_run_would(project: Path, arguments: t
 def test_a_directory_that_is_no_project_is_named(tmp_path: Path) -> None:
     done = run(config_app, "show", tmp_path)
     assert done.exit_code == 2
+    assert "pyproject.toml" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["tool = 3", "[tool.flwr]\napp = 3", "[tool.flwr.app]\nconfig = 3", "[tool", "\0"])
+def test_a_malformed_project_file_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(content)
+    done = run(config_app, "show", tmp_path)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
     assert "pyproject.toml" in done.stderr
 
 

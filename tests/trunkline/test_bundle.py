@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -54,6 +55,38 @@ def test_a_broken_project_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool")
     with pytest.raises(ConfigError, match=r"pyproject.toml is not valid TOML"):
         project_config(tmp_path, [])
+
+
+COMPONENTS = '[tool.flwr.app.components]\nserverapp = "orchestrator.app:app"\nclientapp = "clients.app:app"\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("tool = 3", "tool is of type int; it must be a table"),
+        ("[tool]\nflwr = []", "tool.flwr is of type list; it must be a table"),
+        ("[tool.flwr]\napp = 3", "tool.flwr.app is of type int; it must be a table"),
+        ("[tool.flwr.app]\nconfig = 3\n" + COMPONENTS, "tool.flwr.app.config is of type int; it must be a table"),
+        ("[tool.flwr.app]\ncomponents = 3", "components] is 3; `trunkline run` runs"),
+        ("[tool.flwr.app.config]\nmodel = {a = 1}\n" + COMPONENTS, "model is {'a': 1}; it must be text"),
+    ],
+)
+def test_a_project_file_with_something_else_where_a_table_belongs_is_named(
+    tmp_path: Path, content: str, problem: str
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        project_config(tmp_path, [])
+
+
+def test_a_project_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    write_project(tmp_path / "p")
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match="cannot read .*pyproject.toml: Permission denied"):
+        project_config(tmp_path / "p", [])
 
 
 def test_the_staged_settings_read_back_unchanged(tmp_path: Path) -> None:
