@@ -19,7 +19,7 @@ import typer
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from storage.home import database_url, home_dir, network_filesystem
-from trunkline.ports import reserve_port
+from trunkline.ports import reserve_port, split_address
 from trunkline.programs import scripts_dir
 from trunkline.workplace import cores
 
@@ -60,6 +60,8 @@ def doctor(
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Check this machine. Exits 1 if a check fails."""
+    if trunk is not None:
+        split_address("trunk", trunk)
     findings = list(examine(trunk))
     if output is OutputFormat.TABLE:
         for finding in findings:

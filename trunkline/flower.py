@@ -18,7 +18,7 @@ from pathlib import Path
 
 from contract.errors import ConfigError, ConnectionFailedError, RoundError
 from contract.openmp import waiting
-from trunkline.ports import reserve_port
+from trunkline.ports import reserve_port, split_address
 from trunkline.processes import Daemon, Supervisor
 from trunkline.programs import runnable_scripts
 
@@ -220,11 +220,8 @@ def _healthy(host: str, port: int) -> bool:
 
 
 def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"superlink is {address!r}; it must be HOST:PORT")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection(split_address("superlink", address), timeout=5).close()
     except OSError:
         return False
     return True

@@ -55,6 +55,14 @@ def test_a_trunk_that_does_not_answer_is_named() -> None:
         doctor.check_trunk("127.0.0.1:9")
 
 
+@pytest.mark.parametrize("address", ["garbage", "host:", ":1", "host:99999", "host:0", "host:1_0"])
+def test_an_address_that_is_none_is_told_before_anything_is_checked(address: str) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--trunk", address])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == f"error: trunk is {address!r}; it must be HOST:PORT\n"
+
+
 def test_missing_programs_of_flower_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "scripts_dir", lambda: tmp_path)
     with pytest.raises(NotReadyError, match="flwr, flower-superlink"):
