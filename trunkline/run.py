@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from contract.config import RunConfig
-from contract.errors import ConfigError
+from contract.errors import ConfigError, ModelError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from storage.home import home_dir
 from storage.records import RunRow
+from storage.store import open_store
 from trunkline.bundle import project_config
 from trunkline.flower import SuperLinkAddress, simulation_config, start_superlink
 from trunkline.watch import run_to_end
 from trunkline.workplace import cores, open_workplace, start_trunk
 
 app = typer.Typer()
+
+PARTITION, STDLIB_PREFIX = "{partition}", "stdlib:"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @app.command()
@@ -57,13 +62,7 @@ def run(
 
 def run_simulated(config: RunConfig, clients: int, *, own_trunk: bool = True) -> RunRow:
     """Run with `clients` virtual ones, a SuperLink and, unless told otherwise, a trunk started for it."""
-    for key, value in (("model", config.model), ("data", config.data)):
-        if not value:
-            raise ConfigError(f"{key} is not set; a simulation takes it from the project's settings or --run-config")
-    if config.quorum > clients:
-        raise ConfigError(
-            f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
-        )
+    require_simulable(config, clients)
     talk(f"data: simulated clients read {config.data}, where {{partition}} is their number, 0 to {clients - 1}")
     if not own_trunk:
         require_trunk(config.trunk_address)
@@ -81,11 +80,49 @@ def run_simulated(config: RunConfig, clients: int, *, own_trunk: bool = True) ->
 
 
 def run_deployed(config: RunConfig, superlink: SuperLinkAddress) -> RunRow | None:
-    """Run on a SuperLink that is there; None where this machine does not see the database that the run writes to."""
+    """Run on a SuperLink that is there; None where this machine does not see the database that the run writes to.
+
+    Sites read their own data and get the settings of the run: where the project keeps its samples is not theirs to see.
+    """
+    config = config.model_copy(update={"data": ""})
     talk("data: each SuperNode reads what its own node config names")
     talk(f"trunk {config.trunk_address}, SuperLink {superlink.address}")
     with open_workplace(1) as workplace:
         return run_to_end(workplace, config, superlink)
+
+
+def require_simulable(config: RunConfig, clients: int) -> None:
+    """Raise, before anything is started, what else `clients` simulated ones would run into minutes later."""
+    for key, value in (("model", config.model), ("data", config.data)):
+        if not value:
+            raise ConfigError(f"{key} is not set; a simulation takes it from the project's settings or --run-config")
+    if config.quorum > clients:
+        raise ConfigError(
+            f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
+        )
+    _require_model(config.model)
+    _require_data(config.data, clients)
+    open_store().close()
+
+
+def _require_model(model: str) -> None:
+    # Whoever loads it works in another directory than this one: a relative path that the project does not hold names
+    # nothing there, and only a hub id may look like one.
+    path = Path(model).expanduser()
+    if path.is_absolute() and not path.is_dir() or not path.is_absolute() and not _HUB_ID.fullmatch(model):
+        raise ModelError(f"model {model!r} is not a directory; it must be one, from the project's on, or a hub id")
+
+
+def _require_data(data: str, clients: int) -> None:
+    if data.startswith(STDLIB_PREFIX):
+        return
+    for number in range(clients if PARTITION in data else 1):
+        path = Path(data.replace(PARTITION, str(number)))
+        if not (path.is_absolute() and path.is_file()):
+            raise ConfigError(
+                f"data {data!r} names no file for simulated client {number}: {path} is not there "
+                f"(clients are numbered from 0, and {clients} are simulated)"
+            )
 
 
 def require_trunk(address: str) -> None:
