@@ -73,15 +73,16 @@ def full_threshold(members: int) -> int:
     return 2 * members // 3 + 1
 
 
-def is_safe(plan: GraphPlan, corrupt: float) -> bool:
-    """Whether `plan` keeps secrets from a server with a fraction `corrupt` of the members, but for 2^-40.
+def is_safe(plan: GraphPlan, traitors: int) -> bool:
+    """Whether `plan` keeps secrets from a server that has `traitors` of the members on its side, but for 2^-40.
 
     A server that tells honest neighbours different survivors learns both secrets of a member where the corrupt ones
     in its neighbourhood of n, who give both, and the honest ones, who give one, hold 2t shares: n + c >= 2t.
     """
-    traitors = round(corrupt * plan.members)
-    if not plan.degree:
+    if plan.degree == 0 or plan.degree >= plan.members - 1:
         return plan.members + traitors < 2 * plan.threshold
+    if traitors >= plan.members:
+        return False
     needed = 2 * plan.threshold - plan.neighbourhood
     failure = plan.members * _tail_at_least(plan.members - 1, traitors, plan.degree, needed)
     return failure <= 2.0**-SECURITY_BITS
@@ -89,15 +90,17 @@ def is_safe(plan: GraphPlan, corrupt: float) -> bool:
 
 def _ring_threshold(members: int, degree: int, corrupt: float, dropout: float) -> int | None:
     """The smallest safe threshold of a ring, where it is also small enough for the dropout; None if there is none."""
+    traitors, gone = math.ceil(corrupt * members), math.ceil(dropout * members)
+    # Those who are gone may all be honest ones, and gone before the neighbourhoods are drawn.
+    heard = max(members - gone, degree + 2)
     for threshold in range(degree // 2 + 1, degree + 1):
-        if is_safe(GraphPlan(members, degree, threshold), corrupt):
+        if all(is_safe(GraphPlan(present, degree, threshold), traitors) for present in (members, heard)):
             break
     else:
         return None
-    gone = round(dropout * members)
     spare = degree - threshold  # neighbours of a member that is gone itself, over those whose shares are needed
     short = members * _tail_at_least(members - 1, gone, degree, spare + 1)
-    torn = members * _all_of(members, round(corrupt * members) + gone, degree // 2)
+    torn = members * _all_of(members, traitors + gone, degree // 2)
     return threshold if short <= 2.0**-ABORT_BITS and torn <= 2.0**-SECURITY_BITS else None
 
 

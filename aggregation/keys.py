@@ -23,11 +23,12 @@ _NONCE_BYTES = 12
 
 
 def digest(label: str, *fields: bytes | str | int) -> bytes:
-    """SHA-256 over `label` and `fields`, each with its length before it, so that no two lists of them agree."""
+    """SHA-256 over `label` and `fields`, each behind its type and its length, so that no two lists of them agree."""
     hashed = hashlib.sha256()
     for field in (label, *fields):
         raw = field if isinstance(field, bytes) else str(field).encode()
-        hashed.update(len(raw).to_bytes(8, "big"))
+        kind = b"b" if isinstance(field, bytes) else b"s" if isinstance(field, str) else b"i"
+        hashed.update(kind + len(raw).to_bytes(8, "big"))
         hashed.update(raw)
     return hashed.digest()
 

@@ -72,6 +72,7 @@ class SecureClient:
             sealing_secret=shamir.draw_secret(entropy),
             masking_secret=shamir.draw_secret(entropy),
             seed=shamir.draw_secret(entropy),
+            fewest=policy.fewest(terms),
         )
         return cls(terms, identity, state)
 
@@ -113,6 +114,10 @@ class SecureClient:
         own = by_member.get(self.member)
         if own is None or own.SerializeToString() != self.advert():
             raise SecureSumError("the list of adverts does not hold this member's own, as it gave it")
+        if len(by_member) < self._state.fewest:
+            raise SecureSumError(
+                f"{len(by_member)} adverts; this client shares with no fewer than {self._state.fewest}"
+            )
         hood = sorted({*self._neighbours(by_member), self.member})
         if len(hood) < self.terms.threshold:
             raise SecureSumError(f"only {len(hood)} can hold shares; the threshold is {self.terms.threshold}")
@@ -268,19 +273,24 @@ def check_adverts(terms: Terms, session_id: bytes, adverts: Iterable[pb.Advert])
     for advert in adverts:
         if advert.member >= len(terms.members) or advert.member in by_member:
             raise SecureSumError(f"an advert of member {advert.member}: unknown, or its second")
-        name = f"client {terms.members[advert.member].client_id}"
-        lengths = {len(advert.sealing_key), len(advert.masking_key), len(advert.seed_sha256)}
-        if lengths != {keys.KEY_BYTES}:
-            raise SecureSumError(f"the advert of {name} holds a key that is not {keys.KEY_BYTES} bytes")
-        identity_key = terms.members[advert.member].identity_key
-        keys.verify(identity_key, advert.signature, advert_message(session_id, advert), f"the advert of {name}")
-        if public & {advert.sealing_key, advert.masking_key}:
-            raise SecureSumError(f"the advert of {name} repeats another's key")
-        public |= {advert.sealing_key, advert.masking_key}
+        check_advert(terms, session_id, advert, public)
         by_member[advert.member] = advert
     if len(by_member) < terms.threshold:
         raise SecureSumError(f"{len(by_member)} adverts; the threshold is {terms.threshold}")
     return by_member
+
+
+def check_advert(terms: Terms, session_id: bytes, advert: pb.Advert, public: set[bytes]) -> None:
+    """Raise SecureSumError unless `advert` is signed and its keys are new ones; adds them to `public`."""
+    name = f"client {terms.members[advert.member].client_id}"
+    if {len(advert.sealing_key), len(advert.masking_key), len(advert.seed_sha256)} != {keys.KEY_BYTES}:
+        raise SecureSumError(f"the advert of {name} holds a key that is not {keys.KEY_BYTES} bytes")
+    identity_key = terms.members[advert.member].identity_key
+    keys.verify(identity_key, advert.signature, advert_message(session_id, advert), f"the advert of {name}")
+    own = {advert.sealing_key, advert.masking_key}
+    if len(own) < 2 or public & own:
+        raise SecureSumError(f"the advert of {name} repeats another's key")
+    public |= own
 
 
 def check_survivors(terms: Terms, members: list[int]) -> None:

@@ -16,8 +16,8 @@ from aggregation.graph import neighbours
 from aggregation.masks import add_mask
 from aggregation.ring import RingVector, zeros
 from aggregation.secure_client import (
-    advert_message,
     adverts_sha256,
+    check_advert,
     check_adverts,
     pair_mask_key,
     parsed,
@@ -27,6 +27,8 @@ from aggregation.secure_client import (
 from aggregation.terms import Terms
 from contract import secagg_pb2 as pb
 from contract.errors import SecureSumError
+
+_NONE, _ADVERTISING, _SHARING, _UPLOADING, _CONFIRMING, _UNMASKING = range(-1, 5)
 
 
 class SecureServer:
@@ -41,6 +43,9 @@ class SecureServer:
         self._session_id = terms.session_id
         self._adapter_sha256 = adapter_sha256
         self._adverts: dict[int, pb.Advert] = {}
+        self._public: set[bytes] = set()
+        # No secret: it only shows, before all members stumble over it, a key with which nobody can agree.
+        self._probe = keys.digest("probe", self._session_id)
         self._graph: dict[int, frozenset[int]] = {}
         self._inboxes: defaultdict[int, list[pb.SealedShare]] = defaultdict(list)
         self._shared: set[int] = set()
@@ -50,24 +55,26 @@ class SecureServer:
         self._seeds: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
         self._masking: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
         self._answered: set[int] = set()
+        self._ended = _NONE
 
     def accept_advert(self, client_id: str, data: bytes) -> None:
         """Stage 0, from one member."""
         member = self._new(client_id, self._adverts.keys(), "advertised its keys")
         advert = parsed(pb.Advert, data, f"what client {client_id} sent")
-        if self._graph:
-            raise SecureSumError(f"client {client_id} advertised its keys too late")
+        self._require_open(_ADVERTISING, f"client {client_id} advertised its keys")
         if advert.member != member:
             raise SecureSumError(f"client {client_id} advertised the keys of member {advert.member}")
-        identity_key = self.terms.members[member].identity_key
-        message = advert_message(self._session_id, advert)
-        keys.verify(identity_key, advert.signature, message, f"the advert of client {client_id}")
-        self._adverts[member] = advert
+        public = set(self._public)
+        check_advert(self.terms, self._session_id, advert, public)
+        for key in (advert.sealing_key, advert.masking_key):
+            keys.agree(self._probe, key, f"client {client_id}")
+        self._adverts[member], self._public = advert, public
 
     def adverts(self) -> bytes:
         """Ends stage 0: what every member who advertised is told for stage 1."""
         listed = [self._adverts[member] for member in sorted(self._adverts)]
         check_adverts(self.terms, self._session_id, listed)
+        self._ended = max(self._ended, _ADVERTISING)
         digest = adverts_sha256(self._adverts)
         self._graph = neighbours(sorted(self._adverts), self.terms.degree, self._session_id, digest)
         return pb.Adverts(adverts=listed).SerializeToString()
@@ -75,6 +82,7 @@ class SecureServer:
     def accept_shares(self, client_id: str, data: bytes) -> None:
         """Stage 1, from one member."""
         member = self._new(client_id, self._shared, "shared its secrets")
+        self._require_open(_SHARING, f"client {client_id} shared its secrets")
         shares = parsed(pb.SealedShares, data, f"what client {client_id} sent").shares
         if self._graph.get(member) is None:
             raise SecureSumError(f"client {client_id} shared its secrets without having advertised its keys")
@@ -88,6 +96,7 @@ class SecureServer:
     def inbox(self, client_id: str) -> bytes:
         """What a member who shared is told for stage 2."""
         self._require_enough(self._shared, "shared their secrets")
+        self._ended = max(self._ended, _SHARING)
         member = self.terms.number_of(client_id)
         if member not in self._shared:
             raise SecureSumError(f"client {client_id} shared no secrets in this session")
@@ -96,6 +105,7 @@ class SecureServer:
     def accept_upload(self, client_id: str, data: bytes) -> None:
         """Stage 2, from one member: its masked vector is added and let go."""
         member = self._new(client_id, self._survivors, "uploaded a vector")
+        self._require_open(_UPLOADING, f"client {client_id} uploaded a vector")
         if member not in self._shared:
             raise SecureSumError(f"client {client_id} uploaded a vector without having shared its secrets")
         due_bytes = self._total.nbytes
@@ -116,11 +126,13 @@ class SecureServer:
     def survivors_message(self) -> bytes:
         """Ends stage 2: what every survivor is asked to confirm."""
         self._require_enough(self._survivors, "uploaded a vector")
+        self._ended = max(self._ended, _UPLOADING)
         return pb.Survivors(members=sorted(self._survivors)).SerializeToString()
 
     def accept_confirmation(self, client_id: str, data: bytes) -> None:
         """Stage 3, from one survivor."""
         member = self._new(client_id, self._confirmations.keys(), "confirmed the survivors")
+        self._require_open(_CONFIRMING, f"client {client_id} confirmed the survivors")
         confirmation = parsed(pb.Confirmation, data, f"what client {client_id} sent")
         if member not in self._survivors or confirmation.member != member:
             raise SecureSumError(f"client {client_id} confirmed survivors without being one, or for another")
@@ -132,6 +144,7 @@ class SecureServer:
     def unmask_request(self) -> bytes:
         """Ends stage 3: what every one who confirmed is asked."""
         self._require_enough(self._confirmations.keys(), "confirmed the survivors")
+        self._ended = max(self._ended, _CONFIRMING)
         request = pb.UnmaskRequest(survivors=sorted(self._survivors), dropped=sorted(self._shared - self._survivors))
         for member, signature in sorted(self._confirmations.items()):
             request.confirmations.append(pb.Confirmation(member=member, signature=signature))
@@ -140,6 +153,7 @@ class SecureServer:
     def accept_answer(self, client_id: str, data: bytes) -> None:
         """Stage 4, from one who confirmed."""
         member = self._new(client_id, self._answered, "answered")
+        self._require_open(_UNMASKING, f"client {client_id} answered")
         if member not in self._confirmations:
             raise SecureSumError(f"client {client_id} answered without having confirmed the survivors")
         answer = parsed(pb.UnmaskAnswer, data, f"what client {client_id} sent")
@@ -158,7 +172,9 @@ class SecureServer:
 
     def finish(self) -> RingVector:
         """The ring sum over the survivors, shape (size,). Raises SecureSumError where too few answered, or falsely."""
+        self._require_open(_UNMASKING, "the sum is asked for a second time, or was")
         self._require_enough(self._answered, "answered")
+        self._ended = _UNMASKING
         weights: dict[tuple[int, ...], dict[int, int]] = {}
         for member in sorted(self._survivors):
             seed = self._combined(self._seeds[member], member, weights)
@@ -197,6 +213,10 @@ class SecureServer:
         if member in done:
             raise SecureSumError(f"client {client_id} has {act} already; the first one counts")
         return member
+
+    def _require_open(self, stage: int, act: str) -> None:
+        if self._ended >= stage:
+            raise SecureSumError(f"{act} too late: that stage has ended")
 
     def _require_enough(self, members: Collection[int], act: str) -> None:
         count = len(members)

@@ -29,7 +29,11 @@ def split(secret: bytes, threshold: int, points: Sequence[int], entropy: Entropy
 
     Raises SecureSumError where the secret is no element or the points are not as many distinct ones as needed.
     """
-    if not 1 <= threshold <= len(points) or len(set(points)) != len(points) or min(points) < 1:
+    if (
+        not 1 <= threshold <= len(points)
+        or len(set(points)) != len(points)
+        or not 1 <= min(points) <= max(points) < PRIME
+    ):
         raise SecureSumError(f"{len(points)} points cannot share a secret with a threshold of {threshold}")
     coefficients = [element(secret, "the secret")]
     coefficients += [int.from_bytes(draw_secret(entropy), "big") for _ in range(threshold - 1)]

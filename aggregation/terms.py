@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from aggregation.graph import GraphPlan, full_threshold, is_safe
+from aggregation.graph import FULL_GRAPH_LIMIT, GraphPlan, full_threshold, is_safe
 from aggregation.keys import KEY_BYTES, digest
 from contract import secagg_pb2 as pb
 from contract.errors import SecureSumError
@@ -55,6 +56,7 @@ class Terms:
         _require(all(len(key) == KEY_BYTES for key in keys), f"an identity key is not {KEY_BYTES} bytes")
         _require(len(self.nonce) == NONCE_BYTES, f"the nonce has {len(self.nonce)} bytes; it must have {NONCE_BYTES}")
         _require(self.ring_bits in RING_BITS, f"ring_bits is {self.ring_bits}; it must be 32 or 64")
+        _require(0 <= self.round < 1 << 32, f"the round is {self.round}; it must be 0 or more")
         _require(self.size >= 1, f"size is {self.size}; a vector has at least one element")
         _require(self.degree % 2 == 0 and self.degree < len(ids), f"degree is {self.degree}; it must be even, below N")
         most = self.plan.neighbourhood
@@ -124,12 +126,19 @@ class Policy:
     """What a member insists on, whatever a server proposes.
 
     `min_threshold` 0 means floor(2N/3) + 1 of the full graph, and for a ring one that is safe with a fraction
-    `corrupt` of the members on the server's side.
+    `corrupt` of the members on the server's side while up to a fraction `dropout` is not heard at all.
     """
 
     min_members: int = DEFAULT_MIN_MEMBERS
     min_threshold: int = 0
     corrupt: float = 0.05
+    dropout: float = 0.1
+    min_ring: int = FULL_GRAPH_LIMIT + 1
+    """Fewest members of a ring: with fewer the full graph is cheap, and safer."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("corrupt", self.corrupt), ("dropout", self.dropout)):
+            _require(0 <= value < 1, f"{name} is {value}; it must be a fraction, at least 0 and below 1")
 
     def check(self, terms: Terms, roster: Mapping[str, bytes]) -> None:
         """Raise SecureSumError, with the reason, unless `terms` keep to this policy and name only the roster's keys."""
@@ -146,15 +155,27 @@ class Policy:
             "(secagg-min-threshold in its node config)",
         )
         _require(
-            not terms.degree or is_safe(terms.plan, self.corrupt),
-            f"{terms.degree} neighbours with a threshold of {threshold} are not safe against {self.corrupt:.0%} "
-            "corrupt members",
+            not terms.degree or count >= self.min_ring,
+            f"the session gives each of {count} members {terms.degree} neighbours; below {self.min_ring} this client "
+            "wants everybody to be everybody's",
         )
         for member in terms.members:
             _require(
                 roster.get(member.client_id) == member.identity_key,
                 f"client {member.client_id} is not in this client's roster with that key",
             )
+        if terms.degree:
+            traitors = math.ceil(self.corrupt * count)
+            _require(
+                all(is_safe(GraphPlan(n, terms.degree, threshold), traitors) for n in (count, self.fewest(terms))),
+                f"{terms.degree} neighbours with a threshold of {threshold} are not safe against {traitors} corrupt "
+                f"members of {count}, of whom {self.fewest(terms)} may be all that advertise",
+            )
+
+    def fewest(self, terms: Terms) -> int:
+        """How many must advertise: a server that chooses who is heard could make a ring's corrupt ones a majority."""
+        count = len(terms.members)
+        return count - math.floor(self.dropout * count) if terms.degree else terms.threshold
 
 
 def _require(holds: bool, message: str) -> None:

@@ -92,7 +92,7 @@ def read_update(content: RecordDict, due_bytes: int) -> bytes:
 
 
 def read_metrics(content: RecordDict, node_id: str) -> dict[str, float]:
-    """The metrics of a reply with a known name that are one number of a sane size, not negative; no other enters SQL."""
+    """The metrics of a reply with a known name that are one number of a sane size, 0 or more; no other enters SQL."""
     record = content.get("metrics")
     if not isinstance(record, MetricRecord):
         return {}

@@ -16,7 +16,7 @@ from aggregation.shamir import Entropy
 from aggregation.terms import Member, Policy, Terms
 
 ADAPTER = "ad" * 32
-ANYTHING_GOES = Policy(min_members=2, min_threshold=1, corrupt=0.0)
+ANYTHING_GOES = Policy(min_members=2, min_threshold=1, corrupt=0.0, min_ring=2)
 
 
 @dataclass

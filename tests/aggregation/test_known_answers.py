@@ -144,14 +144,14 @@ def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
 
 def test_a_derived_key_is_hkdf_salted_with_the_session_over_length_prefixed_fields() -> None:
     secret, session_id = bytes(range(32)), bytes(range(100, 132))
-    fields = [b"pair mask", b"3", b"12", b"\xad" * 32, b"adapter"]
-    info = hashlib.sha256(b"".join(len(field).to_bytes(8, "big") + field for field in fields)).digest()
+    fields = [(b"s", b"pair mask"), (b"i", b"3"), (b"i", b"12"), (b"b", b"\xad" * 32), (b"s", b"adapter")]
+    info = hashlib.sha256(b"".join(kind + len(raw).to_bytes(8, "big") + raw for kind, raw in fields)).digest()
     derived = keys.derive(secret, session_id, "pair mask", 3, 12, b"\xad" * 32, "adapter")
     assert derived == hkdf(secret, session_id, info)
 
 
 def test_fields_that_join_to_the_same_bytes_have_other_digests() -> None:
-    lists = [("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc"), ("a", "b", "c")]
+    lists = [("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc"), ("a", "b", "c"), (1,), ("1",), (b"1",)]
     assert len({keys.digest("label", *fields) for fields in lists} | {keys.digest("labela", "bc")}) == len(lists) + 1
 
 

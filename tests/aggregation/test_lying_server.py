@@ -158,7 +158,19 @@ def test_a_cohort_under_the_floor() -> None:
 def test_a_ring_that_is_not_safe() -> None:
     cohort = cohort_of(40)
     thin = replace(cohort.terms, degree=4, threshold=3)
-    policy_refusal("4 neighbours with a threshold of 3 are not safe", cohort, thin, Policy(corrupt=0.1))
+    policy_refusal("4 neighbours; below 129 this client wants everybody", cohort, thin, Policy())
+    policy_refusal("4 neighbours with a threshold of 3 are not safe", cohort, thin, Policy(corrupt=0.1, min_ring=2))
+
+
+def test_a_ring_of_which_the_server_hears_only_whom_it_chose() -> None:
+    """Ten of forty advertise, and the server's own may be among them: a member shares with no such few."""
+    identities = identities_of(40)
+    terms = terms_of(identities, degree=20, threshold=20)
+    policy = Policy(corrupt=0.05, dropout=0.25, min_ring=2)
+    cohort = Cohort(terms, identities, policy=policy)
+    adverts = cohort.advertise(sorted(identities)[:29])
+    victim = victim_of(cohort)
+    refuses("29 adverts; this client shares with no fewer than 30", lambda: victim.share(adverts, os.urandom), victim)
 
 
 def test_a_sybil_in_a_roster_that_is_pinned() -> None:
@@ -438,3 +450,41 @@ def test_the_server_names_the_member_whose_share_was_false() -> None:
         cohort.server.accept_answer(name, answer.SerializeToString())
     with pytest.raises(SecureSumError, match="the shares of client client-0001's seed do not give it"):
         cohort.server.finish()
+
+
+def test_what_comes_after_its_stage_is_refused_and_changes_nothing() -> None:
+    cohort = cohort_of(COUNT)
+    names = sorted(cohort.members)
+    adverts = cohort.advertise(names)
+    late_shares = cohort.members[names[4]].share(adverts, os.urandom)
+    cohort.share(names[:4], adverts)
+    cohort.upload(names[:3], vectors_of(cohort))
+    with pytest.raises(SecureSumError, match="client-0004 shared its secrets too late"):
+        cohort.server.accept_shares(names[4], late_shares)
+    late_vector = cohort.members[names[3]].upload(vectors_of(cohort)[names[3]], ADAPTER, cohort.server.inbox(names[3]))
+    with pytest.raises(SecureSumError, match="only 3 of 5 uploaded a vector; threshold 4"):
+        cohort.server.survivors_message()
+    cohort.server.accept_upload(names[3], late_vector)
+    cohort.server.survivors_message()
+    with pytest.raises(SecureSumError, match="uploaded a vector already"):
+        cohort.server.accept_upload(names[3], late_vector)
+
+
+def test_a_sum_is_told_once() -> None:
+    cohort = cohort_of(COUNT)
+    cohort.play(vectors_of(cohort))
+    with pytest.raises(SecureSumError, match="that stage has ended"):
+        cohort.server.finish()
+
+
+@pytest.mark.parametrize("key", [bytes(32), (1).to_bytes(32, "little"), b"short"])
+@pytest.mark.parametrize("which", ["sealing_key", "masking_key"])
+def test_a_member_with_a_key_that_stops_the_others_is_left_out(which: str, key: bytes) -> None:
+    cohort = cohort_of(COUNT)
+    advert = pb.Advert.FromString(cohort.members["client-0002"].advert())
+    setattr(advert, which, key)
+    advert.signature = keys.sign(cohort.identities["client-0002"], advert_message(cohort.terms.session_id, advert))
+    with pytest.raises(SecureSumError, match="client-0002"):
+        cohort.server.accept_advert("client-0002", advert.SerializeToString())
+    total = cohort.play(vectors_of(cohort), [{"client-0002"}])
+    assert total.size == cohort.terms.size

@@ -242,7 +242,7 @@ def test_the_planned_ring_passes_the_default_policy_and_one_vote_fewer_does_not(
     weaker = replace(terms, threshold=plan.threshold - 1)
     with pytest.raises(
         SecureSumError,
-        match=f"{plan.degree} neighbours with a threshold of {plan.threshold - 1} are not safe against 5% corrupt",
+        match=f"{plan.degree} neighbours with a threshold of {plan.threshold - 1} are not safe against 10 corrupt",
     ):
         Policy().check(weaker, roster_of(weaker))
 
@@ -270,12 +270,12 @@ def test_the_planned_ring_passes_the_default_policy_and_one_vote_fewer_does_not(
         (
             Policy(),
             terms_over(200, degree=20, threshold=11),
-            "20 neighbours with a threshold of 11 are not safe against 5% corrupt members",
+            "20 neighbours with a threshold of 11 are not safe against 10 corrupt members of 200",
         ),
         (
             Policy(corrupt=0.3),
             terms_over(200, degree=60, threshold=42),
-            "60 neighbours with a threshold of 42 are not safe against 30% corrupt members",
+            "60 neighbours with a threshold of 42 are not safe against 60 corrupt members of 200",
         ),
     ],
 )
