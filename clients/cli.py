@@ -28,7 +28,7 @@ def check(
     max_length: Annotated[int, typer.Option(min=2, help="The run's max-length, in tokens.")] = 128,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Count rows, tokens and truncated rows, and name the first broken row. Exits 1 where there is one."""
+    """Count rows, tokens and truncated rows, and name the first broken row. Exits 1 where there is one, or too few."""
     from clients.data import check_dataset, load_tokenizer
 
     report = check_dataset(file, load_tokenizer(model), max_length)
@@ -48,5 +48,6 @@ def _plain(file: str, report: DataReport) -> dict[str, object]:
         "truncated_rows": counts.truncated,
         "tokens": counts.tokens,
         "masked_share": round(counts.masked_share, 4),
-        "first_broken_row": report.problem or None,
+        "first_broken_row": report.problem if report.broken else None,
+        "problem": report.problem or None,
     }

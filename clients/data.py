@@ -34,6 +34,7 @@ IGNORED = -100
 STDLIB_PREFIX = "stdlib:"
 
 _SMALLEST_ROW_TOKENS = 2  # the first token predicts nothing by itself
+_FEWEST_ROWS = 2  # one to train on and one to hold out
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,14 @@ class SiteData:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What `data check` says of a source: its counts, up to the first broken row if `problem` names one."""
+    """What `data check` says of a source: its counts, up to the first broken row if there is one.
+
+    `problem` says why it is not sound, be it that row (`broken`) or the whole.
+    """
 
     counts: DataCounts
     problem: str = ""
+    broken: bool = False
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -108,12 +113,8 @@ def load_dataset(
     rows, empty, broken = _gather(source, tokenizer, max_length)
     if broken:
         raise DataError(f"{source}: {broken.where}: {broken.problem}")
-    wanted = 2 if eval_fraction > 0 else 1
-    if len(rows) < wanted:
-        raise DataError(
-            f"{source}: {len(rows)} of {len(rows) + empty} rows hold something to learn within {max_length} tokens; "
-            f"wants at least {wanted}" + (", one to train on and one to hold out" if wanted == 2 else "")
-        )
+    if too_few := _too_few(len(rows), empty, max_length, _FEWEST_ROWS if eval_fraction > 0 else 1):
+        raise DataError(f"{source}: {too_few}")
     heldout = _heldout_numbers([row.number for row in rows], eval_fraction, seed)
     return SiteData(
         train_rows=tuple(row for row in rows if row.number not in heldout),
@@ -123,12 +124,25 @@ def load_dataset(
 
 
 def check_dataset(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DataReport:
-    """Counts of `source` up to its first broken row, and that row. Raises DataError for an unreadable file."""
+    """Counts of `source` up to its first broken row, and that row; or that it has too few to also hold one out.
+
+    Raises DataError for an unreadable file.
+    """
     rows, empty, broken = _gather(source, tokenizer, max_length)
-    problem = f"{broken.where}: {broken.problem}" if broken else ""
-    if not broken and not rows:
-        problem = f"none of its {empty} rows holds something to learn within {max_length} tokens"
-    return DataReport(_count(rows, empty), problem)
+    if broken:
+        return DataReport(_count(rows, empty), f"{broken.where}: {broken.problem}", broken=True)
+    return DataReport(_count(rows, empty), _too_few(len(rows), empty, max_length, _FEWEST_ROWS))
+
+
+def _too_few(usable: int, empty: int, max_length: int, wanted: int) -> str:
+    """What is wrong with so few `usable` rows, or nothing."""
+    if usable >= wanted:
+        return ""
+    why = ", one to train on and one to hold out" if wanted == _FEWEST_ROWS else ""
+    return (
+        f"{usable} of {usable + empty} rows hold something to learn within {max_length} tokens; "
+        f"wants at least {wanted}{why}"
+    )
 
 
 def order_key(seed: int, run: str, round_number: int, client: str) -> str:

@@ -35,6 +35,7 @@ def test_a_sound_file_is_counted(tmp_path: Path, model: Path) -> None:
         "tokens": 18,
         "masked_share": round(12 / 18, 4),
         "first_broken_row": None,
+        "problem": None,
     }
 
 
@@ -45,11 +46,26 @@ def test_a_broken_row_is_named_with_exit_code_1(tmp_path: Path, model: Path) -> 
     report = json.loads(result.stdout)["data"]
     assert (report["sound"], report["rows"]) == (False, 2)
     assert report["first_broken_row"] == "line 3: text is of JSON type number; wants string"
+    assert report["problem"] == report["first_broken_row"]
     assert result.stderr == f"error: {source}: line 3: text is of JSON type number; wants string\n"
 
 
+@pytest.mark.parametrize("usable", [0, 1])
+def test_fewer_rows_than_every_run_wants_are_a_problem(tmp_path: Path, model: Path, usable: int) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *([{"text": "abc"}] * usable), {"text": " "})
+    result = CliRunner().invoke(data_app, ["check", source, "--model", str(model), "-o", "json"])
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)["data"]
+    problem = (
+        f"{usable} of {usable + 1} rows hold something to learn within 128 tokens; "
+        "wants at least 2, one to train on and one to hold out"
+    )
+    assert (report["sound"], report["first_broken_row"], report["problem"]) == (False, None, problem)
+    assert result.stderr == f"error: {source}: {problem}\n"
+
+
 def test_the_table_speaks_to_people(tmp_path: Path, model: Path) -> None:
-    source = write_lines(tmp_path / "a.jsonl", {"text": "abc"})
+    source = write_lines(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "def"})
     result = CliRunner().invoke(data_app, ["check", source, "--model", str(model)])
     assert result.exit_code == 0, result.output
     assert "masked share" in result.stdout
