@@ -13,18 +13,13 @@ import grpc
 from torch import Tensor
 
 from contract import trunk_pb2 as pb
-from contract.adapter import from_bytes, sha256_hex
-from contract.codec import Assembler
+from contract.adapter import sha256_hex
 from contract.errors import (
     ConnectionFailedError,
-    DeadlineError,
-    FrameError,
-    FrameTooLargeError,
-    IntegrityError,
     SessionError,
     TrunklineError,
 )
-from contract.wire import CHUNK_BYTES, ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
+from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
 from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
@@ -32,13 +27,13 @@ from server_trunk.engine import Engine, Graph
 from server_trunk.requests import Opening, read_hello
 from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
+from server_trunk.transfers import AdapterTransfers
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
 
 SERVICE = "trunkline.v1.Trunk"
-MAX_ADAPTER_BYTES = 1 << 30
-_UPLOADS_AT_ONCE = 2
+HELLO_TIMEOUT_S = 10.0  # no session is counted before its hello, but its call takes a place already
 _REASON_LETTERS = 1000  # what a peer sent may be quoted, and a status must fit the HTTP/2 headers that carry it
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -95,7 +90,7 @@ class TrunkServicer:
         self._compute = compute
         self._disk = disk
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
-        self._uploads = asyncio.Semaphore(_UPLOADS_AT_ONCE)
+        self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
         self._streams: set[asyncio.Task[Any]] = set()
         self._hanging_up = False
 
@@ -147,7 +142,7 @@ class TrunkServicer:
             self._streams.discard(task)
 
     async def _serve(self, stream: FrameStream) -> None:
-        frame = await stream.read()
+        frame = await stream.read(min(HELLO_TIMEOUT_S, self._limits.idle_timeout_s))
         if frame is None:
             return
         kind = frame.WhichOneof("body")
@@ -163,13 +158,13 @@ class TrunkServicer:
                 self._compute.submit(self._engine.close, adapter)
 
     async def _first_adapter(self, opening: Opening) -> SessionAdapter:
-        first: Mapping[str, Tensor] | int
-        if isinstance(opening.start, str):
-            self._contributions.require_adapter(opening.start)
-            first = from_bytes(await self._disk.run(self._contributions.adapters.get, opening.start))
-        else:
-            first = opening.start
-        return await self._compute.acquire(self._engine.open, self._engine.close, opening.spec, first, opening.factor)
+        if isinstance(opening.start, int):
+            return await self._opened(opening, opening.start)
+        async with self._transfers.loaded(opening.start) as tensors:
+            return await self._opened(opening, tensors)
+
+    async def _opened(self, opening: Opening, start: Mapping[str, Tensor] | int) -> SessionAdapter:
+        return await self._compute.acquire(self._engine.open, self._engine.close, opening.spec, start, opening.factor)
 
     async def _converse(self, opening: Opening, adapter: SessionAdapter, stream: FrameStream) -> None:
         base_sha256 = opening.start
@@ -206,32 +201,11 @@ class TrunkServicer:
 
     @_answers_errors
     async def put_adapter(self, chunks: AsyncIterator[pb.AdapterChunk], context: Context) -> pb.AdapterReceipt:
-        try:
-            async with asyncio.timeout(self._limits.idle_timeout_s), self._uploads:
-                sha256, data = await _received(chunks)
-        except TimeoutError:
-            raise DeadlineError(f"the adapter did not come within {self._limits.idle_timeout_s:g} s") from None
-        return pb.AdapterReceipt(sha256=await self._disk.run(self._store, sha256, data))
+        return pb.AdapterReceipt(sha256=await self._transfers.receive(aiter(chunks)))
 
-    def _store(self, sha256: str, data: bytes) -> str:
-        found = sha256_hex(data)
-        if found != sha256:
-            raise IntegrityError(f"the adapter hashes to {found}; its first chunk says {sha256[:80]!r}")
-        from_bytes(data)  # refuses what is no adapter
-        return self._contributions.adapters.put(data)
-
-    async def get_adapter(self, request: pb.GetAdapterRequest, context: Context) -> AsyncIterator[pb.AdapterChunk]:
-        try:
-            self._contributions.require_adapter(request.sha256)
-            data = memoryview(await self._disk.run(self._contributions.adapters.get, request.sha256))
-        except TrunklineError as error:
-            await abort(context, error)
-            return
-        for start in range(0, len(data), CHUNK_BYTES):
-            chunk = pb.AdapterChunk(data=bytes(data[start : start + CHUNK_BYTES]))
-            if start == 0:
-                chunk.sha256, chunk.size_bytes = request.sha256, len(data)
-            yield chunk
+    @_answers_errors
+    async def get_adapter(self, request: pb.GetAdapterRequest, context: Context) -> None:
+        await self._transfers.send(request.sha256, context.write)
 
     @_answers_errors
     async def commit_round(self, request: pb.CommitRoundRequest, context: Context) -> pb.CommitRoundReply:
@@ -253,19 +227,3 @@ class TrunkServicer:
             received_bytes=done.received_bytes,
             sent_bytes=done.sent_bytes,
         )
-
-
-async def _received(chunks: AsyncIterator[pb.AdapterChunk]) -> tuple[str, bytes]:
-    """(claimed SHA-256, bytes) of an uploaded adapter, its size checked before memory is taken."""
-    assembler: Assembler | None = None
-    sha256 = ""
-    async for chunk in chunks:
-        if assembler is None:
-            sha256 = chunk.sha256
-            if chunk.size_bytes > MAX_ADAPTER_BYTES:
-                raise FrameTooLargeError(f"the adapter has {chunk.size_bytes} bytes; the limit is {MAX_ADAPTER_BYTES}")
-            assembler = Assembler(chunk.size_bytes, "adapter")
-        assembler.add(chunk.data)
-    if assembler is None:
-        raise FrameError("no adapter came; its first chunk must name sha256 and size_bytes")
-    return sha256, bytes(assembler.data())

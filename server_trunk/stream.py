@@ -22,12 +22,12 @@ class FrameStream:
         self.received_bytes = 0
         self.sent_bytes = 0
 
-    async def read(self) -> pb.ClientFrame | None:
+    async def read(self, timeout_s: float | None = None) -> pb.ClientFrame | None:
         """The next frame that is not a chunk, None when the client has hung up.
 
-        Raises FrameError for a chunk that no header announced, DeadlineError after the idle time.
+        Raises FrameError for a chunk that no header announced, DeadlineError after `timeout_s`, or the idle time.
         """
-        frame = await self._read()
+        frame = await self._read(self._idle_timeout_s if timeout_s is None else timeout_s)
         if frame is None:
             return None
         if chunk_data(frame) is not None:
@@ -41,7 +41,7 @@ class FrameStream:
         """
         assembler = Assembler(size_bytes, what)
         while not assembler.complete:
-            frame = await self._read()
+            frame = await self._read(self._idle_timeout_s)
             if frame is None:
                 break
             data: memoryview | bytes | None = chunk_data(frame)
@@ -61,12 +61,12 @@ class FrameStream:
         for frame in chunk_frames(data):
             await self._write(frame)
 
-    async def _read(self) -> bytes | None:
+    async def _read(self, timeout_s: float) -> bytes | None:
         try:
-            async with asyncio.timeout(self._idle_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 frame = await self._context.read()
         except TimeoutError:
-            raise DeadlineError(f"no frame came for {self._idle_timeout_s:g} s, so the session is closed") from None
+            raise DeadlineError(f"no frame came for {timeout_s:g} s, so the session is closed") from None
         if not isinstance(frame, bytes):  # grpc.aio.EOF
             return None
         self.received_bytes += len(frame)
