@@ -1,15 +1,12 @@
-"""The summing of one round as a staged protocol: a client half and a server half that exchange bytes.
+"""The summing of one round: a client half and a server half that exchange bytes.
 
-A stage is one exchange: the server asks every client of the cohort, each answers once. The halves name their stages
-in order, and the orchestrator carries the bytes. The last stage, "upload", is the one that brings the vector.
-Here the vectors travel in clear; another pair of halves may hide them without anything else changing.
+Here the vectors travel in clear, in one exchange; `secure_client` and `secure_server` hide them, in five stages.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import ClassVar
 
 import numpy as np
 
@@ -20,8 +17,6 @@ from contract.errors import RoundError, UpdateError
 class ClientHalf(ABC):
     """One client's side of one round's sum."""
 
-    stages: ClassVar[tuple[str, ...]]
-
     @abstractmethod
     def upload(self, vector: RingVector) -> bytes:
         """The bytes that bring `vector`, shape (d + 1,), to the server. MUST raise UpdateError on another shape."""
@@ -29,8 +24,6 @@ class ClientHalf(ABC):
 
 class ServerHalf(ABC):
     """The server's side of one round's sum. It MUST NOT hold more vectors the more clients there are."""
-
-    stages: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def accept(self, client_id: str, upload: bytes) -> None:
@@ -49,8 +42,6 @@ class ServerHalf(ABC):
 class PlainSumClient(ClientHalf):
     """Sends the vector as it is: the server sees each client's update."""
 
-    stages = ("upload",)
-
     def __init__(self, size: int, bits: int = 32) -> None:
         self._size, self._bits = size, bits
 
@@ -65,8 +56,6 @@ class PlainSumClient(ClientHalf):
 
 class PlainSumServer(ServerHalf):
     """Adds what comes to one running sum; `size` is d + 1 and `cohort` names who may upload, each once."""
-
-    stages = ("upload",)
 
     def __init__(self, size: int, cohort: Collection[str], bits: int = 32) -> None:
         self._total = zeros(size, bits)
