@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -107,7 +108,11 @@ def serve(
     if insecure_listen:
         talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
     talk(f"loading the trunk of {model}")
-    asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
+    served = asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
+    if not served:
+        talk("told to end before the trunk was ready")
+        sys.stderr.flush()
+        os._exit(0)  # the interpreter would first wait for the thread that loads the model, minutes for a large one
 
 
 @model_app.command()

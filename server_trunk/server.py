@@ -10,10 +10,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import torch
@@ -30,6 +30,8 @@ from server_trunk.sessions import SessionTable, TokenBudget
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
+
+T = TypeVar("T")
 
 _HANG_UP_S = 2.0
 _DRAIN_POLL_S = 0.05
@@ -81,10 +83,12 @@ class TrunkServer:
     """One serving trunk. Everything but the constructor runs on one event loop."""
 
     def __init__(self, options: ServeOptions) -> None:
-        """Raises ConfigError for a listen address, device or limits that cannot be served."""
+        """Raises ConfigError for a listen address, device, announce file or limits that cannot be served."""
         self._options = options
         self._host, self._port = check_listen(options.listen, options.insecure_listen)
         choose_device(options.device)
+        if options.announce_file is not None:
+            _require_announceable(options.announce_file)
         if options.max_pending_tokens < options.max_tokens:
             raise ConfigError(
                 f"max-pending-tokens is {options.max_pending_tokens}, less than max-tokens, "
@@ -119,6 +123,7 @@ class TrunkServer:
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
+            contributions = Contributions(options.state_dir)
             engine = await self._compute.run(self._load)
         except BaseException:
             await self._server.stop(None)
@@ -126,7 +131,7 @@ class TrunkServer:
         self._servicer = TrunkServicer(
             engine,
             self._table,
-            Contributions(options.state_dir),
+            contributions,
             Limits(options.max_tokens, options.idle_timeout_s),
             compute=self._compute,
             disk=self._disk,
@@ -202,13 +207,13 @@ def _transport_options() -> list[tuple[str, Any]]:
     ]
 
 
-async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> None:
+async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> bool:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends the grace period.
 
     `on_ready` is called with HOST:PORT and what is served once clients can come and the announce file is there.
+    False when a signal came before that: the thread that loads the model may still run, and cannot be stopped.
     """
     server = TrunkServer(options)
-    address, summary = await server.start()
     ending, hurry = asyncio.Event(), asyncio.Event()
 
     def end() -> None:
@@ -217,20 +222,55 @@ async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, end)
-    if options.announce_file is not None:
-        _announce(options.announce_file, address)
-    on_ready(f"{address} {summary}")
+    started = await _unless(ending, server.start())
+    if started is None:
+        return False
+    address, summary = started
+    try:
+        if options.announce_file is not None:
+            _announce(options.announce_file, address)
+        on_ready(f"{address} {summary}")
+    except BaseException:
+        await server.stop()
+        raise
     await ending.wait()
     logger.warning("draining for up to %g s; signal again to stop now", options.grace_s)
     await server.drain(hurry)
+    return True
+
+
+async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The answer of `work`, or what it raised; None, and `work` is cancelled, when `told` is set first."""
+    working, telling = asyncio.create_task(work), asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait((working, telling), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, telling):
+            task.cancel()
+        await asyncio.wait((working, telling))
+
+
+def _require_announceable(path: Path) -> None:
+    """Raise ConfigError for an announce file that could not be written after a long load."""
+    if path.is_dir():
+        raise ConfigError(f"announce-file {path} is a folder; it must be a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"announce-file {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"announce-file {path}: the folder {path.parent} cannot be written to")
 
 
 def _announce(path: Path, address: str) -> None:
     """Write `address` to `path`, whole or not at all. Raises StorageError."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trunk-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(address + "\n")
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(address + "\n")
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise StorageError(f"announce-file {path} cannot be written: {error.strerror}") from error
