@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from contract.architecture import LayerProbe, first_line, read_config, whole_on_meta
+from contract.checkpoint import make_folder
 from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError, StorageError
 from contract.partition import present_modules
@@ -38,6 +39,7 @@ from contract.records import CutLayers, Factor, LoraSpec
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "trunkline.json"
+README_FILE = "README.md"
 
 PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
@@ -343,11 +345,9 @@ def write_export(
 
     It appears whole or not at all, over an earlier export only. The weights file is `to_bytes(tensors)`, so that its
     SHA-256 is the adapter's id. `origin` (the run, the round, the cut, ...) goes into the record. Raises ConfigError
-    where something else is in the way, StorageError where it cannot be written.
+    where something else is in the way, or in an earlier export, StorageError where it cannot be written.
     """
     target = Path(directory)
-    if target.exists() and not (target / RECORD_FILE).is_file():
-        raise ConfigError(f"{target} exists and is no earlier export of an adapter; name another directory")
     weights = to_bytes(tensors)
     config = _config_json(spec, base_model_name)
     record = {
@@ -361,17 +361,32 @@ def write_export(
         CONFIG_FILE: config,
         WEIGHTS_FILE: weights,
         RECORD_FILE: (json.dumps(record, indent=2) + "\n").encode(),
-        "README.md": _readme(title, spec, base_model_name, record["adapter_sha256"]).encode(),
+        README_FILE: _readme(title, spec, base_model_name, record["adapter_sha256"]).encode(),
     }
     try:
+        _require_replaceable(target)
         _replace_directory(target, files)
     except OSError as error:
         raise StorageError(f"cannot write the adapter to {target}: {error.strerror or error}") from error
     return target
 
 
+def _require_replaceable(target: Path) -> None:
+    """Raise ConfigError where more than an earlier export would be lost."""
+    if not os.path.lexists(target):
+        return
+    if not (target / RECORD_FILE).is_file():
+        raise ConfigError(f"{target} exists and is no earlier export of an adapter; name another directory")
+    ours = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, README_FILE}
+    if others := sorted({path.name for path in target.iterdir()} - ours):
+        raise ConfigError(
+            f"{target} is an earlier export that also holds {', '.join(others[:3])}, which replacing it would delete; "
+            "move that elsewhere or name another directory"
+        )
+
+
 def _replace_directory(target: Path, files: Mapping[str, bytes]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fresh, old = staging / "new", staging / "old"

@@ -5,6 +5,7 @@ Weights are read by plain reads, a piece at a time, so that hashing or splitting
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ from contract.model_files import (
 )
 from contract.records import CutLayers, Side
 
-__all__ = ["PartInfo", "fingerprint", "part_info", "write_parts"]
+__all__ = ["PartInfo", "fingerprint", "make_folder", "part_info", "write_parts"]
 
 _PIECE_BYTES = 8 * 1024 * 1024
 SHARD_BYTES = 2 * 1024**3
@@ -117,7 +118,8 @@ def write_parts(model_dir: str | Path, out_dir: str | Path, cut: CutLayers, dtyp
 
     The answer's keys are "client", "trunk" and "whole" (as written: client + trunk == whole). `dtype` ("float32" or
     "bfloat16") converts floating-point weights; None keeps theirs. Tokenizer files go with the client. Each directory
-    appears whole or not at all. Raises ConfigError (cut, dtype, a part is already there), ModelError and StorageError.
+    appears whole or not at all, and neither without the other. Raises ConfigError (cut, dtype, a part is already
+    there), ModelError and StorageError.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
@@ -138,11 +140,16 @@ def write_parts(model_dir: str | Path, out_dir: str | Path, cut: CutLayers, dtyp
     sizes: dict[str, int] = {}
     sides: tuple[tuple[Side, list[StoredTensor]], ...] = (("client", client), ("trunk", trunk))
     for side, _ in sides:
-        if (out / side).exists():
+        if os.path.lexists(out / side):
             raise ConfigError(f"{out / side} exists already; name another directory or remove it")
-    for side, chosen in sides:
-        info = PartInfo(identity, cut, side, dtype or "")
-        sizes[side] = _write_part(directory, out / side, chosen, info)
+    try:
+        for side, chosen in sides:
+            info = PartInfo(identity, cut, side, dtype or "")
+            sizes[side] = _write_part(directory, out / side, chosen, info)
+    except BaseException:
+        for written in sizes:
+            shutil.rmtree(out / written, ignore_errors=True)
+        raise
     return {**sizes, "whole": sizes["client"] + sizes["trunk"]}
 
 
@@ -156,24 +163,39 @@ def _layer_reader(layers_path: str) -> Callable[[str], int | None]:
     return layer_of
 
 
-def _write_part(source: Path, target: Path, tensors: Sequence[StoredTensor], info: PartInfo) -> int:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+def make_folder(path: Path) -> None:
+    """Make `path` and what is above it, where it is not there yet; an OSError says what stands in its way."""
     try:
-        shutil.copyfile(source / CONFIG_FILE, staging / CONFIG_FILE)
-        if info.side == "client":
-            for pattern in (*_CLIENT_FILES, *_CLIENT_EXTRAS):
-                for file in source.glob(pattern):
-                    if file.is_file():
-                        shutil.copyfile(file, staging / file.name)
-        size = _write_shards(staging, tensors, info.dtype)
-        (staging / PART_FILE).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        os.rename(staging, target)
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        blocking = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        raise NotADirectoryError(errno.ENOTDIR, f"{blocking} is not a directory") from error
+
+
+def _write_part(source: Path, target: Path, tensors: Sequence[StoredTensor], info: PartInfo) -> int:
+    try:
+        make_folder(target.parent)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            size = _fill_part(source, staging, tensors, info)
+            os.rename(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+def _fill_part(source: Path, staging: Path, tensors: Sequence[StoredTensor], info: PartInfo) -> int:
+    shutil.copyfile(source / CONFIG_FILE, staging / CONFIG_FILE)
+    if info.side == "client":
+        for pattern in (*_CLIENT_FILES, *_CLIENT_EXTRAS):
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, staging / file.name)
+    size = _write_shards(staging, tensors, info.dtype)
+    (staging / PART_FILE).write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
+    staging.chmod(0o755)
     return size
 
 

@@ -298,6 +298,28 @@ def test_an_export_never_replaces_anything_else(tmp_path: Path, adapter: Tensors
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_an_export_never_takes_along_what_was_put_beside_an_earlier_one(
+    tmp_path: Path, adapter: Tensors, spec: LoraSpec
+) -> None:
+    out = write_export(tmp_path / "out", adapter, spec, "base")
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ConfigError, match=r"also holds notes\.txt, which replacing it would delete"):
+        write_export(out, adapter, spec, "other base")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "notes.txt").unlink()
+    write_export(out, adapter, spec, "other base")
+
+
+@pytest.mark.parametrize("place", ["out", "deep/out"])
+def test_what_stands_in_the_way_of_an_export_is_named(
+    tmp_path: Path, adapter: Tensors, spec: LoraSpec, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"to {tmp_path}/file/{place}: {tmp_path}/file is not a directory"):
+        write_export(tmp_path / "file" / place, adapter, spec, "base")
+
+
 def test_an_export_that_cannot_be_written_is_a_storage_error(tmp_path: Path, adapter: Tensors, spec: LoraSpec) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write the adapter"):

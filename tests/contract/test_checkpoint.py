@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -190,3 +191,30 @@ def test_a_failed_write_leaves_no_half_part(tmp_path: Path, model: Path, monkeyp
     with pytest.raises(StorageError, match="No space left"):
         write_parts(model, tmp_path / "out", CUT)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["x", "x/y"])
+def test_a_place_that_cannot_be_is_a_storage_error(model: Path, place: str) -> None:
+    with pytest.raises(StorageError, match=f"cannot write /dev/null/{place}/client: /dev/null is not a directory"):
+        write_parts(model, Path("/dev/null") / place, CUT)
+
+
+def test_a_second_part_that_fails_takes_the_first_with_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed: list[object] = []
+    rename = os.rename
+
+    def once(source: str, target: str) -> None:
+        if renamed:
+            raise OSError(28, "No space left on device")
+        renamed.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", once)
+    with pytest.raises(StorageError, match="trunk: No space left"):
+        write_parts(model, tmp_path / "out", CUT)
+    assert renamed == [tmp_path / "out" / "client"]
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.undo()
+    write_parts(model, tmp_path / "out", CUT)
