@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregation import keys, shamir
+from aggregation import keys
 from aggregation.ring import RingVector
-from aggregation.secure_client import SecureClient, Stage, advert_message, survivors_message
+from aggregation.secure_client import SecureClient, Stage, survivors_message
 from aggregation.terms import Member, Policy, Terms
 from contract import secagg_pb2 as pb
 from contract.errors import SecureSumError
 from tests.aggregation.secure_sums import ADAPTER, Cohort, cohort_of, identities_of, terms_of, vectors_of
-
-VICTIM = "client-0000"
-COUNT = 5
-ALL = tuple(range(COUNT))
-
-
-def shared(count: int = COUNT, **changes: object) -> Cohort:
-    """A cohort up to the point where every member has shared its secrets."""
-    cohort = cohort_of(count, **changes)
-    cohort.share(cohort.members, cohort.advertise(cohort.members))
-    return cohort
-
-
-def uploaded(who: Sequence[int] = ALL) -> Cohort:
-    cohort = shared()
-    names = sorted(cohort.members)
-    cohort.upload([names[number] for number in who], vectors_of(cohort))
-    return cohort
-
-
-def confirmed() -> Cohort:
-    """Member 4 dropped out after it shared; the others are confirmed survivors."""
-    cohort = uploaded(ALL[:4])
-    cohort.confirm(sorted(cohort.members)[:4])
-    return cohort
-
-
-def refuses(reason: str, act: Callable[[], object], client: SecureClient) -> None:
-    """The call ends in that refusal, and leaves the member as it was."""
-    before = client.to_bytes()
-    with pytest.raises(SecureSumError, match=reason):
-        act()
-    assert client.to_bytes() == before
-
-
-def asked(cohort: Cohort, **changes: object) -> bytes:
-    """The honest request to unmask with some fields changed."""
-    request = pb.UnmaskRequest.FromString(cohort.server.unmask_request())
-    for name, value in changes.items():
-        request.ClearField(name)  # type: ignore[arg-type]
-        getattr(request, name).extend(value)
-    return request.SerializeToString()
-
-
-def victim_of(cohort: Cohort) -> SecureClient:
-    return cohort.members[VICTIM]
+from tests.aggregation.stages import ALL, COUNT, VICTIM, asked, confirmed, refuses, shared, uploaded, victim_of
 
 
 def test_overlapping_sets_would_lay_a_vector_open() -> None:
@@ -185,76 +139,6 @@ def test_another_key_for_a_member_of_the_roster() -> None:
     members = tuple(imposter if one.client_id == imposter.client_id else one for one in cohort.terms.members)
     policy_refusal(
         "client-0003 is not in this client's roster", cohort, replace(cohort.terms, members=members), Policy()
-    )
-
-
-def edited(adverts: bytes, edit: Callable[[list[pb.Advert]], None]) -> bytes:
-    listed = list(pb.Adverts.FromString(adverts).adverts)
-    edit(listed)
-    return pb.Adverts(adverts=listed).SerializeToString()
-
-
-def swap(listed: list[pb.Advert]) -> None:
-    listed[1].masking_key, listed[2].masking_key = listed[2].masking_key, listed[1].masking_key
-
-
-def own_keys(listed: list[pb.Advert]) -> None:
-    listed[1].masking_key = keys.public_bytes(os.urandom(32))
-
-
-def unsigned(listed: list[pb.Advert]) -> None:
-    listed[1].signature = b""
-
-
-def twice(listed: list[pb.Advert]) -> None:
-    listed.append(listed[1])
-
-
-def unknown(listed: list[pb.Advert]) -> None:
-    listed[1].member = COUNT
-
-
-def short(listed: list[pb.Advert]) -> None:
-    listed[1].sealing_key = listed[1].sealing_key[:31]
-
-
-def without_me(listed: list[pb.Advert]) -> None:
-    del listed[0]
-
-
-def few(listed: list[pb.Advert]) -> None:
-    del listed[2:]
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        (swap, "the advert of client client-0001 is not signed"),
-        (own_keys, "the advert of client client-0001 is not signed"),
-        (unsigned, "the advert of client client-0001 is not signed"),
-        (twice, "an advert of member 1: unknown, or its second"),
-        (unknown, "an advert of member 5: unknown, or its second"),
-        (short, "the advert of client client-0001 holds a key that is not 32 bytes"),
-        (without_me, "does not hold this member's own"),
-        (few, "2 adverts; the threshold is 4"),
-    ],
-)
-def test_adverts_that_were_tampered_with(edit: Callable[[list[pb.Advert]], None], reason: str) -> None:
-    cohort = cohort_of(COUNT)
-    adverts = edited(cohort.advertise(cohort.members), edit)
-    refuses(reason, lambda: victim_of(cohort).share(adverts, os.urandom), victim_of(cohort))
-
-
-def test_a_member_that_copies_anothers_keys() -> None:
-    cohort = cohort_of(COUNT)
-    listed = {one.member: one for one in pb.Adverts.FromString(cohort.advertise(cohort.members)).adverts}
-    copied = pb.Advert()
-    copied.CopyFrom(listed[1])
-    copied.member = 2
-    copied.signature = keys.sign(cohort.identities["client-0002"], advert_message(cohort.terms.session_id, copied))
-    adverts = pb.Adverts(adverts=[listed[0], listed[1], copied, listed[3], listed[4]]).SerializeToString()
-    refuses(
-        "client-0002 repeats another's key", lambda: victim_of(cohort).share(adverts, os.urandom), victim_of(cohort)
     )
 
 
@@ -437,54 +321,3 @@ def test_a_session_that_was_played_leaves_nothing_to_play_again() -> None:
         lambda: victim.unmask(b""),
     ):
         refuses("last answered", act, victim)
-
-
-def test_the_server_names_the_member_whose_share_was_false() -> None:
-    cohort = confirmed()
-    request = cohort.server.unmask_request()
-    for number, name in enumerate(sorted(cohort.members)[:4]):
-        answer = pb.UnmaskAnswer.FromString(cohort.members[name].unmask(request))
-        if number == 2:
-            value = (shamir.element(answer.seeds[1].value, "it") + 1) % shamir.PRIME
-            answer.seeds[1].value = value.to_bytes(32, "big")
-        cohort.server.accept_answer(name, answer.SerializeToString())
-    with pytest.raises(SecureSumError, match="the shares of client client-0001's seed do not give it"):
-        cohort.server.finish()
-
-
-def test_what_comes_after_its_stage_is_refused_and_changes_nothing() -> None:
-    cohort = cohort_of(COUNT)
-    names = sorted(cohort.members)
-    adverts = cohort.advertise(names)
-    late_shares = cohort.members[names[4]].share(adverts, os.urandom)
-    cohort.share(names[:4], adverts)
-    cohort.upload(names[:3], vectors_of(cohort))
-    with pytest.raises(SecureSumError, match="client-0004 shared its secrets too late"):
-        cohort.server.accept_shares(names[4], late_shares)
-    late_vector = cohort.members[names[3]].upload(vectors_of(cohort)[names[3]], ADAPTER, cohort.server.inbox(names[3]))
-    with pytest.raises(SecureSumError, match="only 3 of 5 uploaded a vector; threshold 4"):
-        cohort.server.survivors_message()
-    cohort.server.accept_upload(names[3], late_vector)
-    cohort.server.survivors_message()
-    with pytest.raises(SecureSumError, match="uploaded a vector already"):
-        cohort.server.accept_upload(names[3], late_vector)
-
-
-def test_a_sum_is_told_once() -> None:
-    cohort = cohort_of(COUNT)
-    cohort.play(vectors_of(cohort))
-    with pytest.raises(SecureSumError, match="that stage has ended"):
-        cohort.server.finish()
-
-
-@pytest.mark.parametrize("key", [bytes(32), (1).to_bytes(32, "little"), b"short"])
-@pytest.mark.parametrize("which", ["sealing_key", "masking_key"])
-def test_a_member_with_a_key_that_stops_the_others_is_left_out(which: str, key: bytes) -> None:
-    cohort = cohort_of(COUNT)
-    advert = pb.Advert.FromString(cohort.members["client-0002"].advert())
-    setattr(advert, which, key)
-    advert.signature = keys.sign(cohort.identities["client-0002"], advert_message(cohort.terms.session_id, advert))
-    with pytest.raises(SecureSumError, match="client-0002"):
-        cohort.server.accept_advert("client-0002", advert.SerializeToString())
-    total = cohort.play(vectors_of(cohort), [{"client-0002"}])
-    assert total.size == cohort.terms.size

@@ -53,11 +53,8 @@ def vector_of(client_id: str, bits: int) -> RingVector:
     return np.frombuffer(drawn, dtype=f"<u{bits // 8}").astype(f"uint{bits}")
 
 
-def play(bits: int) -> Transcript:
-    """One session; every message that travels, in the order in which they do."""
-    identities = {one: Ed25519PrivateKey.from_private_bytes(generator(f"identity {one}")(32)) for one in IDS}
-    roster = {one: key.public_key().public_bytes_raw() for one, key in identities.items()}
-    terms = Terms(
+def terms_of(roster: dict[str, bytes], bits: int) -> Terms:
+    return Terms(
         run="transcript",
         round=3,
         nonce=bytes(range(16)),
@@ -69,6 +66,13 @@ def play(bits: int) -> Transcript:
         model_fingerprint="0" * 64,
         settings_sha256="1" * 64,
     )
+
+
+def play(bits: int) -> Transcript:
+    """One session; every message that travels, in the order in which they do."""
+    identities = {one: Ed25519PrivateKey.from_private_bytes(generator(f"identity {one}")(32)) for one in IDS}
+    roster = {one: key.public_key().public_bytes_raw() for one, key in identities.items()}
+    terms = terms_of(roster, bits)
     policy = Policy(min_members=len(IDS))
     server = SecureServer(terms, ADAPTER)
     labels = {one: f"entropy {bits} {one}" for one in IDS}
