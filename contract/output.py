@@ -2,6 +2,8 @@
 
 The envelope of `-o json` is `{"schema_version": 1, "status": "ok", "data": ...}`; `-o jsonl` prints one envelope a row.
 An error prints `error: REASON` on stderr and, under `-o json` or `-o jsonl`, an envelope with status "error" on stdout.
+Two things are no such error: wrong usage, which the option parser tells on stderr in its own words, and a check that
+fails, whose findings are data (status "ok") with exit code 1.
 
 Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 connection or authentication, 4 timeout, 130 interrupted.
 """

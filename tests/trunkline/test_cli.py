@@ -110,6 +110,14 @@ def test_exit_code_2_for_usage_and_configuration(tmp_path: Path, arguments: list
     assert said in " ".join(answer.stderr.replace("│", " ").split())
 
 
+def test_wrong_usage_is_told_as_the_page_says_also_where_json_is_wanted() -> None:
+    for arguments in (["rounds", "list", "--nope", "-o", "json"], ["run", "--simulate", "none", "-o", "json"]):
+        answer = trunkline(*arguments)
+        assert (answer.returncode, answer.stdout) == (2, "")
+        assert answer.stderr.startswith("Usage: trunkline ")
+        assert "Error" in answer.stderr
+
+
 def test_exit_code_3_when_nobody_answers(tmp_path: Path) -> None:
     write_project(tmp_path / "project")
     with socket.socket() as unused:

@@ -37,6 +37,10 @@ def test_a_failed_check_is_exit_code_1_and_a_fix(monkeypatch: pytest.MonkeyPatch
     lines = result.stdout.splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith("FAIL  home"))
     assert lines[at + 1] == "      fix: set TRUNKLINE_HOME to a directory you may write to"
+    told = CliRunner().invoke(app, ["doctor", "-o", "json"])
+    answer = json.loads(told.stdout)
+    assert (told.exit_code, answer["status"]) == (1, "ok")
+    assert "FAIL" in {finding["result"] for finding in answer["data"]}
 
 
 def test_a_database_newer_than_the_code_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
