@@ -98,9 +98,11 @@ def create_private_key(path: Path) -> bytes:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        path.unlink()
-        raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
+    except BaseException as error:
+        path.unlink()  # half a key would stand in the way of a whole one
+        if isinstance(error, OSError):
+            raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
+        raise
     return key.public_key().public_bytes_raw()
 
 

@@ -156,6 +156,17 @@ def test_where_no_file_can_be_made_it_is_told(tmp_path: Path) -> None:
         create_private_key(tmp_path / "absent" / "site.key")
 
 
+@pytest.mark.parametrize("reason", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_half_a_key_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: BaseException) -> None:
+    def fail(descriptor: int) -> None:
+        raise reason
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ConfigError if isinstance(reason, OSError) else KeyboardInterrupt):
+        create_private_key(tmp_path / "site.key")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o777])
 def test_a_key_that_others_can_use_is_refused_with_what_to_run(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "the site's.key"

@@ -262,28 +262,35 @@ def test_when_publishing_fails_after_enrolling_both_are_told(
     assert [row["client_id"] for row in data("list")] == ["a"]
 
 
-def test_operators_who_publish_at_once_leave_the_newest_roster(tmp_path: Path, signer: Path) -> None:
-    roster, lines = tmp_path / "roster", [keygen(tmp_path / f"{number}.key") for number in range(8)]
-    failures: list[BaseException] = []
+def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
+    tmp_path: Path, signer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, store = Publication.at(tmp_path / "roster", signer), open_store()
+    store.enroll_client("a", keygen(tmp_path / "a.key"), "ada")
+    second = keygen(tmp_path / "b.key")
+    waited: list[bool] = []
 
-    def enroll(numbers: range) -> None:
-        store: Store = open_store()
-        place = Publication.at(roster, signer)
-        try:
-            for number in numbers:
-                store.enroll_client(f"c{number}", lines[number], "ada")
-                place.publish(store, datetime.now(UTC))
-        except (ConfigError, StorageError) as error:
-            failures.append(error)
-        store.close()
+    def enroll_another() -> None:
+        other: Store = open_store()
+        other.enroll_client("b", second, "bob")
+        place.publish(other, datetime.now(UTC))
+        other.close()
 
-    threads = [threading.Thread(target=enroll, args=(range(start, 8, 2),)) for start in (0, 1)]
-    for thread in threads:
+    thread = threading.Thread(target=enroll_another)
+
+    def write_slowly(*arguments: Any) -> None:
+        monkeypatch.setattr(publication, "write_roster", write_roster)
         thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == []
-    assert (signed(roster, signer).version, len(signed(roster, signer).members)) == (8, 8)
+        thread.join(1)
+        waited.append(thread.is_alive())
+        write_roster(*arguments)
+
+    monkeypatch.setattr(publication, "write_roster", write_slowly)
+    assert place.publish(store, datetime.now(UTC)).version == 1
+    thread.join(60)
+    store.close()
+    assert waited == [True]
+    assert (signed(place.path, signer).version, len(signed(place.path, signer).members)) == (2, 2)
 
 
 def test_a_publication_never_shows_its_key(tmp_path: Path, signer: Path) -> None:
