@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from contract.errors import ConfigError, StorageError
+from contract.errors import StorageError
 from contract.identity import parse_public_key, read_private_key
 from contract.roster import Roster, read_roster, write_roster
 from orchestrator import clients_cli, publication
