@@ -21,7 +21,7 @@ TrunklineError
 ├── DeadlineError          a wait ran past its limit
 └── StorageError           SQL or an artifact cannot be read or written
     ├── SchemaError             the database's schema is not this code's
-    └── IntegrityError          a stored file does not hash to its name
+    └── IntegrityError          a stored file is not what was written: its hash or its signature says so
 """
 
 from __future__ import annotations

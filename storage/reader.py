@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -13,12 +13,16 @@ from sqlalchemy.orm import Session
 from contract.errors import StorageError
 from storage import schema
 from storage.engine import storage_errors
+from storage.identities import client_of_node, present
 from storage.records import (
     AdapterVersionRow,
     ClientRow,
     EventRow,
+    IdentityRow,
     MetricRow,
+    NodeBindingRow,
     ParticipationRow,
+    RosterRow,
     RoundRow,
     RunRow,
     RunStatus,
@@ -158,6 +162,41 @@ class Reader:
         with self._reading() as session:
             return [_record(EventRow, row) for row in reversed(session.scalars(query).all())]
 
+    def list_identities(self, include_revoked: bool = False) -> list[IdentityRow]:
+        """Enrolled clients, by id; with `include_revoked` those too that were revoked."""
+        query = select(schema.Identity)
+        if not include_revoked:
+            query = query.where(schema.Identity.revoked_at.is_(None))
+        with self._reading() as session:
+            return _by_client_id(session.scalars(query))
+
+    def roster_version(self) -> int:
+        """How many changes of identities there were: 0 before the first."""
+        with self._reading() as session:
+            version: int | None = session.scalar(select(schema.RosterCounter.version))
+            return present(version)
+
+    def roster(self) -> RosterRow:
+        """Who is enrolled and not revoked, with the version that says so, both of one moment."""
+        counter, identity = schema.RosterCounter, schema.Identity
+        query = select(counter.version, identity).outerjoin(identity, identity.revoked_at.is_(None))
+        with self._reading() as session:
+            found = session.execute(query).all()
+            version = present(found[0][0] if found else None)
+            return RosterRow(version, _by_client_id(row for _, row in found if row is not None))
+
+    def bound_client(self, node_id: str) -> str | None:
+        """The client, not revoked, that a node speaks for; None where it has shown none."""
+        with self._reading() as session:
+            return session.scalar(client_of_node(node_id))
+
+    def node_bindings(self, run_id: str) -> list[NodeBindingRow]:
+        """Which clients' nodes made contact in a run, in order, those revoked since included."""
+        row = schema.NodeBinding
+        query = select(row).where(row.run_id == run_id).order_by(row.bound_at, row.node_id)
+        with self._reading() as session:
+            return [_record(NodeBindingRow, found) for found in session.scalars(query)]
+
 
 def _runs() -> Select[schema.Run, int | None]:
     """Runs, newest first, each with the number of its newest adapter version."""
@@ -171,6 +210,11 @@ def _runs() -> Select[schema.Run, int | None]:
 
 def _run_row(run: schema.Run, newest: int | None) -> RunRow:
     return _record(RunRow, run, committed_rounds=newest or 0)
+
+
+def _by_client_id(found: Iterable[schema.Identity]) -> list[IdentityRow]:
+    """Sorted here: the databases have orders of their own."""
+    return sorted((_record(IdentityRow, row) for row in found), key=lambda identity: identity.client_id)
 
 
 def _record(kind: type[_Record], row: object, **computed: Any) -> _Record:

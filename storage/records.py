@@ -114,6 +114,38 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class IdentityRow:
+    """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change."""
+
+    client_id: str
+    public_key: str
+    enrolled_at: datetime
+    enrolled_by: str
+    revoked_at: datetime | None
+    revoke_reason: str | None
+    roster_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RosterRow:
+    """The roster at one version: who is enrolled and not revoked, by client id. Version 0: nobody ever was."""
+
+    version: int
+    members: Sequence[IdentityRow]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBindingRow:
+    """`signature` is that of the node's first contact in the run, in hex."""
+
+    node_id: str
+    run_id: str
+    client_id: str
+    bound_at: datetime
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
 class RoundCommit:
     """Everything that one round's commit writes, all of it or nothing.
 

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    CheckConstraint,
     DateTime,
     Dialect,
     Double,
@@ -24,12 +25,15 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.records import ParticipationStatus, RoundStatus, RunMode, RunStatus
 
+THE_ROSTER = 1  # the only row of the table `roster`
+
 # Named constraints, so that a later migration can drop or change each by name on both engines.
 _NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
     "fk": "fk_%(table_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
 }
 
 
@@ -177,3 +181,39 @@ class Event(Base):
     message: Mapped[str]
     detail: Mapped[dict[str, Any]]
     at: Mapped[datetime]
+
+
+class RosterCounter(Base):
+    """One row. Its version counts changes of identities, and outlives them: a roster's version is never used twice."""
+
+    __tablename__ = "roster"
+    __table_args__ = (CheckConstraint(f"roster_id = {THE_ROSTER}", "one"),)
+
+    roster_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    version: Mapped[int]
+
+
+class Identity(Base):
+    """A client id and its key, which stay taken once revoked; `roster_version` is that of the row's last change."""
+
+    __tablename__ = "identities"
+
+    client_id: Mapped[str] = mapped_column(primary_key=True)
+    public_key: Mapped[str] = mapped_column(unique=True)
+    enrolled_at: Mapped[datetime]
+    enrolled_by: Mapped[str]
+    revoked_at: Mapped[datetime | None]
+    revoke_reason: Mapped[str | None]
+    roster_version: Mapped[int]
+
+
+class NodeBinding(Base):
+    """Which client a Flower node spoke for in a run; `signature` is that of its first contact, in hex."""
+
+    __tablename__ = "node_bindings"
+
+    node_id: Mapped[str] = mapped_column(primary_key=True)  # first: a node is looked up over all runs
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.run_id"), primary_key=True)
+    client_id: Mapped[str] = mapped_column(ForeignKey("identities.client_id"), primary_key=True)
+    bound_at: Mapped[datetime]
+    signature: Mapped[str]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, overload
 
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -14,7 +14,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
-from storage import schema
+from storage import identities, schema
 from storage.engine import for_writing, make_engine, opened_engine, storage_errors
 from storage.home import database_url
 from storage.reader import Reader
@@ -282,6 +282,29 @@ class Store(Reader):
                 )
             )
 
+    def enroll_client(self, client_id: str, public_key: str, operator: str) -> int:
+        """Enroll a client and answer the roster's new version; `public_key` is the line of `public_key_text`.
+
+        MUST raise StorageError for an id or a key that was ever enrolled, ConfigError for what is none.
+        """
+        with self._writing() as session:
+            return identities.enroll(session, client_id, public_key, _storable(operator), self._clock())
+
+    def revoke_client(self, client_id: str, operator: str, reason: str) -> int:
+        """Revoke a client for ever and answer the roster's new version; StorageError unless it is enrolled."""
+        with self._writing() as session:
+            return identities.revoke(session, client_id, _storable(operator), _storable(reason), self._clock())
+
+    def bind_node(self, run_id: str, node_id: str, client_id: str, signature: bytes) -> None:
+        """Note that a node speaks for a client, by the signature of its first contact; once more changes nothing.
+
+        MUST raise StorageError unless the client is enrolled, and for a node that speaks for another one that is. A
+        client may come back as another node. The caller MUST have verified `signature`.
+        """
+        with self._writing() as session:
+            _running_run(session, run_id)
+            identities.bind(session, run_id, node_id, client_id, signature, self._clock())
+
 
 def _locked_run(session: Session, run_id: str) -> schema.Run:
     """The run's row, held until the transaction ends, so that on PostgreSQL too its writers take turns."""
@@ -355,6 +378,12 @@ def _settle_participations(session: Session, commit: RoundCommit) -> int:
     return len(survivors)
 
 
+@overload
+def _storable(text: str) -> str: ...
+@overload
+def _storable(text: None) -> None: ...
+@overload
+def _storable(text: str | None) -> str | None: ...
 def _storable(text: str | None) -> str | None:
     """`text` without what a database refuses: a client's reason must not be able to spoil a commit."""
     return None if text is None else text.replace("\x00", "").encode("utf-8", "backslashreplace").decode()

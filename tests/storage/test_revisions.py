@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
 from sqlalchemy import Engine, inspect, text
 
 from contract.errors import SchemaError, StorageError
 from storage import revisions
-from storage.engine import make_engine
+from storage.engine import for_writing, make_engine
 from storage.revisions import current_revision, damage, drift, head_revision, prepare, upgrade
 from storage.store import open_reader, open_store
 
@@ -161,3 +162,34 @@ def test_every_module_of_the_migrations_is_named_in_the_wheel() -> None:
     for package in ("storage", "storage.migrations", "storage.migrations.versions"):
         assert f'"{package}",' in pyproject
         assert (ROOT / package.replace(".", "/") / "__init__.py").is_file()
+
+
+def test_a_database_of_the_first_schema_keeps_its_rows_and_gets_identities(engine: Engine, database_url: str) -> None:
+    with for_writing(engine).begin() as connection:
+        config = revisions._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    tables = set(inspect(engine).get_table_names())
+    assert "identities" not in tables
+    moment = "'2026-01-01 00:00:00+00:00'" if engine.dialect.name == "postgresql" else "'2026-01-01 00:00:00'"
+    with engine.begin() as connection:
+        for statement in (
+            f"INSERT INTO runs VALUES ('r1', '7', 'deployment', 'running', NULL, '{{}}', 'f', {moment}, NULL)",
+            f"INSERT INTO clients VALUES ('11', 'site one', {moment})",
+            f"INSERT INTO adapter_versions VALUES ('r1', 0, 'a', 'b', 5, {moment})",
+            f"INSERT INTO events VALUES (1, 'r1', 'note', 'from before', '{{}}', {moment})",
+        ):
+            connection.execute(text(statement))
+    with pytest.raises(SchemaError, match="revision 0001, this code needs .*: run `trunkline db upgrade`"):
+        open_store(database_url)
+
+    assert upgrade(engine) == ("0001", head_revision())
+    assert set(inspect(engine).get_table_names()) - tables >= {"roster", "identities", "node_bindings"}
+    assert drift(engine) == []
+    store = open_store(database_url)
+    assert store.get_run("r1").flower_run_id == "7"
+    assert [client.name for client in store.clients()] == ["site one"]
+    assert [version.trained_tokens for version in store.adapter_versions("r1")] == [5]
+    assert [event.message for event in store.events()] == ["from before"]
+    assert store.roster_version() == 0
+    store.close()

@@ -1,0 +1,240 @@
+"""`trunkline clients`: who may take part in secure sums. Sites make keys; the operator enrolls, revokes, publishes."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from contract.errors import ConfigError, TrunklineError
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from storage.records import IdentityRow
+
+if TYPE_CHECKING:
+    from orchestrator.publication import Publication
+    from storage.store import Store
+
+MAX_PUBLIC_FILE_BYTES = 16_384
+COLUMNS = ("client_id", "public_key", "enrolled_at", "enrolled_by")
+ALL_COLUMNS = (*COLUMNS, "revoked_at", "revoke_reason")
+
+app = typer.Typer(
+    help="Who may take part in secure sums. A site makes a key with `keygen` and gives its public line to the "
+    "operator, who enrolls it and publishes the signed roster that every site checks the others against.",
+    no_args_is_help=True,
+)
+
+ClientArgument = Annotated[str, typer.Argument(metavar="CLIENT_ID", help="The client's id, as the roster names it.")]
+OperatorOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who decides this, for the record; default: your login name.")
+]
+RosterOption = Annotated[
+    Path | None, typer.Option("--roster", help="Publish the new roster in this file too; needs --signing-key.")
+]
+RosterKeyOption = Annotated[
+    Path | None, typer.Option("--signing-key", help="The roster signer's private key, made by `clients keygen`.")
+]
+
+
+@app.command("keygen")
+@cli_errors
+def keygen(
+    out: Annotated[Path, typer.Option(help="File for the private key; it must not be there yet.")],
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Make an Ed25519 key: the private half in a file that you alone can read, the public half as a line on stdout.
+
+    For a client's identity, or for the roster's signer. The private half never leaves the machine it was made on.
+    """
+    from contract.identity import create_private_key, public_key_text
+
+    line = public_key_text(create_private_key(out))
+    emit(line if output is OutputFormat.TABLE else {"public_key": line, "private_key_file": out.absolute()}, output)
+    talk(f"the private key is in {out}; give the public line above to whoever needs it")
+
+
+@app.command("enroll")
+@cli_errors
+def enroll(
+    client_id: ClientArgument,
+    public_key: Annotated[
+        str, typer.Option(metavar="KEY", help="The line `ed25519:...` that keygen printed at the site, or @FILE of it.")
+    ],
+    operator: OperatorOption = None,
+    roster: RosterOption = None,
+    signing_key: RosterKeyOption = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Let a client take part. An id and a key are enrolled once and for ever, also after they were revoked.
+
+    Get the line on a way that the server's operator cannot change: who is enrolled is who others trust.
+    """
+    line, who = _public_line(public_key), _operator(operator)
+    with _change(roster, signing_key) as (store, publication):
+        version = store.enroll_client(client_id, line, who)
+        _finish(f"client {client_id} is enrolled", client_id, version, store, publication, output)
+
+
+@app.command("list")
+@cli_errors
+def list_clients(
+    everybody: Annotated[bool, typer.Option("--all", help="Also those that were revoked.")] = False,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Enrolled clients and their keys."""
+    from storage.store import open_reader
+
+    reader = open_reader()
+    try:
+        version, rows = reader.roster_version(), reader.list_identities(include_revoked=everybody)
+    finally:
+        reader.close()
+    columns = ALL_COLUMNS if everybody else COLUMNS
+    emit([_row_data(row) for row in rows], output, columns=columns, title=f"roster version {version}")
+
+
+@app.command("revoke")
+@cli_errors
+def revoke(
+    client_id: ClientArgument,
+    reason: Annotated[str, typer.Option(help="Why, for the record.")],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal to ask at.")
+    ] = False,
+    operator: OperatorOption = None,
+    roster: RosterOption = None,
+    signing_key: RosterKeyOption = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Shut a client out, for ever: neither its id nor its key can be enrolled again.
+
+    Sites learn of it by the next roster that is published: give --roster and --signing-key, or run `clients roster`.
+    """
+    who = _operator(operator)
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, for the record")
+    with _change(roster, signing_key) as (store, publication):
+        if not yes and not _agreed(client_id):
+            talk("nothing was changed")
+            raise typer.Exit(1)
+        version = store.revoke_client(client_id, who, reason)
+        _finish(f"client {client_id} is revoked", client_id, version, store, publication, output)
+
+
+@app.command("roster")
+@cli_errors
+def publish_roster(
+    out: Annotated[Path, typer.Option(help="File to publish; an earlier roster there is replaced.")],
+    signing_key: Annotated[Path, typer.Option(help="The roster signer's private key, made by `clients keygen`.")],
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Publish who is enrolled as a signed file. Each site keeps a copy and pins the signer's public key.
+
+    A file is only ever replaced by a later version of the same list under the same key.
+    """
+    from contract.identity import public_key_text
+    from orchestrator.publication import Publication
+    from storage.store import open_reader
+
+    publication = Publication.at(out, signing_key)
+    reader = open_reader()
+    try:
+        published = publication.publish(reader, datetime.now(UTC))
+    finally:
+        reader.close()
+    data = {"roster": publication.path, "version": published.version, "members": len(published.members)}
+    emit(data | {"issued_at": published.issued_at, "signer": public_key_text(published.signer)}, output)
+
+
+@contextmanager
+def _change(roster: Path | None, signing_key: Path | None) -> Iterator[tuple[Store, Publication | None]]:
+    """The store to change, and where to publish the change, with all that can be refused beforehand refused."""
+    from orchestrator.publication import Publication
+    from storage.store import open_store
+
+    publication = None
+    if roster is not None and signing_key is not None:
+        publication = Publication.at(roster, signing_key)
+    elif roster is not None or signing_key is not None:
+        raise ConfigError("--roster and --signing-key go together; give both or neither")
+    store = open_store()
+    try:
+        if publication is not None:
+            publication.check(store.roster())
+        yield store, publication
+    finally:
+        store.close()
+
+
+def _finish(
+    done: str, client_id: str, version: int, store: Store, publication: Publication | None, output: OutputFormat
+) -> None:
+    """Publish what was changed, where that was asked for, and tell of both."""
+    if publication is None:
+        talk(f"{done}; sites learn of it once you publish: trunkline clients roster --out FILE --signing-key FILE")
+    else:
+        try:
+            version = publication.publish(store, datetime.now(UTC)).version
+        except TrunklineError:
+            talk(f"{done}, but the roster was not published; do it with `trunkline clients roster`")
+            raise
+    path = None if publication is None else publication.path
+    emit({"client_id": client_id, "roster_version": version, "published": path}, output)
+
+
+def _public_line(given: str) -> str:
+    """The line itself, or that of the file which @FILE names."""
+    if not given.startswith("@"):
+        return given
+    path = Path(given[1:])
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_PUBLIC_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"--public-key: cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_PUBLIC_FILE_BYTES:
+        raise ConfigError(f"--public-key: {path} is too long; it must hold the one line that keygen printed")
+    return data.decode("utf-8", "replace").strip()
+
+
+def _operator(given: str | None) -> str:
+    name = given
+    if name is None:
+        try:
+            name = getpass.getuser()
+        except (OSError, KeyError, ImportError) as error:
+            raise ConfigError("this login has no name; say who you are with --operator") from error
+    if not name.strip():
+        raise ConfigError("--operator is empty; say who decides this, for the record")
+    return name.strip()
+
+
+def _agreed(client_id: str) -> bool:
+    if not _has_terminal():
+        raise ConfigError("revoking cannot be taken back, and there is no terminal to ask at: give --yes")
+    try:
+        return typer.confirm(f"Revoke client {client_id} for ever?", err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _row_data(row: IdentityRow) -> dict[str, Any]:
+    return {
+        "client_id": row.client_id,
+        "public_key": row.public_key,
+        "enrolled_at": row.enrolled_at.replace(microsecond=0),
+        "enrolled_by": row.enrolled_by,
+        "revoked_at": None if row.revoked_at is None else row.revoked_at.replace(microsecond=0),
+        "revoke_reason": row.revoke_reason,
+        "roster_version": row.roster_version,
+    }
