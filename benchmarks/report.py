@@ -65,6 +65,10 @@ class Ratio:
         low, high = medians[int(0.025 * BOOTSTRAP_DRAWS)], medians[int(0.975 * BOOTSTRAP_DRAWS)]
         return cls(statistics.median(ratios), low, high, statistics.median(own))
 
+    def inverse(self) -> Ratio:
+        """The yardstick over ours: how many times as fast ours is."""
+        return Ratio(1 / self.median, 1 / self.high, 1 / self.low, self.self_ratio)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -81,6 +85,12 @@ class Target:
         """A ratio that must be low passes on the worse end of its interval."""
         ok: bool | Literal["inconclusive"] = "inconclusive" if ratio.inconclusive else ratio.high <= limit
         return cls(name, ratio.high, limit, "lower", ok)
+
+    @classmethod
+    def of_speedup(cls, name: str, ratio: Ratio, limit: float) -> Target:
+        """A ratio that must be high passes on the worse end of its interval."""
+        ok: bool | Literal["inconclusive"] = "inconclusive" if ratio.inconclusive else ratio.low >= limit
+        return cls(name, ratio.low, limit, "higher", ok)
 
     @classmethod
     def at_most(cls, name: str, value: float, limit: float) -> Target:
@@ -150,4 +160,6 @@ def versions() -> dict[str, str]:
 
 
 def _shown(cell: Cell) -> str:
+    if cell is None:
+        return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -45,8 +46,8 @@ def plan(
 def _full_graph(found: GraphPlan, corrupt: float, dropout: float) -> dict[str, str | None]:
     members, threshold = found.members, found.threshold
     traitors, spare = 2 * threshold - members - 1, members - threshold
-    wanted, gone = round(corrupt * members), round(dropout * members)
-    if not is_safe(found, corrupt):
+    wanted, gone = math.ceil(corrupt * members), round(dropout * members)
+    if not is_safe(found, wanted):
         raise ConfigError(f"{members} clients stand {traitors} on the server's side, not {wanted} ({corrupt:.0%})")
     if gone > spare:
         raise ConfigError(f"{members} clients can lose {spare} in a round, not {gone} ({dropout:.0%})")
@@ -61,7 +62,7 @@ def _full_graph(found: GraphPlan, corrupt: float, dropout: float) -> dict[str, s
 
 
 def _ring(found: GraphPlan, corrupt: float, dropout: float) -> dict[str, str | None]:
-    traitors, gone = round(corrupt * found.members), round(dropout * found.members)
+    traitors, gone = math.ceil(corrupt * found.members), math.ceil(dropout * found.members)
     return {
         "stands_against": f"a lying server with {traitors} of the {found.members} clients ({corrupt:.0%}) on its side, "
         f"at random places of the ring: it learns any client's update with a probability of at most 2^-{SECURITY_BITS}",
