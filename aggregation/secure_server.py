@@ -175,15 +175,15 @@ class SecureServer:
         self._require_open(_UNMASKING, "the sum is asked for a second time, or was")
         self._require_enough(self._answered, "answered")
         self._ended = _UNMASKING
-        weights: dict[tuple[int, ...], dict[int, int]] = {}
+        weights: dict[int, int] = {}
         for member in sorted(self._survivors):
-            seed = self._combined(self._seeds[member], member, weights)
+            seed, weights = self._combined(self._seeds.pop(member, {}), member, weights)
             if keys.digest("seed", self._session_id, member, seed) != self._adverts[member].seed_sha256:
                 raise SecureSumError(f"the shares of {self._name(member)}'s seed do not give it: one of them is false")
             key = self_mask_key(seed, self._session_id, member, self._adapter_sha256)
             add_mask(self._total, key, negative=True)
         for member in sorted(self._shared - self._survivors):
-            secret = self._combined(self._masking[member], member, weights)
+            secret, weights = self._combined(self._masking.pop(member, {}), member, weights)
             if keys.public_bytes(secret) != self._adverts[member].masking_key:
                 raise SecureSumError(f"the shares of {self._name(member)}'s key do not give it: one of them is false")
             self._remove_pair_masks(member, secret)
@@ -197,16 +197,17 @@ class SecureServer:
             add_mask(self._total, key, negative=not gone < other)
 
     def _combined(
-        self, shares: Mapping[int, bytes], member: int, weights: dict[tuple[int, ...], dict[int, int]]
-    ) -> bytes:
+        self, shares: Mapping[int, bytes], member: int, weights: dict[int, int]
+    ) -> tuple[bytes, dict[int, int]]:
+        """The secret, and the weights of its points, which `weights` are where the last member had the same ones."""
         points = tuple(sorted(shares)[: self.terms.threshold])
         if len(points) < self.terms.threshold:
             raise SecureSumError(
                 f"{len(points)} shares of {self._name(member)}'s secret came; the threshold is {self.terms.threshold}"
             )
-        if points not in weights:
-            weights[points] = shamir.weights_at_zero(points)
-        return shamir.combine({point: shares[point] for point in points}, weights[points])
+        if tuple(weights) != points:
+            weights = shamir.weights_at_zero(points)
+        return shamir.combine({point: shares[point] for point in points}, weights), weights
 
     def _new(self, client_id: str, done: Collection[int], act: str) -> int:
         member = self.terms.number_of(client_id)

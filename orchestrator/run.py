@@ -94,7 +94,7 @@ def new_run_id(now: datetime) -> str:
 
 
 def _losses(desk: Desk) -> dict[int, float]:
-    return judged_losses(desk.store.metrics(desk.run_id))
+    return judged_losses(desk.store.metrics(desk.run_id, over_clients=True))
 
 
 def _told_end(desk: Desk, last: Version) -> str | None:

@@ -1,4 +1,4 @@
-"""Trunks in processes of their own, which end with the tests."""
+"""A home of the tests' own, and trunks in processes of their own, which end with the tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ import pytest
 
 _READY_S = 120.0
 _REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the home of who runs it, which may hold another version's database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRUNKLINE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+        yield
 
 
 @dataclass(frozen=True)
