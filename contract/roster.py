@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +22,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from contract.durable_file import replace_file
 from contract.errors import ConfigError, IntegrityError, StorageError
 from contract.identity import KEY_BYTES, check_client_id, decode_public_key, public_key_text
 
@@ -82,9 +81,8 @@ def write_roster(path: Path, roster: Roster, signing_key: Ed25519PrivateKey) -> 
     Raises ConfigError as signed_roster, StorageError where the file cannot be written.
     """
     data = signed_roster(roster, signing_key)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        _replace(path, partial, data)
+        replace_file(path, data, mode=0o666)  # a roster is public
     except OSError as error:
         raise StorageError(f"cannot write the roster {path}: {error.strerror}") from error
 
@@ -206,22 +204,3 @@ def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{field} is no text")
     return value
-
-
-def _replace(path: Path, partial: Path, data: bytes) -> None:
-    """Write `data` durably under the name `partial`, then give it the name `path`."""
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # a roster is public
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself is durable only then
-    finally:
-        os.close(directory)

@@ -11,7 +11,7 @@ from contract.model_files import CONFIG_FILE, part_info
 
 log = logging.getLogger("trunkline.orchestrator")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def find_model(model: str) -> Path:
@@ -22,7 +22,7 @@ def find_model(model: str) -> Path:
     directory = Path(model).expanduser()
     if model and (directory / CONFIG_FILE).is_file():
         return directory
-    fetched = _config_from_hub(model) if _HUB_ID.fullmatch(model) and not directory.exists() else None
+    fetched = _config_from_hub(model) if HUB_ID.fullmatch(model) and not directory.exists() else None
     if fetched is None:
         raise ConfigError(
             f"model is {model!r}; it must be the absolute path of a directory that holds {CONFIG_FILE}, "

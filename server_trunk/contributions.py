@@ -13,10 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from contract.adapter import from_bytes, to_bytes
+from contract.durable_file import replace_file
 from contract.errors import AgreementError, FrameError, SessionError, StorageError, UpdateError
 from contract.records import RoundKey
 from storage.artifacts import ArtifactStore
@@ -191,20 +190,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Durable when it returns; the old file stays whole until then. Raises StorageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(value, file, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(path, json.dumps(value, sort_keys=True).encode())
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from pathlib import Path
 
+from contract.durable_file import replace_file
 from contract.errors import IntegrityError, StorageError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -29,7 +28,7 @@ class ArtifactStore:
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._holds(final, data):
-                self._write(final, data)
+                replace_file(final, data)
         except OSError as error:
             raise StorageError(f"cannot write artifact {final}: {error.strerror}") from error
         return sha256
@@ -64,20 +63,3 @@ class ArtifactStore:
             return final.read_bytes() == data
         except FileNotFoundError:
             return False
-
-    def _write(self, final: Path, data: bytes) -> None:
-        descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=self._root)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, final)
-        except BaseException:
-            os.unlink(name)
-            raise
-        directory = os.open(self._root, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself is durable only then
-        finally:
-            os.close(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from orchestrator.base_model import HUB_ID
 from storage.home import home_dir
 from storage.records import RunRow
 from storage.store import open_store
@@ -22,7 +22,6 @@ from trunkline.workplace import cores, open_workplace, start_trunk
 app = typer.Typer()
 
 PARTITION, STDLIB_PREFIX = "{partition}", "stdlib:"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @app.command()
@@ -109,7 +108,7 @@ def _require_model(model: str) -> None:
     # Whoever loads it works in another directory than this one: a relative path that the project does not hold names
     # nothing there, and only a hub id may look like one.
     path = Path(model).expanduser()
-    if path.is_absolute() and not path.is_dir() or not path.is_absolute() and not _HUB_ID.fullmatch(model):
+    if path.is_absolute() and not path.is_dir() or not path.is_absolute() and not HUB_ID.fullmatch(model):
         raise ModelError(f"model {model!r} is not a directory; it must be one, from the project's on, or a hub id")
 
 
