@@ -42,6 +42,11 @@ def database_url() -> str:
     return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_dir() / 'trunkline.db'))}"
 
 
+def names_database() -> bool:
+    """Whether TRUNKLINE_DATABASE_URL names the database, rather than the home directory being left to hold it."""
+    return bool(os.environ.get(DATABASE_VARIABLE))
+
+
 def network_filesystem(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
     """The type of the network file system that `path` lies on, or None where it lies on none that we can see."""
     try:

@@ -69,6 +69,23 @@ def require_current(engine: Engine) -> None:
         )
 
 
+def follow(engine: Engine) -> Path | None:
+    """Upgrade an older SQLite database, a copy kept beside it; answers the copy, or None where nothing was older.
+
+    For the file that this machine's own runs make unasked: its user never chose to have a schema to look after.
+    """
+    found = current_revision(engine)
+    if state(found) != "older":
+        return None
+    copy = Path(f"{engine.url.database}.revision-{found}")
+    if not copy.exists():  # another process may be as far
+        with engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")  # VACUUM runs outside of transactions only
+            connection.exec_driver_sql("VACUUM INTO ?", (str(copy),))
+    upgrade(engine)
+    return copy
+
+
 def upgrade(engine: Engine) -> tuple[str | None, str]:
     """Bring the database to this code's revision in one transaction; answers (revision before, after)."""
     with for_writing(engine).begin() as connection:

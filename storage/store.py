@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from sqlalchemy.orm import Session
 from contract.errors import StorageError
 from storage import identities, schema
 from storage.engine import for_writing, make_engine, opened_engine, storage_errors
-from storage.home import database_url
+from storage.home import database_url, names_database
 from storage.reader import Reader
 from storage.records import EndStatus, Outcome, RoundCommit, RunMode, RunRow
-from storage.revisions import current_revision, prepare, require_current
+from storage.revisions import current_revision, follow, prepare, require_current
 
 Clock = Callable[[], datetime]
+
+_log = logging.getLogger("trunkline.storage")
 
 
 def utc_now() -> datetime:
@@ -31,12 +34,16 @@ def utc_now() -> datetime:
 def open_store(url: str | None = None, clock: Clock = utc_now) -> Store:
     """Open the database at `url` (default: TRUNKLINE_DATABASE_URL, else SQLite in the home directory) for writing.
 
-    An empty database gets the schema. Raises SchemaError on a schema older or newer than this code's, ConfigError on a
+    An empty database gets the schema; the home directory's own file, where no URL names another, follows this code's
+    after a copy of it was kept. Raises SchemaError on a schema older or newer than this code's, ConfigError on a
     URL that is none, StorageError or ConnectionFailedError where the database cannot be opened.
     """
     engine = make_engine(url or database_url())
     with storage_errors(engine):
+        copy = follow(engine) if url is None and not names_database() else None
         prepare(engine)
+    if copy is not None:
+        _log.warning("the database is of this version's schema now; as it was before it is kept in %s", copy)
     return Store(engine, clock)
 
 

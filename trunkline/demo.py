@@ -20,7 +20,7 @@ from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from demo.settings import MODEL_DIR, RUN_CONFIG, SOURCES
 from storage.home import home_dir
 from storage.records import MetricRow, RunRow
-from storage.store import open_reader
+from storage.store import open_reader, open_store
 from trunkline.flower import simulation_config, start_superlink, start_supernode
 from trunkline.programs import scripts_dir
 from trunkline.run import require_row
@@ -76,6 +76,7 @@ def demo(
 def run_demo(clients: int, rounds: int, *, deploy: bool) -> DemoResult:
     """Run the demo to its end; raises what ended it early. No process is left in either case."""
     config = demo_config(clients, rounds)
+    open_store().close()  # a database that cannot be used is told of before anything starts
     how = f"a SuperLink and {clients} SuperNodes" if deploy else f"a simulation of {clients} clients"
     talk(f"Trunkline demo: {how}, one trunk server, {rounds} rounds on the standard library's own text")
     with open_workplace(min(clients, cores()) + 1) as workplace:

@@ -193,3 +193,25 @@ def test_a_database_of_the_first_schema_keeps_its_rows_and_gets_identities(engin
     assert [event.message for event in store.events()] == ["from before"]
     assert store.roster_version() == 0
     store.close()
+
+
+def test_the_home_directorys_own_file_follows_the_code_and_a_copy_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "a home's"))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    file = tmp_path / "a home's" / "trunkline.db"
+    first = make_engine(f"sqlite:///{file}")
+    with first.begin() as connection:
+        config = revisions._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO clients VALUES ('7', 'ward', '2026-01-01 00:00:00')"))
+    open_store().close()
+    assert current_revision(first) == head_revision()
+    with first.connect() as connection:
+        assert connection.execute(text("SELECT name FROM clients")).scalar() == "ward"
+    kept = make_engine(f"sqlite:///{file}.revision-0001")
+    assert current_revision(kept) == "0001"
+    with kept.connect() as connection:
+        assert connection.execute(text("SELECT name FROM clients")).scalar() == "ward"
