@@ -42,6 +42,11 @@ def database_url() -> str:
     return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_dir() / 'trunkline.db'))}"
 
 
+def simulation_dir(flower_run_id: str) -> Path:
+    """Where one simulation's clients keep their throw-away identities and secrets; it goes with the run."""
+    return home_dir() / "simulated" / flower_run_id
+
+
 def names_database() -> bool:
     """Whether TRUNKLINE_DATABASE_URL names the database, rather than the home directory being left to hold it."""
     return bool(os.environ.get(DATABASE_VARIABLE))

@@ -136,6 +136,13 @@ class Reader:
             counted = session.execute(query.group_by(row.number, row.attempt))
             return {(number, attempt): count for number, attempt, count in counted}
 
+    def secure_sums(self, run_id: str) -> set[tuple[int, int]]:
+        """Clients and threshold of each secure sum that a run committed, or, where it committed none, began."""
+        invited = self.invited(run_id)
+        begun = [row for row in self.rounds(run_id) if row.threshold is not None]
+        rounds = [row for row in begun if row.status == "committed"] or begun
+        return {(invited.get((row.number, row.attempt), 0), row.threshold or 0) for row in rounds}
+
     def metrics(self, run_id: str, *, over_clients: bool = False) -> list[MetricRow]:
         """Every number recorded for a run, by round; those of aborted attempts are left out.
 

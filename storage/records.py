@@ -36,6 +36,7 @@ class RoundRow:
     """One attempt at one round. The counters are what is known so far, final once the status is not "open".
 
     `seconds` and `phase_seconds` come with the commit; `progress_at` is when a counter or the phase last moved.
+    `threshold` is how many clients its secure sum needs to its end, None where the orchestrator sees each update.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class RoundRow:
     attempt: int
     status: RoundStatus
     reason: str | None
+    threshold: int | None
     phase: str
     replies: int
     steps: int

@@ -109,6 +109,7 @@ class Round(Base):
     attempt: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     status: Mapped[RoundStatus] = mapped_column(Text)
     reason: Mapped[str | None]
+    threshold: Mapped[int | None]
     phase: Mapped[str]
     replies: Mapped[int] = mapped_column(Integer)
     steps: Mapped[int]

@@ -149,9 +149,10 @@ class Store(Reader):
                 )
             )  # fmt: skip
 
-    def open_round(self, run_id: str, number: int, cohort: Sequence[str]) -> int:
+    def open_round(self, run_id: str, number: int, cohort: Sequence[str], threshold: int | None = None) -> int:
         """Open round `number` with every node of `cohort` invited, and answer the attempt's number, 1 for the first.
 
+        `threshold` is how many of them its secure sum needs, None for a sum that is none.
         MUST raise StorageError unless `number` follows the newest adapter version. An attempt that is still open is
         what a crash left: it is aborted.
         """
@@ -171,7 +172,7 @@ class Store(Reader):
                 _abort(left_open, "interrupted; the round was attempted again", now)
                 session.flush()  # only one open round fits
             attempt = before + 1
-            session.add(_fresh_round(run_id, number, attempt, now))
+            session.add(_fresh_round(run_id, number, attempt, threshold, now))
             self._add_clients(session, cohort)
             session.flush()
             key = {"run_id": run_id, "number": number, "attempt": attempt}
@@ -341,12 +342,13 @@ def _open_attempt(session: Session, run_id: str, number: int, attempt: int) -> s
     return found
 
 
-def _fresh_round(run_id: str, number: int, attempt: int, now: datetime) -> schema.Round:
+def _fresh_round(run_id: str, number: int, attempt: int, threshold: int | None, now: datetime) -> schema.Round:
     return schema.Round(
         run_id=run_id,
         number=number,
         attempt=attempt,
         status="open",
+        threshold=threshold,
         phase="open",
         replies=0,
         steps=0,

@@ -343,8 +343,8 @@ def test_the_database_itself_refuses_a_second_open_round_and_a_second_commit(sto
     start(store)
     store.open_round("r1", 1, ["1"])
     copied = "INSERT INTO rounds SELECT run_id, number, 7, {status}, reason, phase, replies, steps, tokens, "
-    copied += "received_bytes, sent_bytes, trained_tokens, seconds, phase_seconds, opened_at, progress_at, ended_at "
-    copied += "FROM rounds WHERE attempt = 1"
+    copied += "received_bytes, sent_bytes, trained_tokens, seconds, phase_seconds, opened_at, progress_at, ended_at, "
+    copied += "threshold FROM rounds WHERE attempt = 1"
     for status in ("open", "committed"):
         if status == "committed":
             store.commit_round(commit_of(1, 1, ["1"]))
