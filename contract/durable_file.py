@@ -6,25 +6,60 @@ import os
 import secrets
 from pathlib import Path
 
+PARTIAL_PREFIX = ".partial-"
+"""How a file is called before it is whole; a killed process may leave one behind."""
+
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `data` to `path`: who reads meanwhile sees the old file or the new one, and a crash leaves one of them.
 
     A failure raises OSError and leaves the directory as it was. `mode` is that of a new file, less the umask.
     """
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    partial = _write_partial(path, data, mode)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    _sync_directory(path.parent)
+
+
+def create_file(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write `data` to `path` where nothing is: a crash leaves it whole or not there, and never half of it.
+
+    A failure raises OSError, FileExistsError where there is anything at `path`, and leaves the directory as it was.
+    """
+    partial = _write_partial(path, data, mode)
+    try:
+        os.link(partial, path)  # unlike a rename it replaces nothing
+    finally:
+        partial.unlink(missing_ok=True)
+    try:
+        _sync_directory(path.parent)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _write_partial(path: Path, data: bytes, mode: int) -> Path:
+    """A new file beside `path` that holds `data`, durably."""
+    partial = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    return partial
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable, which their files' own fsync does not."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself is durable only then
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

@@ -18,6 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+from contract.durable_file import create_file
 from contract.errors import ConfigError
 
 KEY_BYTES = 32
@@ -88,21 +89,11 @@ def create_private_key(path: Path) -> bytes:
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        create_file(path, pem, 0o600)  # half a key would stand in the way of a whole one
     except FileExistsError as error:
         raise ConfigError(f"there is a file {path} already; a key is never overwritten") from error
     except OSError as error:
         raise ConfigError(f"cannot make the key file {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        path.unlink()  # half a key would stand in the way of a whole one
-        if isinstance(error, OSError):
-            raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
-        raise
     return key.public_key().public_bytes_raw()
 
 

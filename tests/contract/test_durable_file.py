@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.durable_file import replace_file
+from contract.durable_file import create_file, replace_file
 
 
 def test_a_file_is_made_and_replaced_whole_for_its_owner_alone(tmp_path: Path) -> None:
@@ -33,3 +33,37 @@ def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_new_file_is_made_whole_and_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "key"
+    create_file(path, b"first")
+    with pytest.raises(FileExistsError):
+        create_file(path, b"second")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for there in (tmp_path / "link", tmp_path / "link" / "..", Path()):
+        with pytest.raises(OSError, match="File exists|No such file"):
+            create_file(there, b"second")
+    assert path.read_bytes() == b"first"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_nlink == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["key", "link"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_new_file_that_is_not_durable_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """The first fsync is the file's, the second its directory's."""
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        create_file(tmp_path / "key", b"a secret")
+    assert list(tmp_path.iterdir()) == []

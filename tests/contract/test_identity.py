@@ -2,7 +2,10 @@
 
 import base64
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ from contract.identity import (
 )
 
 PRIME = 2**255 - 19
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @given(st.binary(min_size=32, max_size=32))
@@ -165,6 +169,24 @@ def test_half_a_key_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError if isinstance(reason, OSError) else KeyboardInterrupt):
         create_private_key(tmp_path / "site.key")
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from contract.identity import create_private_key
+
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+create_private_key(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_process_that_was_killed_while_it_made_a_key_stands_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / "site.key"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=REPOSITORY, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    public = create_private_key(path)
+    assert read_private_key(path).public_key().public_bytes_raw() == public
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o777])
