@@ -88,7 +88,7 @@ class FixedPoint:
 
     def require_resolved(self, delta: FloatVector, weight: int) -> None:
         """Raise UpdateError where nothing of a client's update would be left by the encoding."""
-        largest = float(np.abs(delta).max(initial=0.0))
+        largest = _largest(delta)
         steps = largest * self.scale * weight
         if 0 < steps < 0.5:
             raise UpdateError(
@@ -119,7 +119,7 @@ class FixedPoint:
         if not 1 <= weight_sum <= self.clients * self.max_weight:
             raise UpdateError(f"the weights sum to {weight_sum}; it must be 1 to {self.clients * self.max_weight}")
         mean: npt.NDArray[np.float64] = total[:-1].view(f"i{self.bits // 8}") / (self.scale * weight_sum)
-        largest = float(np.abs(mean).max(initial=0.0))
+        largest = _largest(mean)
         if largest > (self.clip + 2 * self.error_bound(self.clients, weight_sum)) * (1 + 2**-40):
             raise UpdateError(f"the mean update has a coordinate of size {largest}; it must be at most {self.clip}")
         return mean, weight_sum
@@ -127,6 +127,11 @@ class FixedPoint:
     def error_bound(self, contributions: int, weight_sum: int) -> float:
         """Largest distance of a decoded mean's coordinate from the exact weighted mean."""
         return contributions / (2 * self.scale * weight_sum)
+
+
+def _largest(vector: FloatVector) -> float:
+    """The largest absolute value, without a copy of the vector."""
+    return max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
 
 
 def plan(clients: int, max_weight: int, clip: float) -> FixedPoint:

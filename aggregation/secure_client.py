@@ -136,6 +136,23 @@ class SecureClient:
         self._state.stage = Stage.SHARED
         return pb.SealedShares(shares=[share for share in sealed if share is not mine]).SerializeToString()
 
+    def require_turn(self) -> None:
+        """Raise SecureSumError unless this member's vector is due, and was never worked on before."""
+        self._require_stage(Stage.SHARED, "train")
+        if self._state.attempted:
+            raise SecureSumError(
+                "asked to train, but this session's one turn was taken before, and no vector came of it: "
+                "a round tried again is a new session"
+            )
+
+    def take_turn(self) -> None:
+        """Take the session's one turn. It must be durable before anything is computed from what the server sent.
+
+        Otherwise a server could have turn after turn fail, each with another adapter, and learn from every refusal.
+        """
+        self.require_turn()
+        self._state.attempted = True
+
     def upload(self, vector: RingVector, adapter_sha256: str, inbox: bytes) -> bytes:
         """Stage 2: `vector`, shape (size,), masked IN PLACE, as little-endian bytes.
 

@@ -38,7 +38,7 @@ class SecureServer:
     stage raises it when fewer than the threshold are left.
     """
 
-    def __init__(self, terms: Terms, adapter_sha256: str) -> None:
+    def __init__(self, terms: Terms, adapter_sha256: str = "") -> None:
         self.terms = terms
         self._session_id = terms.session_id
         self._adapter_sha256 = adapter_sha256
@@ -102,6 +102,12 @@ class SecureServer:
             raise SecureSumError(f"client {client_id} shared no secrets in this session")
         return pb.SealedShares(shares=self._inboxes[member]).SerializeToString()
 
+    def train_from(self, adapter_sha256: str) -> None:
+        """Name the adapter that members get to train, where it was not known when they advertised their keys."""
+        if self._survivors:
+            raise SecureSumError("the session's adapter cannot change once a vector is in the sum")
+        self._adapter_sha256 = adapter_sha256
+
     def accept_upload(self, client_id: str, data: bytes) -> None:
         """Stage 2, from one member: its masked vector is added and let go."""
         member = self._new(client_id, self._survivors, "uploaded a vector")
@@ -117,6 +123,11 @@ class SecureServer:
         word = self._total.dtype.newbyteorder("<")
         np.add(self._total, np.frombuffer(data, dtype=word), out=self._total)
         self._survivors.add(member)
+
+    @property
+    def advertised(self) -> tuple[str, ...]:
+        """The ids of those whose keys are known."""
+        return tuple(self.terms.members[member].client_id for member in sorted(self._adverts))
 
     @property
     def survivors(self) -> tuple[str, ...]:

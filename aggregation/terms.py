@@ -18,6 +18,7 @@ NONCE_BYTES = 16
 MAX_MEMBERS = 1 << 14
 RING_BITS = (32, 64)
 DEFAULT_MIN_MEMBERS = 10
+DEFAULT_MAX_WEIGHT = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,13 @@ class Terms:
         texts = (self.run, self.model_fingerprint, self.settings_sha256)
         return digest("session", *numbers, *texts, self.nonce, digest("members", *members))
 
+    def id_of(self, identity_key: bytes) -> str:
+        """The id of the member with this key; raises SecureSumError where it is no member's."""
+        for member in self.members:
+            if member.identity_key == identity_key:
+                return member.client_id
+        raise SecureSumError("the session does not name this client's identity key")
+
     def number_of(self, client_id: str) -> int:
         """The member's number; raises SecureSumError where it is none."""
         for number, member in enumerate(self.members):
@@ -135,6 +143,8 @@ class Policy:
     dropout: float = 0.1
     min_ring: int = FULL_GRAPH_LIMIT + 1
     """Fewest members of a ring: with fewer the full graph is cheap, and safer."""
+    max_weight: int = DEFAULT_MAX_WEIGHT
+    """Most trained tokens that one client may put into the balance."""
 
     def __post_init__(self) -> None:
         for name, value in (("corrupt", self.corrupt), ("dropout", self.dropout)):
@@ -172,10 +182,23 @@ class Policy:
                 f"members of {count}, of whom {self.fewest(terms)} may be all that advertise",
             )
 
+    def check_weight(self, max_weight: int) -> None:
+        """Raise SecureSumError where a run lets one client weigh more than this policy does."""
+        _require(
+            max_weight <= self.max_weight,
+            f"the run lets a client train on {max_weight} tokens in a round; this client takes part with no more than "
+            f"{self.max_weight} (secagg-max-weight in its node config)",
+        )
+
     def fewest(self, terms: Terms) -> int:
         """How many must advertise: a server that chooses who is heard could make a ring's corrupt ones a majority."""
         count = len(terms.members)
         return count - math.floor(self.dropout * count) if terms.degree else terms.threshold
+
+
+def greeting_message(run: str, client_id: str, nonce: bytes) -> bytes:
+    """What a client signs at its first contact in a run: that Flower's node speaks for its identity."""
+    return digest("greeting", run, client_id, nonce)
 
 
 def _require(holds: bool, message: str) -> None:

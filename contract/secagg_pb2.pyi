@@ -115,7 +115,7 @@ class UnmaskAnswer(_message.Message):
     def __init__(self, seeds: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., masking_keys: _Optional[_Iterable[_Union[Share, _Mapping]]] = ...) -> None: ...
 
 class ClientState(_message.Message):
-    __slots__ = ("terms", "member", "stage", "sealing_secret", "masking_secret", "seed", "adverts", "inbox", "adapter_sha256", "upload_sha256", "survivors", "fewest")
+    __slots__ = ("terms", "member", "stage", "sealing_secret", "masking_secret", "seed", "adverts", "inbox", "adapter_sha256", "upload_sha256", "survivors", "fewest", "attempted")
     TERMS_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class ClientState(_message.Message):
     UPLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     SURVIVORS_FIELD_NUMBER: _ClassVar[int]
     FEWEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTED_FIELD_NUMBER: _ClassVar[int]
     terms: bytes
     member: int
     stage: int
@@ -140,4 +141,5 @@ class ClientState(_message.Message):
     upload_sha256: bytes
     survivors: _containers.RepeatedScalarFieldContainer[int]
     fewest: int
-    def __init__(self, terms: _Optional[bytes] = ..., member: _Optional[int] = ..., stage: _Optional[int] = ..., sealing_secret: _Optional[bytes] = ..., masking_secret: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., adverts: _Optional[_Iterable[_Union[Advert, _Mapping]]] = ..., inbox: _Optional[_Iterable[_Union[SealedShare, _Mapping]]] = ..., adapter_sha256: _Optional[str] = ..., upload_sha256: _Optional[bytes] = ..., survivors: _Optional[_Iterable[int]] = ..., fewest: _Optional[int] = ...) -> None: ...
+    attempted: bool
+    def __init__(self, terms: _Optional[bytes] = ..., member: _Optional[int] = ..., stage: _Optional[int] = ..., sealing_secret: _Optional[bytes] = ..., masking_secret: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., adverts: _Optional[_Iterable[_Union[Advert, _Mapping]]] = ..., inbox: _Optional[_Iterable[_Union[SealedShare, _Mapping]]] = ..., adapter_sha256: _Optional[str] = ..., upload_sha256: _Optional[bytes] = ..., survivors: _Optional[_Iterable[int]] = ..., fewest: _Optional[int] = ..., attempted: _Optional[bool] = ...) -> None: ...

@@ -321,3 +321,19 @@ def test_a_session_that_was_played_leaves_nothing_to_play_again() -> None:
         lambda: victim.unmask(b""),
     ):
         refuses("last answered", act, victim)
+
+
+def test_asked_to_train_twice_in_one_session() -> None:
+    cohort = shared()
+    cohort.members[VICTIM].take_turn()
+    victim = cohort.reload(VICTIM)
+    refuses("this session's one turn was taken before", victim.take_turn, victim)
+    refuses("this session's one turn was taken before", victim.require_turn, victim)
+    vectors = vectors_of(cohort)
+    cohort.upload(sorted(cohort.members), vectors)
+    refuses("asked to train, but this member last uploaded", cohort.reload(VICTIM).take_turn, victim_of(cohort))
+
+
+def test_asked_to_train_before_the_secrets_are_shared() -> None:
+    victim = victim_of(cohort_of(COUNT))
+    refuses("asked to train, but this member last advertised", victim.take_turn, victim)
