@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.site import in_simulation, read_site
+from clients.secure import SecureSite, open_secure_site, tellable, withheld
+from clients.site import Site, in_simulation, read_site
+from clients.vault import Vault
+from clients.wire_log import WireLog
 from contract.config import RunConfig
-from contract.errors import FrameError, TrunklineError
+from contract.errors import FrameError, SecureSumError, TrunklineError
 from contract.flat_array import read_flat
 from contract.openmp import waiting
 from contract.records import RoundKey
+from contract.secure_records import SecureOrder, order_from, to_record
 
 if TYPE_CHECKING:
     from clients.participation import RoundOrder
@@ -44,16 +51,24 @@ def judge_final(message: Message, context: Context) -> Message:
     return _answer(message, context, training=False)
 
 
-def _answer(message: Message, context: Context, *, training: bool) -> Message:
+@app.query("secure")  # type: ignore[untyped-decorator]
+def secure_stage(message: Message, context: Context) -> Message:
+    """The stages of secure sums beside the training: who this client is, its keys, its shares, its signature."""
+    return _answer(message, context, training=None)
+
+
+def _answer(message: Message, context: Context, *, training: bool | None) -> Message:
+    masked = context.run_config.get("secagg", "on") != "off"
     try:
-        return Message(_work(message, context, training=training), reply_to=message)
+        content = _talk(message, context) if training is None else _work(message, context, training=training)
+        return Message(content, reply_to=message)
     except TrunklineError as error:
         logger.error("round refused: %s: %s", type(error).__name__, error)
-        return Message(Error(REFUSED, _one_line(error)), reply_to=message)
+        return Message(Error(REFUSED, _reason(error, masked=masked)), reply_to=message)
     # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
     except Exception as error:
         logger.exception("round failed")
-        return Message(Error(FAULT, f"{type(error).__name__} at the client; its log says more"), reply_to=message)
+        return Message(Error(FAULT, withheld(error)), reply_to=message)
 
 
 def _speak() -> None:
@@ -66,24 +81,79 @@ def _speak() -> None:
         root.setLevel(logging.INFO)
 
 
-def _one_line(error: TrunklineError) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON_LETTERS]
+def _reason(error: TrunklineError, *, masked: bool) -> str:
+    """What the orchestrator is told of an error. Under masked sums no words that may quote this site's data."""
+    words = tellable(error) if masked else " ".join(str(error).split())
+    if words is None:
+        return withheld(error)
+    return f"{type(error).__name__}: {words}"[:_REASON_LETTERS]
 
 
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
+    config, site = _settings(context)
+    os.environ.update(waiting(os.environ))
+    from clients.participation import take_part
+
+    if config.secagg == "off":
+        site.require_clear_allowed()
+        done = take_part(_read_order(message.content), config, site, training=training)
+        return _content(done.upload, done.metrics)
+    asked = _secure_order(message.content)
+    with Vault(site.state_dir).alone():
+        secure = open_secure_site(site, str(context.node_id))
+        upload, failure = None, ""
+        try:
+            order = _read_order(message.content)
+            upload = take_part(order, config, site, training=training, turn=secure.turn(asked)).upload
+        except TrunklineError as error:  # told beside the answer to the next sum's set-up, which it spoils nothing of
+            logger.error("round refused: %s: %s", type(error).__name__, error)
+            failure = _reason(error, masked=True)
+        content = _content(upload, {})
+        content["secure"] = _secure_record(secure, asked, config, site, failure)
+        return content
+
+
+def _content(upload: bytes | None, metrics: Mapping[str, float]) -> RecordDict:
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if upload is not None:
+        content["update"] = ArrayRecord({"update": Array(np.frombuffer(upload, dtype=np.uint8))})
+    return content
+
+
+def _talk(message: Message, context: Context) -> RecordDict:
+    config, site = _settings(context)
+    asked = _secure_order(message.content)
+    with Vault(site.state_dir).alone():
+        secure = open_secure_site(site, str(context.node_id))
+        return RecordDict({"secure": _secure_record(secure, asked, config, site)})
+
+
+def _secure_record(
+    secure: SecureSite, asked: SecureOrder, config: RunConfig, site: Site, failure: str = ""
+) -> ConfigRecord:
+    """What this site answers to `asked`, noted in its wire log before it leaves."""
+    record = to_record(replace(secure.answer(asked, config), failure=failure))
+    fields = {f"secure.{name}": len(value) for name, value in record.items()}
+    with closing(WireLog(site.wire_log or None)) as wire_log:
+        wire_log.sent("flower", "secure", sum(fields.values()), fields)
+    return ConfigRecord(dict(record))
+
+
+def _secure_order(content: RecordDict) -> SecureOrder:
+    record = content.get("secure")
+    if not isinstance(record, ConfigRecord):
+        raise SecureSumError("the message holds no config record 'secure', but secagg is on: nothing is sent in clear")
+    return order_from(record)
+
+
+def _settings(context: Context) -> tuple[RunConfig, Site]:
     simulated = in_simulation()
     if not simulated:
         _speak()
     config = RunConfig.from_flower(context.run_config)
-    site = read_site(context.node_config, config, str(context.node_id), simulated=simulated)
-    os.environ.update(waiting(os.environ))
-    from clients.participation import take_part
-
-    done = take_part(_read_order(message.content), config, site, training=training)
-    content = RecordDict({"metrics": MetricRecord(dict(done.metrics))})
-    if done.upload is not None:
-        content["update"] = ArrayRecord({"update": Array(np.frombuffer(done.upload, dtype=np.uint8))})
-    return content
+    return config, read_site(
+        context.node_config, config, str(context.node_id), str(context.run_id), simulated=simulated
+    )
 
 
 def _read_order(content: RecordDict) -> RoundOrder:

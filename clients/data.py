@@ -8,7 +8,7 @@ windows of `max_length`, with no overlap, so that nothing is cut off.
 Everything is held in memory and nothing is written: there is no dataset cache.
 
 Which rows are held out depends on (seed, row number) alone, and the order of batches on the key given to `batches`
-alone, so that a repeated round sees the same data.
+alone, so that a repeated attempt of a round sees the same data.
 """
 
 from __future__ import annotations
@@ -145,9 +145,14 @@ def _too_few(usable: int, empty: int, max_length: int, wanted: int) -> str:
     )
 
 
-def order_key(seed: int, run: str, round_number: int, client: str) -> str:
-    """All that the order of a client's batches in a round depends on."""
-    return f"{seed}/{run}/{round_number}/{client}"
+def order_key(seed: int, run: str, round_number: int, client: str, attempt: int = 1) -> str:
+    """All that the order of a client's batches in a round depends on.
+
+    A later attempt draws anew: two attempts whose cohorts differ by one client would otherwise have sums that differ by
+    exactly what that client sent.
+    """
+    key = f"{seed}/{run}/{round_number}/{client}"
+    return key if attempt == 1 else f"{key}/{attempt}"
 
 
 def batches(

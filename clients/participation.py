@@ -6,7 +6,10 @@ Nothing of an update exists outside this process before the trunk has acknowledg
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from typing import get_args
@@ -16,17 +19,20 @@ import numpy.typing as npt
 import torch
 from peft import PeftModel
 
+from aggregation import tally
+from aggregation.dither import SecretDither
 from aggregation.protocol import PlainSumClient
 from aggregation.ring import plan
 from clients.connection import TrunkConnection
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
+from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model
 from clients.trainer import Judgement, Training, judge, train
 from clients.wire_log import WireLog
 from contract import adapter
 from contract.config import RunConfig
-from contract.errors import ConfigError
+from contract.errors import ConfigError, NonFiniteError
 from contract.model_files import resolve_model
 from contract.records import Factor, RoundKey
 
@@ -47,20 +53,29 @@ class RoundOrder:
     clients: int
     adapter_d: npt.NDArray[np.float32]
 
+    @property
+    def adapter_sha256(self) -> str:
+        """Both halves of the adapter, as the members of a secure sum name it to each other."""
+        return f"{self.client_sha256}:{self.trunk_sha256}"
+
 
 @dataclass(frozen=True, slots=True)
 class RoundWork:
-    """What goes back: the upload's bytes (None from a judgement alone) and the metrics by name."""
+    """What goes back: the upload's bytes and the metrics by name; under a secure sum the upload holds those too."""
 
     upload: bytes | None
     metrics: dict[str, float]
 
 
-def take_part(order: RoundOrder, config: RunConfig, site: Site, *, training: bool) -> RoundWork:
+def take_part(
+    order: RoundOrder, config: RunConfig, site: Site, *, training: bool, turn: SecureTurn | None = None
+) -> RoundWork:
     """One round's work at this site; without `training` the adapter is only judged.
 
-    Raises UpdateError for an update that is not finite or too large, and whatever reading the data, loading the model
-    and talking to the trunk raise. After an error the trunk holds nothing of this client's for the round.
+    With a `turn` in a secure sum all that goes back is masked: update, weight, losses and counts. Raises SecureSumError
+    where this site does not take that turn, UpdateError for an update that is not finite or too large, and whatever
+    reading the data, loading the model and talking to the trunk raise. After an error the trunk holds nothing of this
+    client's for the round.
     """
     started = time.monotonic()
     if order.factor not in get_args(Factor):
@@ -72,16 +87,19 @@ def take_part(order: RoundOrder, config: RunConfig, site: Site, *, training: boo
     with closing(WireLog(site.wire_log or None)) as wire_log:
         connection = TrunkConnection(site.trunk_address, wire_log=wire_log)
         with closing(connection):
-            connection.describe()
+            served = connection.describe()
+            if turn is not None:
+                turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
             model = _open_model(order, config, site, connection)
             with closing_session(model):
-                judgement, training_done, upload = _work(model, data, order, config, training=training)
-        metrics = _metrics(judgement, training_done)
-        metrics["seconds"] = time.monotonic() - started
-        _note_reply(wire_log, upload, metrics, training=training)
-        metrics["sent_bytes"], metrics["received_bytes"] = wire_log.sent_bytes, wire_log.received_bytes
+                judgement, training_done, upload = _work(model, data, order, config, training=training, turn=turn)
+        metrics = _metrics(judgement, training_done) | {"seconds": time.monotonic() - started}
+        logger.info("round=%d site=%s %s", order.key.round, site.name, _told_here(metrics))
+        told = () if turn is not None else (*metrics, "sent_bytes", "received_bytes")
+        _note_reply(wire_log, upload, told, training=training)
+        metrics |= {"sent_bytes": wire_log.sent_bytes, "received_bytes": wire_log.received_bytes}
         logger.info("wire round=%d site=%s %s", order.key.round, site.name, wire_log.summary())
-    return RoundWork(upload, metrics)
+    return RoundWork(upload, {name: metrics[name] for name in told})
 
 
 def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: TrunkConnection) -> PeftModel:
@@ -106,19 +124,31 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
 
 
 def _work(
-    model: PeftModel, data: SiteData, order: RoundOrder, config: RunConfig, *, training: bool
+    model: PeftModel,
+    data: SiteData,
+    order: RoundOrder,
+    config: RunConfig,
+    *,
+    training: bool,
+    turn: SecureTurn | None,
 ) -> tuple[Judgement, Training | None, bytes | None]:
     judgement = judge(model, data.heldout_rows, config)
     if not training:
         close(model)
-        return judgement, None, None
-    before = _trained_vector(model, order.factor)
-    key = order_key(config.seed, order.key.run, order.key.round, order.client_id)
+        told = None if turn is None else turn.upload(order.adapter_sha256, None, _tally(judgement, None))
+        return judgement, None, told
+    update_d = _trained_vector(model, order.factor)
+    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
     done = train(model, data.train_rows, config, key)
-    delta = _trained_vector(model, order.factor) - before
+    _subtract_from(model, order.factor, update_d)
     fixed_point = plan(order.clients, config.max_trained_tokens(), config.update_clip)
-    fixed_point.require_resolved(delta, done.trained_tokens)
-    upload = PlainSumClient(delta.size + 1, fixed_point.bits).upload(fixed_point.encode(delta, done.trained_tokens))
+    fixed_point.require_resolved(update_d, done.trained_tokens)
+    encoded = fixed_point.encode(update_d, done.trained_tokens, None if turn is None else SecretDither(os.urandom))
+    del update_d  # what is left holds no more than three vectors of the ring at once
+    if turn is None:
+        upload = PlainSumClient(encoded.size, fixed_point.bits).upload(encoded)
+    else:
+        upload = turn.upload(order.adapter_sha256, encoded, _tally(judgement, done))
     close(model, trained_tokens=done.trained_tokens, contribute=True)
     return judgement, done, upload
 
@@ -127,6 +157,33 @@ def _trained_vector(model: PeftModel, factor: Factor) -> npt.NDArray[np.float64]
     """The client part's coordinates that this round trains, in sorted-name order; float64, so differences are exact."""
     tensors = adapter.adapter_parameters(model)
     return adapter.flatten(tensors, adapter.trainable_names(tensors, factor)).astype(np.float64)
+
+
+def _subtract_from(model: PeftModel, factor: Factor, before_d: npt.NDArray[np.float64]) -> None:
+    """Turn the trained coordinates from before the round into their change, in place: after less before."""
+    tensors = adapter.adapter_parameters(model)
+    start = 0
+    for name in adapter.trainable_names(tensors, factor):
+        after = adapter.flatten(tensors, [name])
+        part = before_d[start : start + after.size]
+        np.subtract(after, part, out=part)
+        start += after.size
+
+
+def _tally(judgement: Judgement, done: Training | None) -> dict[str, int]:
+    """The numbers as a secure sum carries them."""
+    values = {"eval_tokens": judgement.tokens}
+    if judgement.tokens:
+        if not math.isfinite(judgement.loss):
+            raise NonFiniteError("the incoming adapter's held-out loss is not finite: a sum cannot carry it")
+        values["eval_nats"] = round(judgement.loss * judgement.tokens * tally.NATS_STEPS)
+    if done is not None:
+        values |= {"train_nats": round(done.loss * done.trained_tokens * tally.NATS_STEPS), "steps": done.steps}
+    return values
+
+
+def _told_here(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
 
 
 def _metrics(judgement: Judgement, done: Training | None) -> dict[str, float]:
@@ -138,8 +195,8 @@ def _metrics(judgement: Judgement, done: Training | None) -> dict[str, float]:
     return metrics
 
 
-def _note_reply(wire_log: WireLog, upload: bytes | None, metrics: dict[str, float], *, training: bool) -> None:
-    fields = {f"metrics.{name}": _METRIC_BYTES for name in (*metrics, "sent_bytes", "received_bytes")}
+def _note_reply(wire_log: WireLog, upload: bytes | None, metrics: Collection[str], *, training: bool) -> None:
+    fields = {f"metrics.{name}": _METRIC_BYTES for name in metrics}
     if upload is not None:
         fields["update"] = len(upload)
     wire_log.sent("flower", "train.round" if training else "evaluate.final", sum(fields.values()), fields)

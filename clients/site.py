@@ -9,26 +9,69 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from aggregation.terms import DEFAULT_MAX_WEIGHT, DEFAULT_MIN_MEMBERS, Policy
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
+from contract.identity import parse_public_key
+from storage.home import home_dir, simulation_dir
 
-_KEYS = ("model", "data", "name", "trunk-address", "wire-log")
+_KEYS = (
+    *("model", "data", "name", "trunk-address", "wire-log"),
+    *("state-dir", "identity-key", "roster", "roster-signer"),
+)
+_SIMULATED = Policy(min_members=2, max_weight=1 << 62)
+"""All of a simulation is on one machine: its clients have nobody to insist against."""
+CLEAR_KEY = "allow-secagg-off"
+_COUNTS = {
+    "secagg-min-members": DEFAULT_MIN_MEMBERS,
+    "secagg-min-threshold": 0,
+    "secagg-max-weight": DEFAULT_MAX_WEIGHT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RosterPin:
+    """Where the roster lies, and the public key, 32 bytes, whose signature on it this site believes."""
+
+    path: Path
+    signer: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """`model` is a checkpoint (whole, or the client part), `data` a file or `stdlib:NAME`; `wire_log` "" for none."""
+    """`model` is a checkpoint (whole, or the client part), `data` a file or `stdlib:NAME`; `wire_log` "" for none.
+
+    `state_dir` keeps the secrets of open secure sums; `roster` is None where no roster is pinned.
+    """
 
     model: str
     data: str
     name: str
     trunk_address: str
     wire_log: str
+    state_dir: Path
+    identity_key: Path
+    identity_named: bool
+    policy: Policy
+    roster: RosterPin | None
+    simulated: bool
+    clear_allowed: bool
+
+    def require_clear_allowed(self) -> None:
+        """Raise ConfigError unless this site lets a run see its update in clear: a run cannot lower its floors so."""
+        if not self.clear_allowed:
+            raise ConfigError(
+                "the run's secagg is off, so that its orchestrator would see this site's update in clear; this site "
+                f"takes part in no such run ({CLEAR_KEY}=true in its node config allows it)"
+            )
 
 
-def read_site(node_config: Mapping[str, ConfigValue], config: RunConfig, node_id: str, *, simulated: bool) -> Site:
-    """The site's settings. Raises ConfigError naming the node-config key that is missing or not text."""
+def read_site(
+    node_config: Mapping[str, ConfigValue], config: RunConfig, node_id: str, flower_run_id: str, *, simulated: bool
+) -> Site:
+    """The site's settings. Raises ConfigError naming the node-config key that is missing or not what it must be."""
     for key in _KEYS:
         if key in node_config and not isinstance(node_config[key], str):
             raise ConfigError(f"node config {key} is {node_config[key]!r}; it must be text")
@@ -40,12 +83,75 @@ def read_site(node_config: Mapping[str, ConfigValue], config: RunConfig, node_id
         if not told.get(key):
             where = "run config (this is a simulation)" if simulated else "node config of this SuperNode"
             raise ConfigError(f"{key} is not set; it must be in the {where}")
+    if not simulated and config.secagg == "on" and "trunk-address" not in told:
+        # The trunk can read the text, and could return gradients that leave one client alone in a sum.
+        raise ConfigError(
+            "trunk-address is not set; with secagg on it must be in the node config of this SuperNode, so that whoever "
+            "starts a run cannot choose who receives this site's activations"
+        )
+    state_dir, identity_key = _places(told, node_id, flower_run_id, simulated=simulated)
     return Site(
         model=told["model"],
         data=told["data"],
         name=told.get("name", node_id),
         trunk_address=told.get("trunk-address", config.trunk_address),
         wire_log=told.get("wire-log", ""),
+        state_dir=state_dir,
+        identity_key=identity_key,
+        identity_named="identity-key" in told,
+        policy=_SIMULATED if simulated else _policy(node_config),
+        roster=None if simulated else _pin(told),
+        simulated=simulated,
+        clear_allowed=simulated or _flag(node_config, CLEAR_KEY),
+    )
+
+
+def _places(told: Mapping[str, str], node_id: str, flower_run_id: str, *, simulated: bool) -> tuple[Path, Path]:
+    """The state's directory and the identity's file.
+
+    Flower gives a SuperNode that starts anew another node id: a state beside the key that was named outlives that.
+    """
+    named = Path(told["identity-key"]) if "identity-key" in told else None
+    if simulated:
+        state_dir = simulation_dir(flower_run_id) / node_id
+    elif "state-dir" in told:
+        state_dir = Path(told["state-dir"])
+    elif named is not None:
+        state_dir = named.with_name(f"{named.name}.state")
+    else:
+        state_dir = home_dir() / "clients" / node_id
+    return state_dir, named or state_dir / "identity.pem"
+
+
+def _flag(node_config: Mapping[str, ConfigValue], key: str) -> bool:
+    value = node_config.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"node config {key} is {value!r}; it must be true or false")
+    return value
+
+
+def _pin(told: Mapping[str, str]) -> RosterPin | None:
+    """Raises ConfigError where only one of the two keys is there, or the signer's is no public key."""
+    if ("roster" in told) != ("roster-signer" in told):
+        missing, there = ("roster", "roster-signer") if "roster-signer" in told else ("roster-signer", "roster")
+        raise ConfigError(f"node config holds {there} but no {missing}; a roster is pinned by its file and its signer")
+    if "roster" not in told:
+        return None
+    return RosterPin(Path(told["roster"]), parse_public_key(told["roster-signer"], "node config roster-signer"))
+
+
+def _policy(node_config: Mapping[str, ConfigValue]) -> Policy:
+    """What the site insists on in secure sums. Raises ConfigError naming the key that is no count."""
+    counts = {}
+    for key, default in _COUNTS.items():
+        value = node_config.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"node config {key} is {value!r}; it must be a whole number, >= 0")
+        counts[key] = value
+    return Policy(
+        min_members=counts["secagg-min-members"],
+        min_threshold=counts["secagg-min-threshold"],
+        max_weight=counts["secagg-max-weight"],
     )
 
 

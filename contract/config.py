@@ -7,6 +7,8 @@ and snake_case here. What Hugging Face or PEFT has a name for keeps that name.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +68,9 @@ class RunConfig(BaseModel):
     eval_batches: int = _setting(0, MODEL_SECTION, "Most held-out batches judged per round; 0 means all.", ge=0)
 
     trunk_address: str = _setting(
-        "127.0.0.1:50051", SPLIT_SECTION, "HOST:PORT of the trunk; a client's node config may name another way to it."
+        "127.0.0.1:50051",
+        SPLIT_SECTION,
+        "HOST:PORT of the trunk as the orchestrator reaches it; a deployed client's node config names its own way.",
     )
     head_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client before the trunk.", ge=0)
     tail_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client after the trunk.", ge=0)
@@ -111,6 +115,32 @@ class RunConfig(BaseModel):
         AGGREGATION_SECTION,
         "`ffa` freezes A and averages B (exact); `rolora` alternates, B first (exact); "
         "`fedavg` averages A and B apart (biased: the mean of products is not the product of means).",
+    )
+    secagg: Literal["on", "off"] = _setting(
+        "on",
+        AGGREGATION_SECTION,
+        "`on`: secure sums, of which the orchestrator learns totals over at least a threshold of clients and no "
+        "client's update, loss or count; `off`, for debugging: it sees each client's.",
+    )
+    secagg_threshold: int = _setting(
+        0,
+        AGGREGATION_SECTION,
+        "Clients that a secure sum over N needs to its end; 0 takes floor(2N/3) + 1, and above 128 clients what "
+        "`trunkline secagg plan` prints.",
+        ge=0,
+    )
+    secagg_aborts: int = _setting(
+        3,
+        AGGREGATION_SECTION,
+        "Attempts at one round that may be aborted in a row under `secagg`, each tried again with fresh secrets; one "
+        "more ends the run.",
+        ge=0,
+    )
+    secagg_stage_timeout_s: float = _setting(
+        60.0,
+        AGGREGATION_SECTION,
+        "Seconds without any reply after which clients count as gone in a secure sum's stages, its training aside.",
+        gt=0.0,
     )
     update_clip: float = _setting(
         1.0,
@@ -172,6 +202,8 @@ class RunConfig(BaseModel):
                 f"cohort-size is {self.cohort_size} and quorum is {self.quorum}; "
                 "a round cannot have more survivors than clients asked: quorum must be at most cohort-size"
             )
+        if self.secagg == "on" and self.cohort_size == 1:
+            raise ConfigError("cohort-size is 1 and secagg is on; a sum over one client hides nothing: at least 2")
         if self.early_stopping_patience and not self.eval_fraction:
             raise ConfigError(
                 f"early-stopping-patience is {self.early_stopping_patience} but eval-fraction is 0; "
@@ -222,6 +254,10 @@ class RunConfig(BaseModel):
     def to_flower(self) -> dict[str, ConfigValue]:
         """Every setting with its kebab-case key; `from_flower` reads it back unchanged."""
         return self.model_dump(by_alias=True)
+
+    def sha256(self) -> str:
+        """The hash of every setting, by which two parties know that theirs are the same."""
+        return hashlib.sha256(json.dumps(self.to_flower(), sort_keys=True).encode()).hexdigest()
 
     @property
     def cut(self) -> CutLayers:

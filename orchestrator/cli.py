@@ -13,6 +13,7 @@ import typer
 from contract.errors import ConfigError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.metrics import best_version, judged_losses
+from orchestrator.protection import told_protection
 from storage.home import artifacts_dir, home_dir
 from storage.reader import LAST, Reader
 from storage.records import ParticipationRow, RoundRow, RunRow
@@ -25,13 +26,13 @@ config_app = typer.Typer(help="A run's settings.", no_args_is_help=True)
 RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, or its Flower run id.")]
 LastOption = Annotated[bool, typer.Option("--last", help="The newest run.")]
 
-RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "created_at", "reason")
+RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "secagg", "created_at", "reason")
 SHOW_COLUMNS = (
-    *("run_id", "flower_run_id", "status", "reason", "mode", "rounds", "held_out_losses", "best_round"),
+    *("run_id", "flower_run_id", "status", "reason", "mode", "rounds", "secagg", "held_out_losses", "best_round"),
     *("adapter", "model_fingerprint", "created_at", "ended_at"),
 )
 ROUND_COLUMNS = (
-    *("round", "attempt", "status", "phase", "clients", "train_loss", "held_out_loss"),
+    *("round", "attempt", "status", "phase", "clients", "threshold", "train_loss", "held_out_loss"),
     *("tokens", "tokens_per_s", "wire_mb", "seconds", "reason"),
 )
 
@@ -221,6 +222,7 @@ def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
         "rounds": f"{run.committed_rounds}/{run.config.get('num-rounds', '?')}",
         "held_out_loss": losses.get(run.committed_rounds),
         "best_round": best_version(losses),
+        "secagg": told_protection(reader, run),
         "created_at": run.created_at.replace(microsecond=0),
     }
 
@@ -238,6 +240,7 @@ def _round_data(
         "status": attempt.status,
         "phase": attempt.phase,
         "clients": f"{sum(row.status == 'trained' for row in taking_part)}/{len(taking_part)}",
+        "threshold": attempt.threshold,
         "train_loss": train_losses.get((attempt.number, attempt.attempt)),
         "held_out_loss": held_out_losses.get(attempt.number) if attempt.status == "committed" else None,
         "tokens": attempt.trained_tokens or attempt.tokens,

@@ -46,6 +46,16 @@ def wait_for_clients(exchange: Exchange, config: RunConfig, clock: Clock, *, fir
     )
 
 
+def wait_until_free(exchange: Exchange, clock: Clock, limit_s: float) -> None:
+    """Wait until no connected node owes an answer, at most `limit_s` seconds.
+
+    A node that works through what an aborted attempt asked of it would be late again in the next one.
+    """
+    until = clock.monotonic() + limit_s
+    while exchange.busy() & set(exchange.connected()) and clock.monotonic() < until:
+        clock.sleep(LOOK_S)
+
+
 def draw_cohort(connected: Sequence[str], busy: Collection[str], config: RunConfig, number: int) -> tuple[str, ...]:
     """Round `number`'s cohort: cohort-size of the connected nodes, drawn from the seed, or all of them; sorted.
 

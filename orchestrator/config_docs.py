@@ -30,8 +30,8 @@ flwr run . --run-config 'num-rounds=5 learning-rate=1e-3'
 `trunkline config show` prints the settings of a project, `--resolved` with the origin of each one. An unknown key, a
 wrong type or an impossible combination stops the run before anything is sent, with the key's name.
 
-What differs between sites is no setting of the run: each client takes `model`, `data`, `trunk-address` and `name` from
-its own SuperNode's `--node-config`.
+What differs between sites is no setting of the run: each client takes `model`, `data`, `trunk-address`, what it insists
+on and more from its own SuperNode's `--node-config`; [deployment.md](deployment.md) lists the keys.
 """
 
 

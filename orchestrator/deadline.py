@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from contract.errors import TrunklineError
 from contract.records import RoundProgress
@@ -13,6 +13,36 @@ log = logging.getLogger("trunkline.orchestrator")
 
 LOOK_EVERY_S = 1.0
 NOTHING_SEEN = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
+
+
+class TrainedDeadline:
+    """`progress` until all of `trains` have answered; then `short_s` seconds without a reply are enough.
+
+    Who is only asked for the next round's keys in the same exchange holds up nobody's training for longer.
+    """
+
+    def __init__(self, clock: Clock, progress: ProgressDeadline, trains: Collection[str], short_s: float) -> None:
+        self._clock = clock
+        self._progress = progress
+        self._left = set(trains)
+        self._short_s = short_s
+        self._replied = clock.monotonic()
+
+    def look(self) -> None:
+        self._progress.look()
+
+    def replied(self) -> None:
+        self._replied = self._clock.monotonic()
+        self._progress.replied()
+
+    def answered(self, node_id: str) -> None:
+        """Note whose reply the last one was."""
+        self._left.discard(node_id)
+
+    @property
+    def passed(self) -> bool:
+        overdue = not self._left and self._clock.monotonic() - self._replied > self._short_s
+        return overdue or self._progress.passed
 
 
 class ProgressDeadline:

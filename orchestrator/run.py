@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from aggregation.rules import rule_named
@@ -18,11 +20,15 @@ from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
+from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.round import judge_last, play_round
+from orchestrator.secure_round import judge_last_secure, play_secure_round
+from orchestrator.secure_run import SecureRun
 from orchestrator.trunk import Trunk, require_served
 from privacy.mechanism import Off
 from storage.artifacts import ArtifactStore
+from storage.home import simulation_dir
 from storage.records import RunMode
 from storage.store import Store
 
@@ -63,19 +69,34 @@ def conduct(start: Start) -> Export:
         exchange = Exchange(start.grid, start.clock)
         desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock)
         ending = held.enter_context(_end_recorded(start, run_id))
+        if start.mode == "simulation":
+            held.callback(_forget_simulation, start)
+            start.at_exit(partial(_forget_simulation, start))
         log.info("run %s: %d rounds, trunk at %s", run_id, config.num_rounds, trunk.address)
         log.info("%s (%s); %s", config.aggregation, rule_named(config.aggregation).label, Off.summary)
         require_served(config, served, model_fingerprint(model_dir), trunk.address)
         version = first_version(desk, model_dir)
+        play, judge = _player(desk, served.fingerprint, start.mode)
         while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
-            version = play_round(desk, version)
+            version = play(version)
         directory = start.runs_dir / run_id / "adapter"
         export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
         if config.eval_fraction:
-            judge_last(desk, version)
+            judge(version)
         ending.reason = _told_end(desk, version)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
+
+
+def _player(
+    desk: Desk, model_fingerprint: str, mode: RunMode
+) -> tuple[Callable[[Version], Version], Callable[[Version], None]]:
+    """How a round is played, and how the last version is judged, by the setting `secagg`."""
+    if desk.config.secagg == "off":
+        log.warning("secagg is OFF: the orchestrator sees every client's update, losses and counts")
+        return partial(play_round, desk), partial(judge_last, desk)
+    run = SecureRun(desk, Membership(desk, enrolled=mode != "simulation"), model_fingerprint)
+    return partial(play_secure_round, run), partial(judge_last_secure, run)
 
 
 def first_version(desk: Desk, model_dir: Path) -> Version:
@@ -142,6 +163,11 @@ def _end_recorded(start: Start, run_id: str) -> Iterator[_Ending]:
         _stop(start.store, run_id)
         raise
     start.store.finish_run(run_id, "finished", ending.reason)
+
+
+def _forget_simulation(start: Start) -> None:
+    """Virtual clients have no home of their own: their identities and secrets end with the run."""
+    shutil.rmtree(simulation_dir(start.flower_run_id), ignore_errors=True)
 
 
 def _stop(store: Store, run_id: str) -> None:

@@ -7,19 +7,22 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from aggregation.graph import full_threshold
 from contract.config import RunConfig
 from contract.errors import DeadlineError, RoundError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from demo.settings import MODEL_DIR, RUN_CONFIG, SOURCES
+from orchestrator.protection import told_protection
 from storage.home import home_dir
-from storage.records import MetricRow, RunRow
+from storage.records import RunRow
 from storage.store import open_reader, open_store
 from trunkline.flower import simulation_config, start_superlink, start_supernode
 from trunkline.programs import scripts_dir
@@ -34,7 +37,10 @@ COMPARISON_LIMIT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class ClientLosses:
-    """One client's loss on its own held-out text, in nats per token, as the run measured it through the trunk."""
+    """Loss on one client's own held-out text, in nats per token.
+
+    Measured after the run from texts that are everybody's: in the run itself each client's loss stays with it.
+    """
 
     client: str
     before: float
@@ -46,6 +52,7 @@ class DemoResult:
     """What a demo shows at its end. The three losses are over the union of the clients' held-out text."""
 
     run: str
+    secagg: str
     clients: tuple[ClientLosses, ...]
     base_loss: float
     federated_loss: float
@@ -58,7 +65,7 @@ class DemoResult:
 @app.command()
 @cli_errors
 def demo(
-    clients: Annotated[int, typer.Option(min=1, help="How many clients take part.")] = len(SOURCES),
+    clients: Annotated[int, typer.Option(min=2, help="How many clients take part.")] = len(SOURCES),
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds they train.")] = int(RUN_CONFIG["num-rounds"]),
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Through a real SuperLink and SuperNodes instead of a simulation.")
@@ -96,11 +103,15 @@ def _run(workplace: Workplace, config: RunConfig, clients: int, *, deploy: bool)
     supervisor = workplace.supervisor
     trunk = start_trunk(workplace, config, config.model)
     superlink = start_superlink(supervisor, simulation=not deploy)
+    trunk_address = trunk.address(supervisor)
     for number in range(clients) if deploy else ():
         source = SOURCES[number % len(SOURCES)]
-        start_supernode(supervisor, superlink, f"client-{number}", {"model": config.model, "data": source})
+        floor = full_threshold(clients)  # of members too: what is left when as many are gone as a sum may lose
+        site: dict[str, str | int | bool] = {"model": config.model, "data": source, "trunk-address": trunk_address}
+        site |= {"secagg-min-members": floor, "secagg-min-threshold": min(floor, full_threshold(floor))}
+        start_supernode(supervisor, superlink, f"client-{number}", site)
     needed = list(supervisor.daemons)
-    config = config.model_copy(update={"trunk_address": trunk.address(supervisor)})
+    config = config.model_copy(update={"trunk_address": trunk_address})
     talk(f"trunk ready at {config.trunk_address}; the first round waits for the clients to start")
     federation = None if deploy else simulation_config(clients, cores())
     return run_to_end(workplace, config, superlink, needed, federation)
@@ -128,14 +139,16 @@ def _compare(workplace: Workplace, row: RunRow, clients: int, rounds: int) -> Ma
 
 
 def _result(row: RunRow, compared: Mapping[str, Any]) -> DemoResult:
-    reader = open_reader()
-    try:
-        metrics = reader.metrics(row.run_id)
-    finally:
-        reader.close()
+    with closing(open_reader()) as reader:
+        protection = told_protection(reader, row)
+    sites = tuple(
+        ClientLosses(str(site["source"]).removeprefix("stdlib:"), site["base_loss"], site["federated_loss"])
+        for site in compared["sites"]
+    )
     return DemoResult(
         run=row.run_id,
-        clients=client_losses(metrics, row.committed_rounds, compared["sites"]),
+        secagg=protection,
+        clients=sites,
         base_loss=compared["base_loss"],
         federated_loss=compared["federated_loss"],
         solo_loss=compared["solo_loss"],
@@ -143,25 +156,6 @@ def _result(row: RunRow, compared: Mapping[str, Any]) -> DemoResult:
         adapter=_adapter(row),
         next=_next_commands(_adapter(row)),
     )
-
-
-def client_losses(
-    metrics: Sequence[MetricRow], last: int, sites: Sequence[Mapping[str, Any]]
-) -> tuple[ClientLosses, ...]:
-    """Each client that judged both the first adapter and version `last`, by name.
-
-    A client never tells which text it holds. Here, where the texts are everybody's, how many held-out tokens it
-    counted gives its name away.
-    """
-    judged = {(row.node_id, row.number, row.name): row.value for row in metrics if row.node_id and not row.attempt}
-    names = {int(site["tokens"]): str(site["source"]).removeprefix("stdlib:") for site in sites}
-    found = []
-    for node_id in sorted({node_id for node_id, _, _ in judged if node_id}):
-        before, after = (judged.get((node_id, number, "eval_loss")) for number in (0, last))
-        if before is not None and after is not None:
-            name = names.get(int(judged.get((node_id, 0, "eval_tokens"), 0)), f"client {node_id}")
-            found.append(ClientLosses(name, before, after))
-    return tuple(sorted(found, key=lambda one: one.client))
 
 
 def _adapter(row: RunRow) -> Path:
@@ -192,6 +186,7 @@ def _print_result(result: DemoResult) -> None:
     typer.echo(
         f"\nOn everybody's held-out text: base model {result.base_loss:.3f}, federated adapter "
         f"{result.federated_loss:.3f}, mean of the clients alone {result.solo_loss:.3f}: {verdict}.\n"
+        f"Secure aggregation: {result.secagg}.\n"
         f"\nAdapter (stock PEFT): {result.adapter}\n\nTry next:"
     )
     for command in result.next:

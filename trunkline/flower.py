@@ -97,7 +97,7 @@ def start_superlink(supervisor: Supervisor, simulation: bool) -> SuperLinkAddres
 
 
 def start_supernode(
-    supervisor: Supervisor, superlink: SuperLinkAddress, name: str, config: Mapping[str, str]
+    supervisor: Supervisor, superlink: SuperLinkAddress, name: str, config: Mapping[str, str | int | bool]
 ) -> Daemon:
     """Start a SuperNode whose node config is `config`; it keeps trying until the SuperLink answers."""
     argv = [
@@ -110,9 +110,10 @@ def start_supernode(
     return supervisor.start(f"supernode-{name}", argv, {"FLWR_HOME": str(supervisor.directory / f"{name}-home")})
 
 
-def node_config(values: Mapping[str, str]) -> str:
+def node_config(values: Mapping[str, str | int | bool]) -> str:
     """`values` as `--node-config` takes them. Flower knows no escape: a value may hold one kind of quote only."""
-    return " ".join(f"{key}={_quoted(key, value)}" for key, value in values.items())
+    told = {key: str(value).lower() if isinstance(value, int) else _quoted(key, value) for key, value in values.items()}
+    return " ".join(f"{key}={value}" for key, value in told.items())
 
 
 def simulation_config(clients: int, cores: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,10 @@ from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.base_model import HUB_ID
+from orchestrator.protection import told_protection
 from storage.home import home_dir
 from storage.records import RunRow
-from storage.store import open_store
+from storage.store import open_reader, open_store
 from trunkline.bundle import project_config
 from trunkline.flower import SuperLinkAddress, simulation_config, start_superlink
 from trunkline.watch import run_to_end
@@ -95,6 +97,8 @@ def require_simulable(config: RunConfig, clients: int) -> None:
     for key, value in (("model", config.model), ("data", config.data)):
         if not value:
             raise ConfigError(f"{key} is not set; a simulation takes it from the project's settings or --run-config")
+    if config.secagg == "on" and clients < 2:
+        raise ConfigError(f"secagg is on and {clients} client is simulated; a sum over one hides nothing: 2 or more")
     if config.quorum > clients:
         raise ConfigError(
             f"quorum is {config.quorum} but only {clients} clients are simulated; it must be at most that"
@@ -144,10 +148,13 @@ def require_row(row: RunRow | None) -> RunRow:
 
 def summary(row: RunRow) -> dict[str, object]:
     """What a person wants of a finished run."""
+    with closing(open_reader()) as reader:
+        protection = told_protection(reader, row)
     return {
         "run": row.run_id,
         "status": row.status,
         "rounds": row.committed_rounds,
+        "secagg": protection,
         "adapter": home_dir() / "runs" / row.run_id / "adapter",
         "note": row.reason,
     }

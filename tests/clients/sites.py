@@ -54,7 +54,7 @@ class Site:
     """One SuperNode's context."""
 
     node_id: int
-    node_config: dict[str, str]
+    node_config: dict[str, str | int | bool]
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Site:
         return Context(
             run_id=1,
             node_id=self.node_id,
-            node_config=dict(self.node_config),
+            node_config={"allow-secagg-off": True, **self.node_config},
             state=RecordDict(),
             run_config=config.to_flower(),
         )

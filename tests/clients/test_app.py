@@ -23,7 +23,13 @@ from tests.conftest import TrunkProcess
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 
-SETTINGS: dict[str, Any] = {"local-steps": 2, "per-device-train-batch-size": 2, "max-length": 16, "eval-fraction": 0.25}
+SETTINGS: dict[str, Any] = {
+    "secagg": "off",
+    "local-steps": 2,
+    "per-device-train-batch-size": 2,
+    "max-length": 16,
+    "eval-fraction": 0.25,
+}
 
 
 def configured(**settings: Any) -> RunConfig:
@@ -96,6 +102,20 @@ def test_a_repeated_attempt_gives_the_same_update(llama_dir: Path, trunk: TrunkP
     size = 4 * (int(version.client.trained("B").sum()) + 1)
     uploads = [read_update(asked(orchestrator, version, site).content, size) for _ in range(2)]
     assert uploads[0] == uploads[1]
+
+
+def test_a_later_attempt_trains_in_another_order(llama_dir: Path, trunk: TrunkProcess, site: Site) -> None:
+    """Two attempts over cohorts that differ by one client would else have sums that differ by just its update."""
+    orchestrator, version = orchestrated(llama_dir, trunk, "again")
+    size = 4 * (int(version.client.trained("B").sum()) + 1)
+    uploads = []
+    for attempt in (1, 2):
+        message = orchestrator.message(version, site, 1)
+        facts = message.content["round"]
+        assert isinstance(facts, ConfigRecord)
+        facts["attempt"] = attempt
+        uploads.append(read_update(app(message, site.context(orchestrator.config)).content, size))
+    assert uploads[0] != uploads[1]
 
 
 def test_an_absurd_update_is_refused_here_and_the_trunk_keeps_nothing(
@@ -180,21 +200,21 @@ def test_a_fault_of_the_program_tells_its_kind_and_nothing_of_the_data(
 def test_a_sites_files_are_never_the_runs_to_choose() -> None:
     config = configured(model="/theirs/model", data="/etc/{partition}.jsonl")
     node = {"model": "/my models/m", "data": "/my data/d.jsonl", "partition-id": 3}
-    chosen = read_site(node, config, "42", simulated=False)
+    chosen = read_site(node, config, "42", "7", simulated=False)
     assert (chosen.model, chosen.data, chosen.name) == ("/my models/m", "/my data/d.jsonl", "42")
     assert chosen.trunk_address == config.trunk_address
     with pytest.raises(ConfigError, match="model is not set; it must be in the node config"):
-        read_site({}, config, "42", simulated=False)
+        read_site({}, config, "42", "7", simulated=False)
     with pytest.raises(ConfigError, match="node config data is 5; it must be text"):
-        read_site({"data": 5}, config, "42", simulated=False)
+        read_site({"data": 5}, config, "42", "7", simulated=False)
 
 
 def test_a_simulated_site_takes_the_runs_model_and_its_own_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(model="/base", data="/texts/{partition}.jsonl")
-    chosen = read_site({"partition-id": 3, "num-partitions": 4}, config, "42", simulated=True)
+    chosen = read_site({"partition-id": 3, "num-partitions": 4}, config, "42", "7", simulated=True)
     assert (chosen.model, chosen.data) == ("/base", "/texts/3.jsonl")
     with pytest.raises(ConfigError, match="data is not set; it must be in the run config"):
-        read_site({"partition-id": 3}, configured(model="/base"), "42", simulated=True)
+        read_site({"partition-id": 3}, configured(model="/base"), "42", "7", simulated=True)
     assert not in_simulation()
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: True))
     assert in_simulation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -345,6 +346,9 @@ def test_the_order_of_batches_depends_on_the_key_alone(tmp_path: Path) -> None:
     for other in (order_key(1, "run", 1, "client"), order_key(0, "nur", 1, "client"), order_key(0, "run", 2, "client")):
         assert seen(other) != seen(key)
     assert seen(order_key(0, "run", 1, "another")) != seen(key)
+    assert key == order_key(0, "run", 1, "client", attempt=1) == "0/run/1/client"
+    attempts = [seen(order_key(0, "run", 1, "client", attempt)) for attempt in (1, 2, 3)]
+    assert all(one != other for one, other in itertools.combinations(attempts, 2))
     two = seen(key, epochs=2)
     assert two[:50] == seen(key)
     assert two[50:] != two[:50]

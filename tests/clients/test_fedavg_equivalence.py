@@ -39,6 +39,7 @@ def sites(llama_dir: Path, trunk: TrunkProcess, tmp_path_factory: pytest.TempPat
 def run_config(aggregation: str) -> RunConfig:
     return RunConfig.from_flower(
         {
+            "secagg": "off",
             "aggregation": aggregation,
             "local-steps": STEPS,
             "per-device-train-batch-size": ROWS,

@@ -55,13 +55,13 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     return Supervisor(tmp_path / "logs", {**environment, "PYTHONPATH": str(guard)})
 
 
-def write_site(directory: Path, name: str) -> dict[str, str]:
+def write_site(directory: Path, name: str) -> dict[str, str | int]:
     """A site's own model and text; answers its node config."""
     model, data = directory / name / "model", directory / name / "notes.jsonl"
     shutil.copytree(MODEL_DIR, model)
     rows = [{"text": f"{name} writes note {number} about its own work and keeps it at home."} for number in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"model": str(model), "data": str(data), "name": name}
+    return {"model": str(model), "data": str(data), "name": name, "secagg-min-members": 2}
 
 
 @pytest.mark.deployment
@@ -76,6 +76,7 @@ def test_a_run_needs_nothing_but_its_bundle_and_the_node_configs(
             "model": sites[0]["model"],
             "trunk-address": trunk.address,
             "num-rounds": 1,
+            "eval-fraction": 0.0,
             "local-steps": 2,
             "per-device-train-batch-size": 2,
             "max-length": 32,
@@ -84,7 +85,7 @@ def test_a_run_needs_nothing_but_its_bundle_and_the_node_configs(
     with supervisor:
         superlink = start_superlink(supervisor, simulation=False)
         for number, site in enumerate(sites):
-            start_supernode(supervisor, superlink, f"site-{number}", site)
+            start_supernode(supervisor, superlink, f"site-{number}", {**site, "trunk-address": trunk.address})
         app = stage_app(config, tmp_path / "app")
         submission = submit(supervisor, app, superlink)
         shutil.rmtree(app)

@@ -28,6 +28,7 @@ from tests.orchestrator.fakes import FakeClock, FakeGrid, FakeNode, ScriptedClie
 from tests.server_trunk.conftest import RunningTrunk, save_llama
 
 SETTINGS: dict[str, ConfigValue] = {
+    "secagg": "off",
     "quorum": 2,
     "num-rounds": 2,
     "lora-r": 4,

@@ -59,6 +59,8 @@ class FakeGrid:
         self.pulled: list[list[str]] = []
         self.refuse: set[int] = set()
         self.strays: list[Message] = []
+        self.silent: Callable[[int, Message], bool] = lambda node_id, message: False
+        self.silent_from = 0.0
         self._due: dict[str, tuple[float, Message]] = {}
         self._free_at: dict[int, float] = {}
 
@@ -77,10 +79,11 @@ class FakeGrid:
             message.metadata.__dict__["_message_id"] = message_id
             ids.append(message_id)
             node = self.nodes[node_id]
-            if node.work is not None:
+            mute = self._clock.now >= self.silent_from and self.silent(node_id, message)
+            if node.work is not None and not mute:
                 starts = max(self._clock.now, self._free_at.get(node_id, 0.0))
-                self._free_at[node_id] = starts + node.after_s
                 content = node.work(message)
+                self._free_at[node_id] = starts + node.after_s
                 self._due[message_id] = (starts + node.after_s, Message(content, reply_to=message))
         return ids
 

@@ -44,6 +44,7 @@ def settings(home: Path) -> RunConfig:
         {
             "model": str(model),
             "data": str(home.parent / "{partition}.jsonl"),
+            "secagg": "off",
             "num-rounds": 2,
             "cohort-size": 3,
             "quorum": 2,
@@ -66,13 +67,15 @@ def superlink(workplace: Workplace) -> SuperLinkAddress:
     return start_superlink(workplace.supervisor, simulation=True)
 
 
-def played(workplace: Workplace, superlink: SuperLinkAddress, config: RunConfig, name: str) -> tuple[RunRow, str, str]:
+def played(
+    workplace: Workplace, superlink: SuperLinkAddress, config: RunConfig, name: str, clients: int = 3
+) -> tuple[RunRow, str, str]:
     """(our row, what `flwr run --stream` printed, what Flower says of the run) once both have ended."""
     app = stage_app(config, workplace.directory / name)
     open_store().close()
     # A supervisor of its own: each run's log must be a file of its own.
     with Supervisor(workplace.directory / f"{name}-logs", workplace.supervisor.environment) as supervisor:
-        submission = submit(supervisor, app, superlink, simulation_config(3, 2))
+        submission = submit(supervisor, app, superlink, simulation_config(clients, 2))
         deadline = time.monotonic() + LIMIT_S
         while submission.stream.alive():
             assert time.monotonic() < deadline, submission.stream.last_lines(40)
@@ -129,3 +132,39 @@ def test_a_run_without_a_trunk_says_so_in_one_line_to_who_started_it(
     assert told.startswith("finished:failed")
     assert line in told
     assert any(f"trunkline: run {row.run_id} failed: {line}" in text for text in log.splitlines())
+
+
+@pytest.mark.simulation
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_twenty_clients_sum_under_masks_and_one_without_data_costs_nothing_but_itself(
+    workplace: Workplace, superlink: SuperLinkAddress, settings: RunConfig, home: Path
+) -> None:
+    data = home.parent / "twenty"
+    data.mkdir()
+    for number in range(19):
+        write_texts(data / f"{number}.jsonl", 12, number)
+    trunk = start_trunk(workplace, settings, settings.model)
+    config = settings.model_copy(
+        update={
+            "trunk_address": trunk.address(workplace.supervisor),
+            "secagg": "on",
+            "data": str(data / "{partition}.jsonl"),
+            "cohort_size": 20,
+            "quorum": 19,
+        }
+    )
+    row, log, told = played(workplace, superlink, config, "twenty", clients=20)
+    assert (row.status, row.committed_rounds) == ("finished", 2), log[-3000:]
+    assert told.startswith("finished:completed")
+    reader = open_reader()
+    for attempt in reader.rounds(row.run_id):
+        assert (attempt.status, attempt.threshold) == ("committed", 14)
+        parts = reader.participations(row.run_id, attempt.number)
+        assert sorted(part.status for part in parts) == ["failed", *["trained"] * 19]
+        assert all(dict(part.metrics) == {} for part in parts)
+        (failed,) = [part for part in parts if part.status == "failed"]
+        assert failed.reason == "DataError at the client; its log says more"
+    values = {(m.number, m.attempt, m.name): m.value for m in reader.metrics(row.run_id)}
+    assert values[1, 1, "steps"] == values[2, 1, "steps"] == 38
+    assert values[2, 0, "eval_loss"] < values[0, 0, "eval_loss"]
+    assert not (home / "simulated").exists() or not list((home / "simulated").iterdir())

@@ -1,0 +1,118 @@
+"""Which client each Flower node speaks for, by its signature at first contact in a run."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from aggregation import keys
+from aggregation.terms import NONCE_BYTES, Member, greeting_message
+from contract.errors import SecureSumError, StorageError
+from contract.identity import decode_public_key
+from contract.secure_records import SecureOrder
+from orchestrator.desk import Desk
+from orchestrator.secure_exchange import SecureAnswer, ask_all, stage_deadline
+from orchestrator.telling import REASONS_SHOWN
+
+log = logging.getLogger("trunkline.orchestrator")
+
+GREETINGS = 3
+"""How often a node is asked who it is: a ghost that Flower still lists would cost each draw a stage's timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """A public key of 32 bytes, and its owner's verified signature over run, node and nonce."""
+
+    identity_key: bytes
+    signature: bytes
+
+
+@dataclass(slots=True)
+class Membership:
+    """Where clients are enrolled, only those take part, under their enrolled ids; else every node is its own client.
+
+    A simulation's clients have throw-away identities, which nobody enrolls: `enrolled` is False there.
+    """
+
+    desk: Desk
+    enrolled: bool
+    _greetings: dict[str, _Greeting] = field(default_factory=dict)
+    _asked: Counter[str] = field(default_factory=Counter)
+    _reasons: dict[str, str] = field(default_factory=dict)
+
+    def known(self, nodes: Iterable[str]) -> dict[str, Member]:
+        """Those of `nodes` that may take part in a sum, by node id; new ones are asked who they are."""
+        present = list(nodes)
+        self._greet(present)
+        names = self._enrolled_names()
+        found: dict[bytes, str] = {}
+        for node_id, greeting in self._greetings.items():  # in the order of their greetings
+            if node_id not in present or not self._may_take_part(node_id, greeting, names):
+                continue
+            before = found.get(greeting.identity_key)
+            if before is not None:  # a site that started anew speaks through its newest node
+                self._exclude(before, f"node {node_id} came later with the same identity key")
+            found[greeting.identity_key] = node_id
+        return {node_id: Member(node_id if names is None else names[key], key) for key, node_id in found.items()}
+
+    def excluded(self, nodes: Iterable[str]) -> list[tuple[str, str]]:
+        """Those of `nodes` that take no part, each with the newest reason, the first few."""
+        return [(node_id, self._reasons[node_id]) for node_id in nodes if node_id in self._reasons][:REASONS_SHOWN]
+
+    def _greet(self, nodes: Collection[str]) -> None:
+        silent = {node_id for node_id, times in self._asked.items() if times >= GREETINGS}
+        new = sorted(set(nodes) - self._greetings.keys() - self.desk.exchange.busy() - silent)
+        if not new:
+            return
+        self._asked.update(new)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        orders = {node_id: SecureOrder(self.desk.run_id, greet=nonce) for node_id in new}
+        heard = set()
+        for answer in ask_all(self.desk, orders, stage_deadline(self.desk)):
+            heard.add(answer.node_id)
+            self._hear(answer, nonce)
+        for node_id in sorted(set(new) - heard):
+            self._exclude(node_id, "it did not say who it is in time")
+
+    def _hear(self, answer: SecureAnswer, nonce: bytes) -> None:
+        if answer.reply is None:
+            self._exclude(answer.node_id, f"it did not say who it is: {answer.failure}")
+            return
+        reply, message = answer.reply, greeting_message(self.desk.run_id, answer.node_id, nonce)
+        try:
+            keys.verify(reply.identity, reply.greeting, message, f"the greeting of client {answer.node_id}")
+        except SecureSumError as error:
+            self._exclude(answer.node_id, str(error))
+            return
+        self._reasons.pop(answer.node_id, None)
+        self._greetings[answer.node_id] = _Greeting(reply.identity, reply.greeting)
+
+    def _enrolled_names(self) -> Mapping[bytes, str] | None:
+        """Client ids by public key, as SQL has them now; None where nobody was ever enrolled."""
+        if not self.enrolled or not self.desk.store.roster_version():
+            return None
+        rows = self.desk.store.list_identities()
+        return {decode_public_key(row.public_key, f"the key of {row.client_id}"): row.client_id for row in rows}
+
+    def _may_take_part(self, node_id: str, greeting: _Greeting, names: Mapping[bytes, str] | None) -> bool:
+        if names is None:
+            return True
+        client_id = names.get(greeting.identity_key)
+        if client_id is None:
+            self._exclude(node_id, "its identity key is not enrolled, or was revoked: `trunkline clients list`")
+            return False
+        try:
+            self.desk.store.bind_node(self.desk.run_id, node_id, client_id, greeting.signature)
+        except StorageError as error:
+            self._exclude(node_id, str(error))
+            return False
+        return True
+
+    def _exclude(self, node_id: str, reason: str) -> None:
+        if self._reasons.get(node_id) != reason:
+            self._reasons[node_id] = reason
+            log.warning("node %s takes no part in secure sums: %s", node_id, reason)

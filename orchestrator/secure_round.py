@@ -1,0 +1,184 @@
+"""One round under secure aggregation, top to bottom; and the judgement of the last adapter, a sum of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from aggregation import tally
+from aggregation.ring import plan
+from aggregation.rules import trainable_factor
+from aggregation.terms import DEFAULT_MIN_MEMBERS
+from contract.errors import AgreementError, ConfigError, QuorumError, SecureSumError, UpdateError
+from contract.records import RoundKey
+from orchestrator import secure_stages as stages
+from orchestrator.collection import report_progress
+from orchestrator.commitment import Mean, average_trunk, commit
+from orchestrator.desk import Desk, Version
+from orchestrator.metrics import judgement
+from orchestrator.secure_run import SecureRun
+from orchestrator.secure_session import SecureSession
+from orchestrator.stopwatch import Stopwatch
+from orchestrator.telling import told_losses
+
+log = logging.getLogger("trunkline.orchestrator")
+
+Aborts = (QuorumError, SecureSumError, AgreementError, UpdateError)
+"""What ends an attempt and not the run: another one begins with fresh secrets."""
+
+
+class _RefusedError(SecureSumError):
+    """Too few sites take part because of what they insist on: with the same clients they would refuse again."""
+
+
+def play_secure_round(run: SecureRun, before: Version) -> Version:
+    """Play the round that follows `before`, if need be several times, and return the version that it commits.
+
+    An attempt that loses too many clients is aborted, with its reason in SQL and nothing revealed; one whose sum cannot
+    be used is aborted too. The next one starts afresh. Raises RoundError after too many of them, QuorumError where too
+    few clients are there to start one.
+    """
+    desk, number = run.desk, before.number + 1
+    while True:
+        values, asked = _values(run, before, number), desk.exchange.asked
+        session = run.take_ready() or run.draw(number, values, first=number == 1)
+        attempt = desk.store.open_round(desk.run_id, number, session.cohort, session.terms.threshold)
+        _say_floor(session)
+        try:
+            after = _play(run, before, RoundKey(desk.run_id, number, attempt), session, asked)
+        except Aborts as error:
+            reason = "; ".join(part for part in (str(error), session.told_failures()) if part)
+            desk.store.abort_round(desk.run_id, number, attempt, reason)
+            if isinstance(error, _RefusedError):
+                run.wait_for_others(number, reason)
+            else:
+                run.count_abort(number, reason)
+            continue
+        run.committed()
+        return after
+
+
+def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession, asked: int) -> Version:
+    desk, watch = run.desk, Stopwatch(run.desk.clock)
+    with watch.lap("cohort"):
+        if not session.shared:
+            _set_up(desk, session)
+        following = _following(run, before, key.round + 1)
+    with watch.lap("training"):
+        seen = stages.train(desk, before, key, session, following)
+    survivors = session.survivors
+    _require_quorum(desk, session, len(survivors))
+
+    with watch.lap("confirming"):
+        report_progress(desk, key, "confirming", seen, len(survivors))
+        confirmed = stages.confirm(desk, session, following)
+    with watch.lap("unmasking"):
+        report_progress(desk, key, "unmasking", seen, len(survivors))
+        total = stages.unmask(desk, session, confirmed)
+        fixed_point = plan(len(session.cohort), desk.config.max_trained_tokens(), desk.config.update_clip)
+        update_d, weight = fixed_point.decode(total[: -tally.SIZE])
+        told = losses(tally.decode(total[-tally.SIZE :]), weight)
+
+    with watch.lap("averaging"):
+        report_progress(desk, key, "averaging", seen, len(survivors))
+        mean = Mean(trainable_factor(desk.config.aggregation, key.round), update_d, weight, survivors)
+        trunk_sha256 = average_trunk(desk, key, before, mean)
+    if "eval_loss" in told:
+        desk.store.record_metrics(desk.run_id, before.number, None, judgement(told))
+    exchanges = desk.exchange.asked - asked
+    after = commit(desk, key, before, mean, trunk_sha256, told | {"exchanges": exchanges}, watch)
+    if following is not None and len(following.shared) >= following.terms.threshold:
+        run.ready = following
+    _tell(desk, key.round, session, told, watch)
+    return after
+
+
+def judge_last_secure(run: SecureRun, last: Version) -> None:
+    """Have clients judge the last version, told as totals only; that too few of them do fails nothing."""
+    desk, session = run.desk, run.take_ready()
+    try:
+        if session is None or session.terms.size != tally.SIZE:  # the run stopped early: a round was set up instead
+            session = run.draw_from(desk.exchange.connected(), last.number + 1, 0)
+            _set_up(desk, session)
+        stages.judge(desk, last, session)
+        total = stages.unmask(desk, session, stages.confirm(desk, session, None))
+    except Aborts as error:
+        log.warning("the last adapter's held-out loss is not known: %s", error)
+        return
+    told = judgement(losses(tally.decode(total), 0))
+    desk.store.record_metrics(desk.run_id, last.number, None, told)
+    held_out, count = told.get("eval_loss", float("nan")), len(session.survivors)
+    log.info("last adapter: held-out loss %.4f over %d of %d clients", held_out, count, len(session.cohort))
+
+
+def losses(totals: Mapping[str, int], weight: int) -> dict[str, float]:
+    """The means and counts over all clients that a tally's totals give."""
+    told: dict[str, float] = {"eval_tokens": totals["eval_tokens"]}
+    if totals["eval_tokens"]:
+        told["eval_loss"] = totals["eval_nats"] / tally.NATS_STEPS / totals["eval_tokens"]
+    if weight:
+        told |= {"trained_tokens": weight, "steps": totals["steps"]}
+        told["train_loss"] = totals["train_nats"] / tally.NATS_STEPS / weight
+    return told
+
+
+def _values(run: SecureRun, version: Version, number: int) -> int:
+    """How many adapter values round `number` trains; 0 for the judgement that follows the last round."""
+    if number > run.desk.config.num_rounds:
+        return 0
+    factor = trainable_factor(run.desk.config.aggregation, number)
+    return int(np.count_nonzero(version.client.trained(factor)))
+
+
+def _set_up(desk: Desk, session: SecureSession) -> None:
+    """Raises SecureSumError where too few will take part."""
+    try:
+        stages.set_up(desk, session)
+        if len(session.shared) < session.terms.threshold:
+            raise SecureSumError(f"only {len(session.shared)} shared secrets; threshold {session.terms.threshold}")
+    except SecureSumError as error:
+        raise (_RefusedError(str(error)) if session.refused else error) from error
+
+
+def _following(run: SecureRun, before: Version, number: int) -> SecureSession | None:
+    """The next session, over the clients that are there now; None where none is needed, or too few are there."""
+    config = run.desk.config
+    if number > config.num_rounds and not config.eval_fraction:
+        return None
+    try:
+        return run.draw_from(run.desk.exchange.connected(), number, _values(run, before, number))
+    except (QuorumError, SecureSumError, ConfigError) as error:
+        log.warning("round %d is not set up ahead: %s", number, error)
+        return None
+
+
+def _require_quorum(desk: Desk, session: SecureSession, survivors: int) -> None:
+    wanted = max(desk.config.quorum, session.terms.threshold)
+    if survivors < wanted:
+        raise QuorumError(
+            f"{survivors} of {len(session.cohort)} clients' masked updates came; quorum is {desk.config.quorum}, the "
+            f"secure sum's threshold {session.terms.threshold}"
+        )
+
+
+def _say_floor(session: SecureSession) -> None:
+    members = len(session.cohort)
+    if members < DEFAULT_MIN_MEMBERS:
+        log.warning(
+            "round %d: a secure sum over only %d clients (%d needed): a site's own default is at least %d; the "
+            "fewer there are, the more a sum tells of each",
+            session.terms.round,
+            members,
+            session.terms.threshold,
+            DEFAULT_MIN_MEMBERS,
+        )
+
+
+def _tell(desk: Desk, number: int, session: SecureSession, told: Mapping[str, float], watch: Stopwatch) -> None:
+    over = f"{len(session.survivors)} of {len(session.cohort)} clients"
+    parts = [f"round {number}/{desk.config.num_rounds}: a secure sum over {over}"]
+    parts += told_losses(told)
+    parts.append(f"{told.get('trained_tokens', 0):.0f} tokens in {watch.total_s:.1f} s")
+    log.info(", ".join(parts))

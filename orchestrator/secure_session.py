@@ -1,0 +1,137 @@
+"""One secure sum as the orchestrator drives it: its terms, its server half, and what came of each node."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from aggregation.graph import plan_graph
+from aggregation.ring import plan
+from aggregation.secure_server import SecureServer
+from aggregation.tally import SIZE as TALLY_SIZE
+from aggregation.terms import NONCE_BYTES, Member, Policy, Terms
+from contract.config import RunConfig
+from contract.errors import ConfigError, SecureSumError
+from orchestrator.secure_exchange import SecureAnswer
+from orchestrator.telling import told_failures
+
+log = logging.getLogger("trunkline.orchestrator")
+
+
+@dataclass(slots=True)
+class SecureSession:
+    """`members` gives each node of the cohort its member id; `shared` are the nodes that may upload, in any order.
+
+    `failures` holds, by node, why it fell out; `refused`: whether one would not take part in what it was asked.
+    """
+
+    terms: Terms
+    session_id: bytes
+    server: SecureServer
+    members: Mapping[str, str]
+    shared: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    refused: bool = False
+
+    @property
+    def cohort(self) -> tuple[str, ...]:
+        """Its nodes, sorted."""
+        return tuple(sorted(self.members))
+
+    @property
+    def survivors(self) -> list[str]:
+        """The nodes whose vectors are in the sum, sorted."""
+        inside = set(self.server.survivors)
+        return sorted(node_id for node_id, member in self.members.items() if member in inside)
+
+    @property
+    def advertised(self) -> list[str]:
+        """The nodes whose keys are known, sorted."""
+        inside = set(self.server.advertised)
+        return sorted(node_id for node_id, member in self.members.items() if member in inside)
+
+    def inbox(self, node_id: str) -> bytes:
+        """The shares that were sealed for a node."""
+        return self.server.inbox(self.members[node_id])
+
+    def take(self, answer: SecureAnswer, name: str) -> bool:
+        """Hand a reply's field `name` to the server half; whether it was taken. Why not is kept and logged."""
+        accept = {
+            "advert": self.server.accept_advert,
+            "shares": self.server.accept_shares,
+            "confirmation": self.server.accept_confirmation,
+            "answer": self.server.accept_answer,
+        }[name]
+        if answer.reply is None:
+            return self.failed(answer.node_id, f"no {name}: {answer.failure}")
+        data = getattr(answer.reply, name)
+        if not data:
+            self.refused = self.refused or bool(answer.reply.refusal)
+            return self.failed(answer.node_id, f"no {name}: {answer.reply.refusal or 'the reply holds none'}")
+        try:
+            accept(self.members[answer.node_id], data)
+        except SecureSumError as error:
+            return self.failed(answer.node_id, str(error))
+        return True
+
+    def take_all(self, answers: Iterable[SecureAnswer], name: str, asked: Collection[str]) -> list[str]:
+        """The nodes whose field `name` was taken; who of `asked` did not answer at all is kept as late."""
+        heard, taken = set(), []
+        for answer in answers:
+            heard.add(answer.node_id)
+            if self.take(answer, name):
+                taken.append(answer.node_id)
+        for node_id in sorted(set(asked) - heard):
+            self.failed(node_id, f"no {name} in time")
+        return taken
+
+    def failed(self, node_id: str, reason: str) -> bool:
+        """Note that a node fell out, for the first reason that it gave; answers False."""
+        self.failures.setdefault(node_id, reason)
+        log.warning("round %d: client %s: %s", self.terms.round, node_id, reason)
+        return False
+
+    def told_failures(self) -> str:
+        """Why nodes fell out, the first few."""
+        return told_failures(dict(sorted(self.failures.items())))
+
+
+def new_session(
+    run_id: str,
+    number: int,
+    config: RunConfig,
+    members: Mapping[str, Member],
+    cohort: Collection[str],
+    values: int,
+    model_fingerprint: str,
+) -> SecureSession:
+    """A session for round `number` over the nodes of `cohort`, for vectors of `values` coordinates, weight and tally.
+
+    `values` 0 is a judgement's, which has no weight either. The cohort MUST be of two or more. Raises ConfigError where
+    its threshold or its numbers are impossible.
+    """
+    policy = Policy()
+    graph = plan_graph(len(cohort), corrupt=policy.corrupt, dropout=policy.dropout)
+    if config.secagg_threshold and not graph.neighbourhood < 2 * config.secagg_threshold <= 2 * graph.neighbourhood:
+        raise ConfigError(
+            f"secagg-threshold is {config.secagg_threshold}; among {graph.neighbourhood} who hold a client's shares it "
+            f"must be {graph.neighbourhood // 2 + 1} to {graph.neighbourhood}"
+        )
+    named = {node_id: members[node_id] for node_id in cohort}
+    terms = Terms(
+        run=run_id,
+        round=number,
+        nonce=secrets.token_bytes(NONCE_BYTES),
+        members=tuple(sorted(named.values(), key=lambda member: member.client_id)),
+        threshold=config.secagg_threshold or graph.threshold,
+        degree=graph.degree,
+        size=(values + 1 if values else 0) + TALLY_SIZE,
+        ring_bits=plan(len(cohort), config.max_trained_tokens(), config.update_clip).bits,
+        model_fingerprint=model_fingerprint,
+        settings_sha256=config.sha256(),
+    )
+    return SecureSession(
+        terms, terms.session_id, SecureServer(terms), {node: member.client_id for node, member in named.items()}
+    )
