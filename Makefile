@@ -1,11 +1,11 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy test lint bench clean
+.PHONY: help setup demo demo-deploy test test-killing lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := split_overhead round_overhead secagg
+BENCHMARKS := split_overhead round_overhead secagg stage_cost
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 
 test: setup ## Run the whole test suite (under 12 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest $(PYTEST_ARGS)
+
+test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
 
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint
