@@ -92,15 +92,17 @@ def _reason(error: TrunklineError, *, masked: bool) -> str:
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
     config, site = _settings(context)
     os.environ.update(waiting(os.environ))
-    from clients.participation import take_part
-
     if config.secagg == "off":
         site.require_clear_allowed()
+        from clients.participation import take_part
+
         done = take_part(_read_order(message.content), config, site, training=training)
         return _content(done.upload, done.metrics)
     asked = _secure_order(message.content)
     with Vault(site.state_dir).alone():
         secure = open_secure_site(site, str(context.node_id))
+        from clients.participation import take_part
+
         upload, failure = None, ""
         try:
             order = _read_order(message.content)

@@ -57,6 +57,8 @@ class Membership:
             if before is not None:  # a site that started anew speaks through its newest node
                 self._exclude(before, f"node {node_id} came later with the same identity key")
             found[greeting.identity_key] = node_id
+        for node_id in found.values():
+            self._reasons.pop(node_id, None)
         return {node_id: Member(node_id if names is None else names[key], key) for key, node_id in found.items()}
 
     def excluded(self, nodes: Iterable[str]) -> list[tuple[str, str]]:

@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from aggregation.rules import trainable_factor
+from contract.config import RunConfig
 from contract.errors import FrameError, UpdateError
 from contract.flat_array import HEADER_BYTES, read_flat
-from contract.records import Factor
+from contract.records import Factor, RoundKey
+from orchestrator.desk import Version
 from orchestrator.exchange import MESSAGE_TTL_S
 
 log = logging.getLogger("trunkline.orchestrator")
@@ -57,6 +60,20 @@ class RoundOrder:
     factor: Factor
     clients: int
     final: bool
+
+
+def round_order(config: RunConfig, version: Version, key: RoundKey, clients: int, *, final: bool = False) -> RoundOrder:
+    """What the clients of a cohort of this size are told of the round that begins with `version`."""
+    return RoundOrder(
+        run=key.run,
+        round=key.round,
+        attempt=key.attempt,
+        client_sha256=version.client_sha256,
+        trunk_sha256=version.trunk_sha256,
+        factor=trainable_factor(config.aggregation, key.round),
+        clients=clients,
+        final=final,
+    )
 
 
 def adapter_record(vector_d: npt.NDArray[np.float32]) -> ArrayRecord:

@@ -9,7 +9,6 @@ import numpy as np
 
 from aggregation.protocol import PlainSumServer
 from aggregation.ring import plan
-from aggregation.rules import trainable_factor
 from contract.errors import QuorumError
 from contract.records import RoundKey
 from orchestrator.cohort import draw_cohort, wait_for_clients
@@ -22,7 +21,7 @@ from orchestrator.collection import (
 )
 from orchestrator.commitment import Mean, average_trunk, commit
 from orchestrator.desk import Desk, Version
-from orchestrator.messages import OUTSIDE_ROUNDS, RoundOrder
+from orchestrator.messages import OUTSIDE_ROUNDS, round_order
 from orchestrator.metrics import over_clients
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.telling import told_failures, told_losses
@@ -46,7 +45,7 @@ def play_round(desk: Desk, before: Version) -> Version:
     key = RoundKey(desk.run_id, number, attempt)
 
     with watch.lap("training"):
-        order = _order(desk, before, key, cohort)
+        order = round_order(config, before, key, len(cohort))
         size = int(np.count_nonzero(before.client.trained(order.factor))) + 1
         summing = PlainSumServer(size, cohort, fixed_point.bits)
         got = collect_updates(desk, order, cohort, before.client.vector_d, summing, size * fixed_point.bits // 8)
@@ -69,26 +68,13 @@ def judge_last(desk: Desk, last: Version) -> None:
     """Have the connected clients judge the last version, which no later round will; too few of them fail nothing."""
     cohort = draw_cohort(desk.exchange.connected(), desk.exchange.busy(), desk.config, last.number + 1)
     key = RoundKey(desk.run_id, last.number + 1, OUTSIDE_ROUNDS)
-    got = collect_judgements(desk, _order(desk, last, key, cohort, final=True), cohort, last)
+    got = collect_judgements(desk, round_order(desk.config, last, key, len(cohort), final=True), cohort, last)
     if not got.metrics:
         log.warning("no client judged the last adapter: its held-out loss is not known")
         return
     record_judgements(desk, last.number, got)
     held_out = over_clients(got.metrics.values()).get("eval_loss", float("nan"))
     log.info("last adapter: held-out loss %.4f over %d of %d clients", held_out, len(got.metrics), len(cohort))
-
-
-def _order(desk: Desk, version: Version, key: RoundKey, cohort: Sequence[str], final: bool = False) -> RoundOrder:
-    return RoundOrder(
-        run=key.run,
-        round=key.round,
-        attempt=key.attempt,
-        client_sha256=version.client_sha256,
-        trunk_sha256=version.trunk_sha256,
-        factor=trainable_factor(desk.config.aggregation, key.round),
-        clients=len(cohort),
-        final=final,
-    )
 
 
 def _require_quorum(desk: Desk, number: int, cohort: Sequence[str], got: Collected) -> None:

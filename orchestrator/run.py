@@ -167,7 +167,12 @@ def _end_recorded(start: Start, run_id: str) -> Iterator[_Ending]:
 
 def _forget_simulation(start: Start) -> None:
     """Virtual clients have no home of their own: their identities and secrets end with the run."""
-    shutil.rmtree(simulation_dir(start.flower_run_id), ignore_errors=True)
+    directory = simulation_dir(start.flower_run_id)
+    try:
+        if directory.exists():
+            shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("the simulated clients' secrets in %s could not be removed: %s", directory, error)
 
 
 def _stop(store: Store, run_id: str) -> None:

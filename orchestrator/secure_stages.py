@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection, Iterator
 
 from aggregation.ring import RingVector
-from aggregation.rules import trainable_factor
 from contract.errors import SecureSumError, UpdateError
 from contract.records import RoundKey, RoundProgress
 from contract.secure_records import SecureOrder
@@ -18,7 +17,7 @@ from orchestrator.collection import report_progress
 from orchestrator.deadline import ProgressDeadline, TrainedDeadline
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Deadline
-from orchestrator.messages import OUTSIDE_ROUNDS, RoundOrder, adapter_record, order_message, read_update
+from orchestrator.messages import OUTSIDE_ROUNDS, adapter_record, order_message, read_update, round_order
 from orchestrator.secure_exchange import SecureAnswer, ask_all, stage_deadline
 from orchestrator.secure_session import SecureSession
 from storage.records import Outcome
@@ -130,17 +129,7 @@ def _vectors(
 ) -> Iterator[SecureAnswer]:
     """Ask for masked vectors, and for adverts of the session that follows, if any; yields the answers."""
     session.server.train_from(f"{version.client_sha256}:{version.trunk_sha256}")
-    judging = key.attempt == OUTSIDE_ROUNDS
-    order = RoundOrder(
-        run=key.run,
-        round=key.round,
-        attempt=key.attempt,
-        client_sha256=version.client_sha256,
-        trunk_sha256=version.trunk_sha256,
-        factor=trainable_factor(desk.config.aggregation, key.round),
-        clients=len(session.cohort),
-        final=judging,
-    )
+    order = round_order(desk.config, version, key, len(session.cohort), final=key.attempt == OUTSIDE_ROUNDS)
     join, later = (following.terms.to_bytes(), set(following.cohort)) if following else (b"", set[str]())
     trains = set(session.shared)
     orders = {
