@@ -25,6 +25,7 @@ ConfigValue = str | int | float | bool
 
 MODEL_SECTION, SPLIT_SECTION, ROUNDS_SECTION = "Model and data", "The split", "Rounds"
 AGGREGATION_SECTION, TRAINING_SECTION, LORA_SECTION = "Averaging", "Training on a client", "The adapter"
+PRIVACY_SECTION = "Privacy"
 
 
 def _key(name: str) -> str:
@@ -157,6 +158,99 @@ class RunConfig(BaseModel):
         ge=0,
     )
 
+    dp: Literal["off", "client", "example"] = _setting(
+        "off",
+        PRIVACY_SECTION,
+        "Differential privacy of what is averaged: `client` hides whether all of a client's text was there, by noise "
+        "shares in the secure sum; `example` whether one row was, by DP-SGD at the client; `off` hides neither.",
+    )
+    dp_epsilon: float = _setting(
+        8.0, PRIVACY_SECTION, "What a unit may spend in this run, against each adversary by itself.", gt=0.0
+    )
+    dp_delta: float = _setting(1e-5, PRIVACY_SECTION, "The chance at which epsilon may not hold.", gt=0.0, lt=1.0)
+    dp_noise_multiplier: float = _setting(
+        1.0,
+        PRIVACY_SECTION,
+        "Standard deviation of the noise over `dp-clip`: in a round's sum for `client`, in each step's for `example`. "
+        "`trunkline budget plan` calibrates it.",
+        gt=0.0,
+    )
+    dp_clip: float = _setting(
+        1.0,
+        PRIVACY_SECTION,
+        "L2 norm that a client's update (`client`) or a row's gradient (`example`) is cut to.",
+        gt=0.0,
+    )
+    dp_colluders: int = _setting(
+        1,
+        PRIVACY_SECTION,
+        "For `client`: how many clients may tell the orchestrator their noise. Each share is made larger for it.",
+        ge=0,
+    )
+    dp_sample_rate: float = _setting(
+        0.05,
+        PRIVACY_SECTION,
+        "For `example`: the chance with which each row takes part in a step, drawn in secret at the client.",
+        gt=0.0,
+        le=1.0,
+    )
+    dp_gradients: Literal["book-keeping", "hooks", "ghost"] = _setting(
+        "book-keeping",
+        PRIVACY_SECTION,
+        "For `example`: how a row's gradient is got at. `hooks` and `ghost` are Opacus's; `ghost` goes over the wire "
+        "twice; `book-keeping` needs neither its memory nor a second pass.",
+    )
+    trunk_adapter: Literal["trained", "frozen"] = _setting(
+        "trained",
+        PRIVACY_SECTION,
+        "`frozen`: the trunk's half of the adapter stays as it began. Under `dp` it must, unless `wire` is `dp` too.",
+    )
+    metrics: Literal["sum", "off"] = _setting(
+        "sum",
+        PRIVACY_SECTION,
+        "`sum`: losses and counts are told as totals, without noise: the orchestrator then gets no epsilon; `off`: "
+        "nobody judges, and none are told.",
+    )
+    wire: Literal["off", "empirical", "dp"] = _setting(
+        "off",
+        PRIVACY_SECTION,
+        "What the trunk can read: `off`, the text; `empirical`, noise or masking that `trunkline audit run` measures, "
+        "without an epsilon; `dp`, clipped and noised rows with an epsilon (needs `dp=\"example\"`).",
+    )
+    wire_clip_forward: float = _setting(
+        1.0, PRIVACY_SECTION, "For `wire=\"dp\"`: norm that a row's activations are cut to.", gt=0.0
+    )
+    wire_clip_backward: float = _setting(
+        0.01, PRIVACY_SECTION, "For `wire=\"dp\"`: norm that a row's gradient at the tail cut is cut to.", gt=0.0
+    )
+    wire_noise_multiplier: float = _setting(
+        5.0, PRIVACY_SECTION, "For `wire=\"dp\"`: standard deviation of the noise over each of the two clips.", gt=0.0
+    )
+    wire_releases: int = _setting(
+        1, PRIVACY_SECTION, "For `wire=\"dp\"`: how often a row may be sent in a round; the client keeps to it.", ge=1
+    )
+    wire_noise: float = _setting(
+        0.0,
+        PRIVACY_SECTION,
+        "For `wire=\"empirical\"`: standard deviation of the noise over a row's root mean square.",
+        ge=0.0,
+    )
+    gradient_mask: Literal["none", "random", "top-k"] = _setting(
+        "none",
+        PRIVACY_SECTION,
+        "For `wire=\"empirical\"`: which values of the gradient at the tail cut are sent; what is held back is added "
+        "to the same row's next gradient.",
+    )
+    gradient_mask_keep: float = _setting(
+        0.1, PRIVACY_SECTION, "Share of the values that `gradient-mask` lets pass.", gt=0.0, le=1.0
+    )
+    wire_length_bucket: int = _setting(
+        0,
+        PRIVACY_SECTION,
+        "Rows are sent as long as the next multiple of this many tokens; `max-length` hides lengths; 0 shows them.",
+        ge=0,
+    )
+
     local_steps: int = _setting(
         10, TRAINING_SECTION, "Optimiser steps of a client in a round; 0 counts epochs instead.", ge=0
     )
@@ -225,11 +319,47 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
+        self._check_privacy()
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(
                 f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"
             )
         return self
+
+    def _check_privacy(self) -> None:
+        """Raise ConfigError for a mode whose price would not cover what it releases."""
+        if self.dp != "off":
+            self._check_dp()
+        if self.wire == "dp" and (self.dp != "example" or self.metrics != "off"):
+            raise ConfigError(
+                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are priced, "
+                "but what the head and tail learn from it would carry it into every later row, and judging sends rows "
+                "again: wire=dp needs dp=example and metrics=off"
+            )
+        if self.wire == "empirical" and not self.wire_noise and self.gradient_mask == "none":
+            raise ConfigError("wire is empirical, but wire-noise is 0 and gradient-mask is none: set one of them")
+        if self.wire_length_bucket > self.max_length:
+            raise ConfigError(
+                f"wire-length-bucket is {self.wire_length_bucket}; it must be at most max-length, {self.max_length}"
+            )
+
+    def _check_dp(self) -> None:
+        if self.secagg == "off":
+            raise ConfigError(f"dp is {self.dp} and secagg is off; differential privacy needs the secure sum: secagg=on")
+        if self.trunk_adapter == "trained" and self.wire != "dp":
+            raise ConfigError(
+                f"dp is {self.dp} and trunk-adapter is trained; the trunk's half would be learned from unpriced "
+                "gradients and released: trunk-adapter must be frozen, or wire must be dp"
+            )
+        if self.early_stopping_patience:
+            raise ConfigError(
+                f"early-stopping-patience is {self.early_stopping_patience} and dp is {self.dp}; when the run ends would "
+                "tell of losses that nothing prices: early-stopping-patience must be 0"
+            )
+        if self.dp == "example" and not self.local_steps:
+            raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")
+        if self.dp == "client" and self.wire == "dp":
+            raise ConfigError("dp is client and wire is dp; the wire's noise protects rows, not clients: dp=example")
 
     @classmethod
     def from_flower(cls, values: Mapping[str, ConfigValue]) -> RunConfig:
@@ -267,8 +397,12 @@ class RunConfig(BaseModel):
         """`target-modules` as single names, `("all-linear",)` for that."""
         return tuple(name.strip() for name in self.target_modules.split(","))
 
+    def max_weight(self) -> int:
+        """The largest weight of a client in an average: its trained tokens, or 1 where all must count alike."""
+        return 1 if self.dp != "off" else self.max_trained_tokens()
+
     def max_trained_tokens(self) -> int:
-        """Upper bound of the tokens that one client trains on in one round, which is also its largest weight."""
+        """Upper bound of the tokens that one client trains on in one round."""
         if self.max_tokens:
             return self.max_tokens
         rows = self.local_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size

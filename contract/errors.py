@@ -14,6 +14,10 @@ TrunklineError
 ├── CapacityError          the peer is full; try again later
 ├── UpdateError            a client's update is non-finite or absurdly large
 ├── SecureSumError         a party of a secure sum was told, or sent, what its rules forbid
+├── PrivacyError           a release that may not be made
+│   ├── BudgetError             it would spend more than its budget
+│   ├── UnpricedError           the accountant has no price for it
+│   └── LedgerError             the ledger's chain does not hold, or it knows of no such charge
 ├── RoundError             a round or a run cannot go on
 │   └── QuorumError             too few clients answered
 ├── ConnectionFailedError  nothing answers at an address
@@ -87,6 +91,22 @@ class UpdateError(TrunklineError):
 
 class SecureSumError(TrunklineError):
     grpc_status = "FAILED_PRECONDITION"
+
+
+class PrivacyError(TrunklineError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class BudgetError(PrivacyError):
+    pass
+
+
+class UnpricedError(PrivacyError):
+    pass
+
+
+class LedgerError(PrivacyError):
+    grpc_status = "DATA_LOSS"
 
 
 class RoundError(TrunklineError):
