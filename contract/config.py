@@ -332,8 +332,8 @@ class RunConfig(BaseModel):
             self._check_dp()
         if self.wire == "dp" and (self.dp != "example" or self.metrics != "off"):
             raise ConfigError(
-                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are priced, "
-                "but what the head and tail learn from it would carry it into every later row, and judging sends rows "
+                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are priced,"
+                " but what head and tail learn from it would carry it into every later row, and judging sends rows "
                 "again: wire=dp needs dp=example and metrics=off"
             )
         if self.wire == "empirical" and not self.wire_noise and self.gradient_mask == "none":
@@ -345,7 +345,7 @@ class RunConfig(BaseModel):
 
     def _check_dp(self) -> None:
         if self.secagg == "off":
-            raise ConfigError(f"dp is {self.dp} and secagg is off; differential privacy needs the secure sum: secagg=on")
+            raise ConfigError(f"dp is {self.dp} and secagg is off; it needs the secure sum: secagg must be on")
         if self.trunk_adapter == "trained" and self.wire != "dp":
             raise ConfigError(
                 f"dp is {self.dp} and trunk-adapter is trained; the trunk's half would be learned from unpriced "
@@ -353,8 +353,8 @@ class RunConfig(BaseModel):
             )
         if self.early_stopping_patience:
             raise ConfigError(
-                f"early-stopping-patience is {self.early_stopping_patience} and dp is {self.dp}; when the run ends would "
-                "tell of losses that nothing prices: early-stopping-patience must be 0"
+                f"early-stopping-patience is {self.early_stopping_patience} and dp is {self.dp}; when the run ends "
+                "would tell of losses that nothing prices: early-stopping-patience must be 0"
             )
         if self.dp == "example" and not self.local_steps:
             raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")

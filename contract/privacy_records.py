@@ -57,7 +57,7 @@ class PrivacyEvent:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one adversary sees of a charge: how many releases of one unit, with which sampling, between which neighbours.
+    """What one adversary sees of a charge: how many releases of one unit, how sampled, between which neighbours.
 
     `sampling_rate` is the hex float of the chance, secret from this adversary, with which a unit takes part in each of
     the releases; `1` is certain or visible participation, for which no amplification is charged.
@@ -70,7 +70,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class PricedRelease:
-    """A channel's release in one round, the same for every unit that takes part; an absent adversary sees none of it."""
+    """A channel's release in one round, the same for every unit in it; an absent adversary sees none of it."""
 
     channel: Channel
     event: PrivacyEvent
