@@ -4,6 +4,8 @@ That parameter is the *anchor*. Its value means nothing. Its gradient always is 
 trunk's half has accumulated, so that a norm over the model's parameters is the norm over client and trunk together.
 What clipping (or a loss scaler) leaves of the anchor's gradient is the factor that the trunk applies to its own, and an
 optimiser's step on the anchor is the trunk's step, with the settings of the anchor's parameter group.
+
+A frozen trunk trains nothing: its anchor needs no gradient, and no optimiser needs the anchor.
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ _NO_PASS = -1
 class RemoteLayers(nn.Module):
     """hidden_BTD at the head cut -> hidden_BTD at the tail cut, through `trunk` (contract.partition.RemoteLayers).
 
-    `spec` is the whole model's adapter, and `base_model_name` what its export names as its base.
+    `spec` is the whole model's adapter, and `base_model_name` what its export names as its base. `frozen` is what the
+    trunk was told in the hello: that its half of the adapter stays as it is.
     """
 
-    def __init__(self, trunk: RemoteTrunk, spec: LoraSpec, base_model_name: str) -> None:
+    def __init__(self, trunk: RemoteTrunk, spec: LoraSpec, base_model_name: str, *, frozen: bool = False) -> None:
         super().__init__()
         self.trunk = trunk
         self.spec = spec
         self.base_model_name = base_model_name
-        self.anchor = nn.Parameter(torch.zeros(1))
+        self.anchor = nn.Parameter(torch.zeros(1), requires_grad=not frozen)
         self.beside: frozenset[int] = frozenset()
         """The ids of the client's own trained parameters, which no optimizer may step without the anchor."""
         # The collector does not look into a tensor's hooks: one that held this module would keep it for ever.
         settle = weakref.WeakMethod(self._settle)
-        self.anchor.register_post_accumulate_grad_hook(lambda _: _call(settle))  # type: ignore[no-untyped-call]
+        if not frozen:
+            self.anchor.register_post_accumulate_grad_hook(lambda _: _call(settle))  # type: ignore[no-untyped-call]
         self._norm_told = 0.0  # what backward passes since the last reset have handed to the anchor, in all
         self._norm_settled = 0.0  # the anchor's gradient as autograd left it
         self._unsettled_pass = _NO_PASS  # the backward pass that handed over what is not in the anchor's gradient yet
@@ -59,8 +63,15 @@ class RemoteLayers(nn.Module):
         output_BTD, _ = self.trunk.forward(hidden_BTD, crossing, need_grad=False)
         return output_BTD
 
-    def backward(self, graph: PendingGraph, grad_BTD: Tensor, want_input_grad: bool) -> tuple[Tensor | None, Tensor]:
-        """The gradient at the head cut, and what brings the anchor's gradient to the trunk's norm."""
+    def backward(
+        self, graph: PendingGraph, grad_BTD: Tensor, want_input_grad: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient at the head cut, and what brings the anchor's gradient to the trunk's norm (None: frozen)."""
+        if not self.anchor.requires_grad:
+            input_grad_BTD, _ = self.trunk.backward(
+                graph, grad_BTD, want_input_grad=want_input_grad, reset_gradient=False
+            )
+            return input_grad_BTD, None
         this_pass = torch._C._current_graph_task_id()
         reset = self._unsettled_pass != this_pass and _is_zero(self.anchor.grad)
         if not reset and self._stepped:
@@ -110,7 +121,7 @@ class _Cross(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_in_BTD, anchor_grad = ctx.layers.backward(ctx.graph, grad_BTD, ctx.needs_input_grad[0])
         return grad_in_BTD, anchor_grad, None, None
 
@@ -127,16 +138,20 @@ def _watch_optimizers() -> None:
 
 
 def _anchored(optimizer: Optimizer) -> list[tuple[RemoteLayers, dict[str, Any]]]:
-    """The remote layers whose anchor `optimizer` holds, with its parameter group."""
+    """The remote layers whose trunk `optimizer` trains by their anchor, with the anchor's parameter group."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return [(layers, groups[id(layers.anchor)]) for layers in list(_LIVE) if id(layers.anchor) in groups]
+    return [(layers, groups[id(layers.anchor)]) for layers in _trained() if id(layers.anchor) in groups]
+
+
+def _trained() -> list[RemoteLayers]:
+    return [layers for layers in list(_LIVE) if layers.anchor.requires_grad]
 
 
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """Refuses, before anything moves, an optimizer that the trunk cannot follow."""
     name = type(optimizer).__name__
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layers in list(_LIVE):
+    for layers in _trained():
         if held & layers.beside and id(layers.anchor) not in held:
             raise ConfigError(
                 f"{name} holds this model's own half of the adapter but not the trunk's, which would never be trained: "

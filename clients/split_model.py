@@ -26,15 +26,19 @@ from contract.codec import check_codec
 from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
-from contract.records import CutLayers, Factor, LoraSpec, RoundKey
+from contract.records import CutLayers, Factor, LoraSpec, RoundKey, Trainable
 from contract.trunk_pb2 import CloseReply, Hello, ModelAgreement
+from privacy.wire import WireMechanism
 
 _HEADER_BYTES = (1 << 10, 1 << 9)  # of an adapter's safetensors: fixed, and per tensor
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSettings:
-    """Which model, how it is cut and run; what run-config and node-config, or a caller of the SDK, decide."""
+    """Which model, how it is cut and run; what run-config and node-config, or a caller of the SDK, decide.
+
+    `mechanism` stands between the model and the wire; None lets everything pass as it is.
+    """
 
     model_path: str | Path
     cut: CutLayers
@@ -43,11 +47,15 @@ class SplitSettings:
     codec: str = "identity"
     device: str = "cpu"
     timeout_s: float = 300.0
+    mechanism: WireMechanism | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStart:
-    """Where a client begins in a round: the trunk holds its part of the adapter under `trunk_sha256`."""
+    """Where a client begins in a round: the trunk holds its part of the adapter under `trunk_sha256`.
+
+    With `trunk_frozen` that part stays as it is, and `trainable` is of the client's half alone.
+    """
 
     key: RoundKey
     client_id: str
@@ -55,6 +63,7 @@ class RoundStart:
     client_vector: npt.NDArray[np.float32] = field(repr=False)
     client_sha256: str
     trunk_sha256: str
+    trunk_frozen: bool = False
 
 
 def load_split_model(
@@ -123,14 +132,18 @@ def open_split_model(
     for name, parameter in adapter.adapter_parameters(model).items():
         parameter.requires_grad_(name in trained)
     _refuse_long_sequences(model)
+    frozen = not isinstance(start, int) and start.trunk_frozen
     trunk = RemoteTrunk(
         connection,
-        _hello(agreement, settings.codec, trunk_spec(spec, found, settings.cut), trainable, start),
+        _hello(
+            agreement, settings.codec, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start
+        ),
         hidden_size=found.hidden_size,
         adapter_bytes=_size_limit(trunk_shapes),
         timeout_s=settings.timeout_s,
+        mechanism=settings.mechanism,
     )
-    layers = RemoteLayers(trunk, spec, str(settings.model_path)).to(settings.device)
+    layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
     layers.beside = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     attach_remote(model, layers)
     return model
@@ -206,7 +219,9 @@ def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) ->
     return tensors
 
 
-def _hello(agreement: ModelAgreement, codec: str, spec: LoraSpec, trainable: Factor, start: int | RoundStart) -> Hello:
+def _hello(
+    agreement: ModelAgreement, codec: str, spec: LoraSpec, trainable: Trainable, start: int | RoundStart
+) -> Hello:
     hello = Hello(
         protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable, codec=codec
     )

@@ -34,7 +34,7 @@ from contract.checkpoint import make_folder
 from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError, StorageError
 from contract.partition import present_modules
-from contract.records import CutLayers, Factor, LoraSpec
+from contract.records import CutLayers, Factor, LoraSpec, Trainable
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -262,8 +262,10 @@ def is_factor(name: str, factor: Factor) -> bool:
     return name.endswith(f".lora_{factor}.weight")
 
 
-def trainable_names(names: Iterable[str], factor: Factor) -> tuple[str, ...]:
+def trainable_names(names: Iterable[str], factor: Trainable) -> tuple[str, ...]:
     """The names that train under `factor`, sorted. A DoRA magnitude trains with "AB" only."""
+    if factor == "none":
+        return ()
     return tuple(sorted(name for name in names if is_factor(name, factor)))
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 from contract.errors import ConfigError
 
 Factor = Literal["A", "B", "AB"]
+Trainable = Literal["A", "B", "AB", "none"]
+"""What a session with the trunk trains of the trunk's half: LoRA factors, or nothing."""
 Side = Literal["client", "trunk"]
 
 MOST_TOKENS = 1 << 32

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from contract.adapter import adapter_parameters, add_lora, initial_adapter, peft_config, peft_refusals, trainable_names
 from contract.errors import AgreementError, ConfigError, FrameError
-from contract.records import AdamWSettings, Factor, LoraSpec
+from contract.records import AdamWSettings, LoraSpec, Trainable
 
 _IDLE_SLOTS = 4
 _NO_TARGETS = LoraSpec(rank=1, alpha=1.0, target_modules=())
@@ -37,14 +37,14 @@ class Slot:
 class SessionAdapter:
     """One session's LoRA parameters by canonical name, which of them train, and their AdamW."""
 
-    def __init__(self, slot: Slot, tensors: Mapping[str, Tensor], factor: Factor) -> None:
+    def __init__(self, slot: Slot, tensors: Mapping[str, Tensor], trained: Trainable) -> None:
         """Names and shapes must be the slot's, or AgreementError names the first that is not.
 
         Only DoRA magnitudes may be absent: they start as PEFT set them, at their base weight's norm.
         """
         self.slot = slot
         self.parameters: dict[str, nn.Parameter] = {}
-        trainable = set(trainable_names(slot.placeholders, factor))
+        trainable = set(trainable_names(slot.placeholders, trained))
         for name in sorted(tensors.keys() - slot.placeholders.keys()):
             raise AgreementError(f"the first adapter holds {name}, which the session's LoRA targets do not have")
         for name, placeholder in slot.placeholders.items():
@@ -134,12 +134,12 @@ class AdapterSlots:
                 f"lora.dropout is {spec.dropout} and lora.alpha {spec.alpha}; want 0 <= dropout < 1, finite"
             )
 
-    def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, factor: Factor) -> SessionAdapter:
+    def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:
         """A new session's adapter, from given tensors or from a seed. Raises AgreementError, ConfigError (PEFT's)."""
         slot = self._slot(spec)
         if isinstance(start, int):
             start = initial_adapter({name: tuple(place.shape) for name, place in slot.placeholders.items()}, start)
-        adapter = SessionAdapter(slot, start, factor)
+        adapter = SessionAdapter(slot, start, trainable)
         slot.users += 1
         return adapter
 

@@ -20,7 +20,7 @@ from contract.checkpoint import fingerprint
 from contract.codec import dtype_name, require_finite
 from contract.errors import CapacityError, ConfigError, UpdateError
 from contract.partition import TrunkPart, load_part
-from contract.records import AdamWSettings, CutLayers, Factor, LoraSpec
+from contract.records import AdamWSettings, CutLayers, LoraSpec, Trainable
 from server_trunk.adapters import AdapterSlots, SessionAdapter
 
 AUTOCAST: Mapping[str, torch.dtype | None] = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,9 +96,9 @@ class Engine:
         """Raise AgreementError or FrameError unless `spec` fits this trunk; may run on any thread."""
         self._slots.check(spec)
 
-    def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, factor: Factor) -> SessionAdapter:
+    def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:
         """A session's own adapter, from an adapter's tensors or from a seed."""
-        return self._slots.open(spec, start, factor)
+        return self._slots.open(spec, start, trainable)
 
     def close(self, adapter: SessionAdapter) -> None:
         """Forget a session's adapter."""

@@ -9,13 +9,13 @@ from torch import Tensor
 from contract import trunk_pb2 as pb
 from contract.codec import CODECS, check_header, unpack_mask, unpack_positions
 from contract.errors import AgreementError, FrameError
-from contract.records import AdamWSettings, Factor, LoraSpec, RoundKey
+from contract.records import AdamWSettings, LoraSpec, RoundKey, Trainable
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
 from server_trunk.contributions import check_name
 from server_trunk.engine import AUTOCAST, Graph
 
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
-_FACTORS: dict[str, Factor] = {"A": "A", "B": "B", "AB": "AB"}
+_TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Opening:
     round_key: RoundKey | None
     spec: LoraSpec
     start: str | int
-    factor: Factor
+    trainable: Trainable
     codec: str
 
 
@@ -38,8 +38,8 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
     start = hello.WhichOneof("start")
     if start is None:
         raise FrameError("hello.start is missing; it must be a seed or an adapter_sha256")
-    if hello.trainable not in _FACTORS:
-        raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B or AB")
+    if hello.trainable not in _TRAINABLE:
+        raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B, AB or none")
     if hello.codec not in CODECS:
         raise FrameError(f"hello.codec is {hello.codec!r}; it must be one of {', '.join(CODECS)}")
     round_key = round_from_wire(hello.round) if hello.HasField("round") else None
@@ -53,7 +53,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         round_key=round_key,
         spec=lora_from_wire(hello.lora),
         start=hello.seed if start == "seed" else hello.adapter_sha256,
-        factor=_FACTORS[hello.trainable],
+        trainable=_TRAINABLE[hello.trainable],
         codec=hello.codec,
     )
 

@@ -164,7 +164,9 @@ class TrunkServicer:
             return await self._opened(opening, tensors)
 
     async def _opened(self, opening: Opening, start: Mapping[str, Tensor] | int) -> SessionAdapter:
-        return await self._compute.acquire(self._engine.open, self._engine.close, opening.spec, start, opening.factor)
+        return await self._compute.acquire(
+            self._engine.open, self._engine.close, opening.spec, start, opening.trainable
+        )
 
     async def _converse(self, opening: Opening, adapter: SessionAdapter, stream: FrameStream) -> None:
         base_sha256 = opening.start

@@ -57,6 +57,7 @@ def opened(
     key: RoundKey | None = None,
     client_id: str = "client-1",
     trainable: Factor = "AB",
+    trunk_frozen: bool = False,
 ) -> Iterator[PeftModel]:
     """A split model in a round that starts from `tensors`, as a client app opens it."""
     spec = adapter.resolve_lora(model_dir, lora)
@@ -69,6 +70,7 @@ def opened(
         client_vector=adapter.flatten(client, sorted(client)),
         client_sha256=adapter.sha256_hex(adapter.to_bytes(client)),
         trunk_sha256=orchestrator.put_adapter(adapter.to_bytes(trunk_part)),
+        trunk_frozen=trunk_frozen,
     )
     orchestrator.close()
     settings = SplitSettings(model_dir, cut, attn_implementation=attn_implementation)

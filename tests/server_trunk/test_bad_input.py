@@ -65,7 +65,7 @@ def test_a_disagreement_names_both_sides(client: WireClient, lora: pb.Lora, fiel
 HELLOS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
     ({"protocol": 9}, errors.AgreementError, "protocol is 9 at the client and 1 at the trunk"),
     ({"codec": "zip"}, errors.FrameError, "hello.codec is 'zip'; it must be one of identity, bf16"),
-    ({"trainable": "C"}, errors.FrameError, "hello.trainable is 'C'; it must be A, B or AB"),
+    ({"trainable": "C"}, errors.FrameError, "hello.trainable is 'C'; it must be A, B, AB or none"),
     ({"adapter_sha256": "0" * 64}, errors.SessionError, "does not hold adapter 0{64}; put it first"),
     ({"adapter_sha256": "../../etc/passwd"}, errors.FrameError, "no SHA-256"),
     ({"round": pb.RoundId(run="r", round=1, attempt=1)}, errors.FrameError, "hello.seed with a round"),

@@ -167,6 +167,21 @@ def test_steps_equal_the_unsplit_adamw_with_accumulation_and_global_clipping(
             assert moved == (name in trainable_names([name], factor)), name
 
 
+def test_a_frozen_session_gives_the_client_the_same_gradients_and_keeps_none(serve_family: Callable[..., Any]) -> None:
+    with serve_family("llama") as (directory, wire):
+        adapter = trained_adapter(directory, ALL_LINEAR)
+        trained = RemoteClient(wire, directory, ALL_LINEAR, adapter, CUT)
+        frozen = RemoteClient(wire, directory, ALL_LINEAR, adapter, CUT, trainable="none")
+        before = frozen.session.read()
+        expected = run(trained.model, trained.local(), batch("left"))
+        assert differences(expected, run(frozen.model, frozen.local(), batch("left"))) == []
+        assert trained.remote.norm > 0
+        assert frozen.remote.norm == 0
+        assert frozen.trunk_gradients() == {}
+        frozen.session.step(weight_decay=1.0)  # an honest client sends none; it must move nothing
+        assert frozen.session.read() == before
+
+
 def test_steps_without_clipping_are_bitwise_the_unsplit_ones(serve_family: Callable[..., Any]) -> None:
     with serve_family("llama") as (directory, wire):
         adapter = trained_adapter(directory, ALL_LINEAR)
