@@ -215,30 +215,30 @@ class RunConfig(BaseModel):
         "off",
         PRIVACY_SECTION,
         "What the trunk can read: `off`, the text; `empirical`, noise or masking that `trunkline audit run` measures, "
-        "without an epsilon; `dp`, clipped and noised rows with an epsilon (needs `dp=\"example\"`).",
+        'without an epsilon; `dp`, clipped and noised rows with an epsilon (needs `dp="example"`).',
     )
     wire_clip_forward: float = _setting(
-        1.0, PRIVACY_SECTION, "For `wire=\"dp\"`: norm that a row's activations are cut to.", gt=0.0
+        1.0, PRIVACY_SECTION, 'For `wire="dp"`: norm that a row\'s activations are cut to.', gt=0.0
     )
     wire_clip_backward: float = _setting(
-        0.01, PRIVACY_SECTION, "For `wire=\"dp\"`: norm that a row's gradient at the tail cut is cut to.", gt=0.0
+        0.01, PRIVACY_SECTION, 'For `wire="dp"`: norm that a row\'s gradient at the tail cut is cut to.', gt=0.0
     )
     wire_noise_multiplier: float = _setting(
-        5.0, PRIVACY_SECTION, "For `wire=\"dp\"`: standard deviation of the noise over each of the two clips.", gt=0.0
+        5.0, PRIVACY_SECTION, 'For `wire="dp"`: standard deviation of the noise over each of the two clips.', gt=0.0
     )
     wire_releases: int = _setting(
-        1, PRIVACY_SECTION, "For `wire=\"dp\"`: how often a row may be sent in a round; the client keeps to it.", ge=1
+        1, PRIVACY_SECTION, 'For `wire="dp"`: how often a row may be sent in a round; the client keeps to it.', ge=1
     )
     wire_noise: float = _setting(
         0.0,
         PRIVACY_SECTION,
-        "For `wire=\"empirical\"`: standard deviation of the noise over a row's root mean square.",
+        'For `wire="empirical"`: standard deviation of the noise over a row\'s root mean square.',
         ge=0.0,
     )
     gradient_mask: Literal["none", "random", "top-k"] = _setting(
         "none",
         PRIVACY_SECTION,
-        "For `wire=\"empirical\"`: which values of the gradient at the tail cut are sent; what is held back is added "
+        'For `wire="empirical"`: which values of the gradient at the tail cut are sent; what is held back is added '
         "to the same row's next gradient.",
     )
     gradient_mask_keep: float = _setting(
@@ -298,6 +298,11 @@ class RunConfig(BaseModel):
             )
         if self.secagg == "on" and self.cohort_size == 1:
             raise ConfigError("cohort-size is 1 and secagg is on; a sum over one client hides nothing: at least 2")
+        if self.early_stopping_patience and self.metrics == "off":
+            raise ConfigError(
+                f"early-stopping-patience is {self.early_stopping_patience} but metrics is off; "
+                "early stopping needs losses: metrics must be sum"
+            )
         if self.early_stopping_patience and not self.eval_fraction:
             raise ConfigError(
                 f"early-stopping-patience is {self.early_stopping_patience} but eval-fraction is 0; "
@@ -308,7 +313,7 @@ class RunConfig(BaseModel):
                 "local-steps is 0 and max-tokens is 0; a round counted in epochs needs a bound on a client's tokens: "
                 "set max-tokens to the size of the largest client's data times local-epochs"
             )
-        together, most = max(self.cohort_size, self.quorum), self.max_trained_tokens()
+        together, most = max(self.cohort_size, self.quorum), self.max_weight()
         if most * together >= MOST_TOKENS:
             key = "max-tokens" if self.max_tokens else "local-steps x batch size x max-length"
             raise ConfigError(
@@ -332,9 +337,9 @@ class RunConfig(BaseModel):
             self._check_dp()
         if self.wire == "dp" and (self.dp != "example" or self.metrics != "off"):
             raise ConfigError(
-                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are priced,"
-                " but what head and tail learn from it would carry it into every later row, and judging sends rows "
-                "again: wire=dp needs dp=example and metrics=off"
+                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are "
+                "priced, but what head and tail learn from it would carry it into every later row, and judging sends "
+                "rows again: wire=dp needs dp=example and metrics=off"
             )
         if self.wire == "empirical" and not self.wire_noise and self.gradient_mask == "none":
             raise ConfigError("wire is empirical, but wire-noise is 0 and gradient-mask is none: set one of them")
@@ -358,8 +363,6 @@ class RunConfig(BaseModel):
             )
         if self.dp == "example" and not self.local_steps:
             raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")
-        if self.dp == "client" and self.wire == "dp":
-            raise ConfigError("dp is client and wire is dp; the wire's noise protects rows, not clients: dp=example")
 
     @classmethod
     def from_flower(cls, values: Mapping[str, ConfigValue]) -> RunConfig:

@@ -48,7 +48,7 @@ class PrivacyEvent:
         text = self.parameters.get(name, "")
         try:
             value = float(int(text)) if text.isdigit() else float.fromhex(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not 0.0 < value < math.inf:
             raise UnpricedError(f"{name} of the {self.mechanism} event is {text!r}; it must be a number above 0")

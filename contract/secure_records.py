@@ -12,12 +12,15 @@ from contract.errors import FrameError
 
 MAX_FIELD_BYTES = 64 << 20
 MAX_TEXT_LETTERS = 1000
-_TEXTS = ("run", "refusal", "failure")
+_TEXTS = ("run", "name", "dataset", "refusal", "failure")
 
 
 @dataclass(frozen=True, slots=True)
 class SecureOrder:
-    """To a client. `session` and `next_session` are ids; the other fields are messages of the protocol's stages."""
+    """To a client. `session` and `next_session` are ids; the other fields are messages of the protocol's stages.
+
+    `head` is the signed head of the ledger's chain for this client's unit, as JSON.
+    """
 
     run: str
     greet: bytes = b""
@@ -28,17 +31,21 @@ class SecureOrder:
     join: bytes = b""
     next_session: bytes = b""
     share: bytes = b""
+    head: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class SecureReply:
     """From a client: what it answers to the same stage.
 
-    `refusal` tells why it takes no part in the next sum, `failure` why it has no vector for the present one.
+    `name` and `dataset` say whose privacy budget its part is charged to. `refusal` tells why it takes no part in the
+    next sum, `failure` why it has no vector for the present one.
     """
 
     identity: bytes = b""
     greeting: bytes = b""
+    name: str = ""
+    dataset: str = ""
     advert: bytes = b""
     shares: bytes = b""
     confirmation: bytes = b""

@@ -16,6 +16,7 @@ from contract.errors import ConfigError
 from orchestrator import config_docs
 
 REPOSITORY = Path(__file__).parents[2]
+FROZEN: dict[str, ConfigValue] = {"trunk-adapter": "frozen"}
 
 
 def test_defaults_survive_the_way_through_flower() -> None:
@@ -58,6 +59,23 @@ def test_a_whole_number_is_taken_where_a_number_is_wanted() -> None:
         ({"local-steps": 0}, "local-steps is 0 and max-tokens is 0; "),
         ({"target-modules": "q_proj,,v_proj"}, "target-modules is 'q_proj,,v_proj'; "),
         ({"target-modules": ""}, "target-modules is ''; "),
+        ({"early-stopping-patience": 1, "metrics": "off"}, "early-stopping-patience is 1 but metrics is off; "),
+        ({"dp": "client", "secagg": "off"}, "dp is client and secagg is off; "),
+        ({"dp": "client"}, "dp is client and trunk-adapter is trained; "),
+        ({"dp": "example"}, "dp is example and trunk-adapter is trained; "),
+        ({**FROZEN, "dp": "example", "local-steps": 0, "max-tokens": 9}, "dp is example and local-steps is 0; "),
+        ({**FROZEN, "dp": "client", "early-stopping-patience": 2}, "early-stopping-patience is 2 and dp is client; "),
+        ({"wire": "dp", "metrics": "off"}, "wire is dp while dp is off and metrics is off; "),
+        (
+            {**FROZEN, "wire": "dp", "dp": "client", "metrics": "off"},
+            "wire is dp while dp is client and metrics is off",
+        ),
+        ({"wire": "dp", "dp": "example"}, "wire is dp while dp is example and metrics is sum; "),
+        ({"wire": "empirical"}, "wire is empirical, but wire-noise is 0 and gradient-mask is none: "),
+        ({"wire-length-bucket": 129}, "wire-length-bucket is 129; it must be at most max-length, 128"),
+        ({"dp-delta": 1.0}, "dp-delta is 1.0; it must be a number, > 0.0, < 1.0"),
+        ({"dp-noise-multiplier": 0}, "dp-noise-multiplier is 0; it must be a number, > 0.0"),
+        ({"dp-sample-rate": 1.5}, "dp-sample-rate is 1.5; it must be a number, > 0.0, <= 1.0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_own_name(values: dict[str, ConfigValue], told: str) -> None:
@@ -81,6 +99,17 @@ def test_a_clients_largest_weight_follows_from_its_steps_or_is_set() -> None:
     }
     assert RunConfig.from_flower(steps).max_trained_tokens() == 3 * 2 * 4 * 16
     assert RunConfig.from_flower({"local-steps": 0, "max-tokens": 1000}).max_trained_tokens() == 1000
+
+
+@pytest.mark.parametrize("dp", ["client", "example"])
+def test_under_differential_privacy_every_client_weighs_the_same(dp: str) -> None:
+    assert RunConfig.from_flower({**FROZEN, "dp": dp}).max_weight() == 1
+    assert RunConfig.from_flower({}).max_weight() == RunConfig.from_flower({}).max_trained_tokens()
+
+
+def test_a_trunk_that_learns_is_priced_by_the_wire_alone() -> None:
+    settings: dict[str, ConfigValue] = {"dp": "example", "wire": "dp", "metrics": "off", "trunk-adapter": "trained"}
+    assert RunConfig.from_flower(settings).trunk_adapter == "trained"
 
 
 def test_target_modules_are_parted_by_commas() -> None:
