@@ -57,8 +57,8 @@ class SecretStream:
         return self._filled(shape, self._coarse)
 
     def fine_uniform(self, shape: Shape) -> Floats:
-        """Uniform in (0, 1/2], with 53 significant bits also where it is small, down to 2^-129: for tails."""
-        return self._filled(shape, lambda count: self._fine(self.bits(count) & _REST))
+        """Uniform in (0, 1], with 53 significant bits also where it is small, down to 2^-129: for tails."""
+        return self._filled(shape, lambda count: self._fine(self.bits(count)))
 
     def standard_normal(self, shape: Shape) -> Floats:
         """Independent N(0, 1), as said in this module's docstring; about 20 ns each."""
@@ -77,7 +77,7 @@ class SecretStream:
         return (value + 0.5) * 2.0**-52
 
     def _fine(self, words: npt.NDArray[np.uint64]) -> Floats:
-        """(words + a fraction) 2^-64 for words below 2^63; the fraction is drawn where it can be seen."""
+        """(words + a fraction) 2^-64; the fraction is drawn where a float has bits for it."""
         value = words.astype(np.float64) + 0.5
         small = np.flatnonzero(words < _EXACT)
         value[small] += (self.bits(small.size) + 0.5) * 2.0**-64 - 0.5

@@ -1,0 +1,120 @@
+"""Poisson numbers with large and small means, as distances from the mean's whole part, from a secret stream.
+
+Means of 10 and more: transformed rejection with a squeeze, PTRS (Hoermann, "The transformed rejection method for
+generating Poisson random variables", 1993), accepted by Loader's saddle-point form of the log-probability ("Fast and
+Accurate Computation of Binomial Probabilities", 2000), whose terms stay small where a mean is 2^59. Smaller means:
+inversion of the tail, summed from its far end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from contract.errors import PrivacyError
+from privacy.stream import Floats, SecretStream
+
+SMALLEST_REJECTED = 10.0
+"""Hoermann's hat covers the probabilities from this mean on."""
+_TURNS = 100
+"""At a mean of 10 one proposal in four is rejected, at larger ones fewer: 100 in a row do not happen."""
+_TAIL_END = 2.0**-140
+_SERIES_TERMS = 9
+_STIRLING_TABLE = np.array(
+    [0.0] + [math.lgamma(k + 1.0) - (k + 0.5) * math.log(k) + k - 0.5 * math.log(2.0 * math.pi) for k in range(1, 16)]
+)
+
+
+def poisson_offsets(stream: SecretStream, mean: float, size: int) -> Floats:
+    """`size` independent Poisson(mean) numbers minus floor(mean), whole numbers, exact for means up to 2^60."""
+    if mean < SMALLEST_REJECTED:
+        return _inverted(stream, mean, size)
+    proposal = Proposal(mean)
+    offsets = np.empty(size)
+    filled = 0
+    for _ in range(_TURNS):
+        found = proposal.draw(stream, size - filled)[: size - filled]
+        offsets[filled : filled + found.size] = found
+        filled += found.size
+        if filled == size:
+            return offsets
+    raise PrivacyError(f"{size - filled} of {size} Poisson numbers of mean {mean} were rejected {_TURNS} times")
+
+
+class Proposal:
+    """Hoermann's hat for one mean: an offset is floor((2 a / us + b) u + ...) with u uniform in (-1/2, 1/2)."""
+
+    def __init__(self, mean: float) -> None:
+        self._mean = mean
+        self._whole = math.floor(mean)
+        self._part = mean - self._whole
+        self._b = 0.931 + 2.53 * math.sqrt(mean)
+        self._a = -0.059 + 0.02483 * self._b
+        self._alpha = 1.1239 + 1.1328 / (self._b - 3.4)
+        self._sure = 0.9277 - 3.6224 / (self._b - 2.0)
+
+    def draw(self, stream: SecretStream, wanted: int) -> Floats:
+        """Accepted offsets, most often `wanted` of them or a few more."""
+        tries = int(self._alpha * (wanted + 4.0 * math.sqrt(wanted))) + 8
+        u = stream.uniform(tries)
+        u -= 0.5
+        chance = stream.uniform(tries)
+        us = 0.5 - np.abs(u)
+        offsets = np.floor((2.0 * self._a / us + self._b) * u + (self._part + 0.43))
+        accepted = (us >= 0.07) & (chance <= self._sure)
+        unsure = np.flatnonzero(~accepted)
+        accepted[unsure] = np.log(chance[unsure]) <= self.log_ratio(us[unsure], offsets[unsure])
+        found: Floats = offsets[accepted]
+        return found
+
+    def log_ratio(self, us: Floats, offsets: Floats) -> Floats:
+        """Log of (the offset's probability over the hat): what the log of a uniform number must not exceed."""
+        hat = np.log((self._a / (us * us) + self._b) / self._alpha)
+        ratio: Floats = hat + log_probability(self._whole, self._part, offsets)
+        return ratio
+
+
+def log_probability(whole: int, part: float, offsets: Floats) -> Floats:
+    """Log of the Poisson probability of whole + offset at the mean whole + part; -inf below 0."""
+    mean = whole + part
+    count = offsets + whole
+    positive = np.maximum(count, 1.0)
+    away = np.where(count >= 1.0, offsets - part, 1.0 - mean)
+    value = -_stirling_error(positive) - _deviance(positive, mean, away) - 0.5 * np.log(2.0 * math.pi * positive)
+    found: Floats = np.where(count >= 1.0, value, np.where(count == 0.0, -mean, -np.inf))
+    return found
+
+
+def _stirling_error(count: Floats) -> Floats:
+    """log(count!) less Stirling's formula, for whole numbers of at least 1."""
+    inverse = 1.0 / count
+    square = inverse * inverse
+    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square / 1188))))
+    table = _STIRLING_TABLE[np.minimum(count, 15.0).astype(np.intp)]
+    error: Floats = np.where(count < 16.0, table, series)
+    return error
+
+
+def _deviance(count: Floats, mean: float, away: Floats) -> Floats:
+    """count log(count / mean) + mean - count, with away = count - mean known better than that difference."""
+    total = count + mean
+    v = away / total
+    square = v * v
+    term, deviance = 2.0 * count * v, away * v
+    for power in range(1, _SERIES_TERMS):
+        term = term * square
+        deviance = deviance + term / (2 * power + 1)
+    far = np.flatnonzero(np.abs(v) >= 0.1)
+    deviance[far] = count[far] * np.log(count[far] / mean) - away[far]
+    return deviance
+
+
+def _inverted(stream: SecretStream, mean: float, size: int) -> Floats:
+    """As many as the tails P(X > 0), P(X > 1), ... that exceed a uniform number."""
+    chances = [math.exp(-mean)]
+    while chances[-1] > _TAIL_END or len(chances) <= mean:
+        chances.append(chances[-1] * mean / len(chances))
+    rising_tails = np.cumsum(chances[:0:-1])
+    counts = rising_tails.size - np.searchsorted(rising_tails, stream.fine_uniform(size), side="right")
+    return counts.astype(np.float64) - math.floor(mean)
