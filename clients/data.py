@@ -7,7 +7,7 @@ windows of `max_length`, with no overlap, so that nothing is cut off.
 
 Everything is held in memory and nothing is written: there is no dataset cache.
 
-Which rows are held out depends on (seed, row number) alone, and the order of batches on the key given to `batches`
+Which rows are held out depends on (seed, row number) alone, and the order of batches on the key given to `row_batches`
 alone, so that a repeated attempt of a round sees the same data.
 """
 
@@ -155,14 +155,12 @@ def order_key(seed: int, run: str, round_number: int, client: str, attempt: int 
     return key if attempt == 1 else f"{key}/{attempt}"
 
 
-def batches(
+def row_batches(
     rows: Sequence[TokenRow], batch_size: int, key: str | None = None, epochs: int | None = 1
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[list[TokenRow]]:
     """Batches of `batch_size` rows (the last of an epoch may be smaller), shuffled anew each epoch from `key`.
 
-    Without a key the rows keep their order. `epochs` None goes on for ever. A batch holds `input_ids`,
-    `attention_mask` and `labels`, int64 of shape (B, T) with T the longest of its rows; rows are padded on the right
-    with token 0, attention 0 and label -100.
+    Without a key the rows keep their order. `epochs` None goes on for ever.
     """
     if not rows:
         return
@@ -172,21 +170,44 @@ def batches(
         if key is not None:
             order.sort(key=lambda index: _digest(f"{key}/{epoch}/{index}"))
         for start in range(0, len(order), batch_size):
-            yield _collate([rows[index] for index in order[start : start + batch_size]])
+            yield [rows[index] for index in order[start : start + batch_size]]
         epoch += 1
 
 
-def _collate(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class LengthBucket:
+    """Rows are shown as long as the next multiple of `tokens`, but not above `longest`; 0 shows their own lengths."""
+
+    tokens: int = 0
+    longest: int = 0
+
+    def shown(self, length: int) -> int:
+        """How long a row of `length` tokens looks to who sees its attention mask."""
+        if not self.tokens:
+            return length
+        return max(length, min(-(-length // self.tokens) * self.tokens, self.longest))
+
+
+OWN_LENGTHS = LengthBucket()
+
+
+def collate(rows: Sequence[TokenRow], bucket: LengthBucket = OWN_LENGTHS) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, int64 of shape (B, T), T the longest that a row is shown as.
+
+    Rows are padded on the right with token 0 and label -100. The mask is 1 up to the length that the row is shown as: a
+    causal model's tokens do not attend to what comes after them, so that no loss changes with it.
+    """
     import torch
 
-    shape = (len(rows), max(len(row.tokens_T) for row in rows))
+    shown = [bucket.shown(len(row.tokens_T)) for row in rows]
+    shape = (len(rows), max(shown))
     tokens_BT = torch.zeros(shape, dtype=torch.int64)
     mask_BT = torch.zeros(shape, dtype=torch.int64)
     labels_BT = torch.full(shape, IGNORED, dtype=torch.int64)
     for index, row in enumerate(rows):
         length = len(row.tokens_T)
         tokens_BT[index, :length] = torch.from_numpy(row.tokens_T)
-        mask_BT[index, :length] = 1
+        mask_BT[index, : shown[index]] = 1
         labels_BT[index, :length] = torch.from_numpy(row.labels_T)
     return {"input_ids": tokens_BT, "attention_mask": mask_BT, "labels": labels_BT}
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from clients.data import IGNORED, TokenRow, batches
+from clients.data import IGNORED, LengthBucket, TokenRow, collate, row_batches
 from contract.config import RunConfig
 from contract.errors import NonFiniteError
 
 Batch = dict[str, Tensor]
+Announce = Callable[[Sequence[int]], None]
+"""Is told the numbers of a batch's rows, in its order, before the model is called with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,27 @@ class Training:
     seconds: float
 
 
-def judge(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig) -> Judgement:
+def tell_nobody(rows: Sequence[int]) -> None:
+    """An un-split model's rows go nowhere."""
+
+
+def judge(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, announce: Announce = tell_nobody) -> Judgement:
     """The loss of `model` on `rows`, or on the first `eval-batches` batches of them."""
     model.eval()
     total, tokens = 0.0, 0
-    held_out: Iterator[Batch] = batches(rows, config.per_device_train_batch_size)
+    held_out = row_batches(rows, config.per_device_train_batch_size)
     with torch.no_grad():
-        for batch in itertools.islice(held_out, config.eval_batches or None):
+        for batch_rows in itertools.islice(held_out, config.eval_batches or None):
+            batch = announced(batch_rows, model, config, announce)
             count = predicted_tokens(batch)
-            total += float(model(**_on_device(batch, model)).loss) * count
+            total += float(model(**batch).loss) * count
             tokens += count
     return Judgement(total / tokens if tokens else math.nan, tokens)
 
 
-def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: str) -> Training:
+def train(
+    model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: str, announce: Announce = tell_nobody
+) -> Training:
     """Trains `model` in place by `config` for one round: a new AdamW and a learning-rate schedule of their own.
 
     The order of the rows, and what dropout draws, depend on `key` alone. A step's gradient is that of the mean loss
@@ -64,18 +73,14 @@ def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: st
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = planned_steps(len(rows), config)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    scheduler = _schedule(optimizer, config, steps)
+    optimizer = adamw(parameters, config)
+    scheduler = schedule(optimizer, config, steps)
     total, tokens = 0.0, 0
     for step, microbatches in enumerate(_steps(rows, config, key)):
-        count = sum(predicted_tokens(batch) for batch in microbatches)
-        loss = sum(_backward(model, batch, count, step) for batch in microbatches)
+        count = sum(row.targets for batch_rows in microbatches for row in batch_rows)
+        loss = 0.0
+        for batch_rows in microbatches:
+            loss += _backward(model, announced(batch_rows, model, config, announce), count, step)
         _clip(parameters, config.max_grad_norm, step)
         optimizer.step()
         scheduler.step()
@@ -85,7 +90,18 @@ def train(model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, key: st
     return Training(total / tokens, tokens, steps, time.monotonic() - started)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps: int) -> LRScheduler:
+def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
+    """A new optimiser, as `config` says; its learning rate is then moved by `schedule`."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps: int) -> LRScheduler:
     """Hugging Face's schedule over the steps of one round, begun a step later: its first step has no learning rate."""
     # Its own "constant" would leave the warm-up out without a word.
     kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
@@ -114,17 +130,17 @@ def predicted_tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _steps(rows: Sequence[TokenRow], config: RunConfig, key: str) -> Iterator[list[Batch]]:
-    """The microbatches of each optimiser step; the last step of a round in epochs may have fewer."""
+def _steps(rows: Sequence[TokenRow], config: RunConfig, key: str) -> Iterator[list[list[TokenRow]]]:
+    """The rows of the microbatches of each optimiser step; the last step of a round in epochs may have fewer."""
     epochs = None if config.local_steps else config.local_epochs
-    stream = batches(rows, config.per_device_train_batch_size, key, epochs)
+    stream = row_batches(rows, config.per_device_train_batch_size, key, epochs)
     for _ in range(planned_steps(len(rows), config)):
         yield list(itertools.islice(stream, config.gradient_accumulation_steps))
 
 
 def _backward(model: nn.Module, batch: Batch, tokens: int, step: int) -> float:
     """Adds one microbatch's share of the gradient; answers its share of the step's mean loss."""
-    loss: Tensor = model(**_on_device(batch, model)).loss
+    loss: Tensor = model(**batch).loss
     if not torch.isfinite(loss):
         raise NonFiniteError(f"the loss of training step {step + 1} is {float(loss.detach())}: lower learning-rate")
     share = loss * (predicted_tokens(batch) / tokens)
@@ -140,6 +156,9 @@ def _clip(parameters: Sequence[Tensor], max_grad_norm: float, step: int) -> None
             raise NonFiniteError(f"the gradient norm of training step {step + 1} is {float(norm)}: lower learning-rate")
 
 
-def _on_device(batch: Batch, model: nn.Module) -> Batch:
+def announced(rows: Sequence[TokenRow], model: nn.Module, config: RunConfig, announce: Announce) -> Batch:
+    """`rows` as the batch that `model` is to be called with next, their lengths shown as `config` says."""
+    announce([row.number for row in rows])
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    bucket = LengthBucket(config.wire_length_bucket, config.max_length)
+    return {name: tensor.to(device) for name, tensor in collate(rows, bucket).items()}

@@ -13,7 +13,17 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clients.data import IGNORED, batches, check_dataset, load_dataset, load_tokenizer, order_key
+from clients.data import (
+    IGNORED,
+    LengthBucket,
+    TokenRow,
+    check_dataset,
+    collate,
+    load_dataset,
+    load_tokenizer,
+    order_key,
+    row_batches,
+)
 from contract.errors import DataError, ModelError
 
 PLAIN_TEMPLATE = (
@@ -326,11 +336,31 @@ def test_both_sides_of_the_split_keep_a_row(tmp_path: Path, fraction: float, hel
 def test_batches_are_padded_right_and_masked(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "abcdef"}, {"text": "a"})
     rows = load_dataset(source, byte_tokenizer(), 64, 0.0, 0).train_rows
-    first, last = batches(rows, 2)
+    first, last = map(collate, row_batches(rows, 2))
     assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
     assert first["labels"][0, 4:].tolist() == [IGNORED] * 3
     assert first["labels"][0, :4].tolist() == first["input_ids"][0, :4].tolist() == rows[0].tokens_T.tolist()
     assert last["input_ids"].shape == (1, 2)
+
+
+def test_a_bucket_shows_rows_as_longer_than_they_are(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *({"text": "x" * length} for length in (2, 3, 8, 9)))
+    rows = load_dataset(source, byte_tokenizer(), 10, 0.0, 0).train_rows
+    assert [len(row.tokens_T) for row in rows] == [3, 4, 9, 10]
+    own = collate(rows)
+    for tokens, shown in ((4, [4, 4, 10, 10]), (10, [10] * 4), (0, [3, 4, 9, 10])):
+        batch = collate(rows, LengthBucket(tokens, longest=10))
+        assert batch["attention_mask"].sum(dim=1).tolist() == shown, tokens
+        assert batch["labels"].tolist() == own["labels"].tolist()
+        assert batch["input_ids"].tolist() == own["input_ids"].tolist()
+    (short,) = (collate(rows[:1], LengthBucket(8, longest=10))[name] for name in ("attention_mask",))
+    assert short.tolist() == [[1] * 8]
+
+
+def test_a_row_is_never_shown_as_shorter_than_it_is() -> None:
+    tokens = np.arange(12, dtype=np.int32)
+    batch = collate([TokenRow(0, tokens, tokens, truncated=False)], LengthBucket(8, longest=10))
+    assert batch["attention_mask"].tolist() == [[1] * 12]
 
 
 def test_the_order_of_batches_depends_on_the_key_alone(tmp_path: Path) -> None:
@@ -338,7 +368,7 @@ def test_the_order_of_batches_depends_on_the_key_alone(tmp_path: Path) -> None:
     rows = load_dataset(source, byte_tokenizer(), 64, 0.0, 0).train_rows
 
     def seen(key: str | None, epochs: int = 1) -> list[list[int]]:
-        return [row for batch in batches(rows, 8, key, epochs) for row in batch["input_ids"].tolist()]
+        return [row.tokens_T.tolist() for batch in row_batches(rows, 8, key, epochs) for row in batch]
 
     key = order_key(0, "run", 1, "client")
     assert seen(key) == seen(key)
@@ -357,8 +387,8 @@ def test_the_order_of_batches_depends_on_the_key_alone(tmp_path: Path) -> None:
 
 def test_endless_batches_outlast_an_epoch(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", *({"text": f"row {i}"} for i in range(3)))
-    endless = batches(load_dataset(source, byte_tokenizer(), 64, 0.0, 0).train_rows, 2, "key", epochs=None)
-    assert [len(next(endless)["labels"]) for _ in range(6)] == [2, 1] * 3
+    endless = row_batches(load_dataset(source, byte_tokenizer(), 64, 0.0, 0).train_rows, 2, "key", epochs=None)
+    assert [len(next(endless)) for _ in range(6)] == [2, 1] * 3
 
 
 def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

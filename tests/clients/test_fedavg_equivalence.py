@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from clients.data import batches, load_dataset, load_tokenizer, order_key
+from clients.data import collate, load_dataset, load_tokenizer, order_key, row_batches
 from contract.adapter import adapter_parameters, is_factor, trainable_names
 from contract.config import RunConfig
 from contract.records import Factor
@@ -64,9 +64,9 @@ def trained_alone(whole: PeftModel, site: Site, config: RunConfig, run: str, num
         weight_decay=config.weight_decay,
     )
     tokens = 0
-    stream = batches(data.train_rows, ROWS, order_key(config.seed, run, number, site.name), epochs=None)
+    stream = row_batches(data.train_rows, ROWS, order_key(config.seed, run, number, site.name), epochs=None)
     for step in range(STEPS):
-        batch = next(stream)
+        batch = collate(next(stream))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (STEPS - step) / STEPS
         whole(**batch).loss.backward()

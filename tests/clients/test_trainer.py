@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import get_scheduler
 
-from clients.data import TokenRow, batches
+from clients.data import TokenRow, collate, row_batches
 from clients.trainer import judge, planned_steps, predicted_tokens, train
 from contract.adapter import adapter_parameters, adapter_shapes, initial_adapter, resolve_lora
 from contract.config import RunConfig
@@ -151,7 +151,7 @@ def test_judging_is_the_mean_loss_per_predicted_token(model: PeftModel) -> None:
     got = judge(model, rows, config())
     total = tokens = 0.0
     with torch.no_grad():
-        for batch in batches(rows, 1):
+        for batch in map(collate, row_batches(rows, 1)):
             count = predicted_tokens(batch)
             total += float(model(**batch).loss) * count
             tokens += count
@@ -159,6 +159,47 @@ def test_judging_is_the_mean_loss_per_predicted_token(model: PeftModel) -> None:
     assert got.loss == pytest.approx(total / tokens, rel=1e-6)
     assert judge(model, rows, config(eval_batches=1)).tokens == sum(row.targets for row in rows[:2])
     assert math.isnan(judge(model, [], config()).loss)
+
+
+def test_every_row_is_announced_before_the_model_gets_it(model: PeftModel) -> None:
+    rows, heard = token_rows(5), list[tuple[int, ...]]()
+    seen: list[tuple[int, ...]] = []
+    numbers = {tuple(row.tokens_T[:5].tolist()): row.number for row in rows}
+    model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(tuple(numbers[tuple(ids[:5])] for ids in given["input_ids"].tolist())),
+        with_kwargs=True,
+    )
+    train(model, rows, config(gradient_accumulation_steps=2), "key", lambda batch: heard.append(tuple(batch)))
+    assert heard == seen
+    assert len(heard) == 6
+    heard.clear()
+    seen.clear()
+    judge(model, rows, config(), lambda batch: heard.append(tuple(batch)))
+    assert heard == seen == [(0, 1), (2, 3), (4,)]
+
+
+def test_lengths_that_are_hidden_change_no_loss(model: PeftModel) -> None:
+    rows, start = token_rows(6), state(model)
+    hidden = config(wire_length_bucket=8, max_length=16)
+    masks: list[list[int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: masks.append(given["attention_mask"].sum(dim=1).tolist()), with_kwargs=True
+    )
+    own = judge(model, rows, config())
+    shown = judge(model, rows, hidden)
+    lengths = [len(row.tokens_T) for row in rows]
+    assert sum(masks[:3], []) == lengths
+    assert sum(masks[3:], []) == [8 if length <= 8 else 16 for length in lengths]
+    assert len(set(lengths)) > 2
+    hook.remove()
+    assert shown.loss == pytest.approx(own.loss, rel=1e-6)
+    trained = []
+    for settings in (config(), hidden):
+        restore(model, start)
+        trained.append((train(model, rows, settings, "key"), state(model)))
+    assert trained[0][0].loss == pytest.approx(trained[1][0].loss, rel=1e-5)
+    for name, expected in trained[0][1].items():
+        assert torch.allclose(trained[1][1][name], expected, atol=1e-4), name
 
 
 def test_a_loss_that_is_not_finite_names_the_step(model: PeftModel) -> None:
