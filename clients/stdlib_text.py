@@ -3,13 +3,16 @@
 Read at run time from the installation (`sysconfig`'s stdlib directory); nothing is copied. Domains are disjoint by
 module, and modules that a build of Python leaves out (Debian packages `tkinter`, `idlelib` and `test` apart) are passed
 over: the other modules of the domain stay.
+
+For more clients than domains, `NUMBER/COUNT` names the text of client NUMBER of COUNT: its own share of domain NUMBER
+modulo 4. The shares of a domain are equally long, cut between lines, and have no text in common.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,8 @@ DOMAINS: dict[str, tuple[str, ...]] = {
 
 # A domain's share of text: enough for a demo's rounds, little enough to be tokenised in a second at every start.
 _DOMAIN_CHARACTERS = 600_000
+_SMALLEST_SHARE_CHARACTERS = 8_000
+"""About twenty rows of 128 tokens: enough to learn from and to hold some out."""
 _FOLDERS_LEFT_OUT = frozenset({"test", "tests", "idle_test", "__pycache__"})
 
 
@@ -67,8 +72,11 @@ def domain_name(name: str) -> str:
 def domain_documents(name: str, root: Path | None = None) -> list[Document]:
     """The documents of domain `name`, in an order drawn from their names, up to about 600,000 characters.
 
-    Raises DataError for an unknown domain, or where `root` holds none of its modules.
+    For `NUMBER/COUNT` those of one client's share. Raises DataError for an unknown domain or share, where `root` holds
+    none of the domain's modules, and where COUNT clients are too many for the text.
     """
+    if "/" in name:
+        return _share_documents(name, root or stdlib_root())
     domain = domain_name(name)
     base = root or stdlib_root()
     documents = list(read_modules(base, DOMAINS[domain]))
@@ -86,6 +94,57 @@ def domain_documents(name: str, root: Path | None = None) -> list[Document]:
         chosen.append(Document(document.module, document.text[: _DOMAIN_CHARACTERS - characters]))
         characters += len(chosen[-1].text)
     return chosen
+
+
+def _share_documents(name: str, root: Path) -> list[Document]:
+    """What client NUMBER of COUNT holds, for `name` NUMBER/COUNT: the lines that begin in its share of its domain."""
+    client, clients = _client_of(name)
+    documents = domain_documents(str(client), root)
+    if clients > _most_clients(_characters(documents), client % len(DOMAINS)):
+        most = min(
+            _most_clients(_characters(domain_documents(domain, root)), place) for place, domain in enumerate(DOMAINS)
+        )
+        raise DataError(f"stdlib:{name}: the text is too little for {clients} clients; it is enough for {most}")
+    share, shares = client // len(DOMAINS), _clients_of_domain(clients, client % len(DOMAINS))
+    return _cut(documents, share, shares)
+
+
+def _client_of(name: str) -> tuple[int, int]:
+    number, _, count = name.partition("/")
+    if not all(part.isascii() and part.isdigit() for part in (number, count)) or int(number) >= int(count):
+        raise DataError(
+            f"stdlib:{name}: no such share; wants NUMBER/COUNT, COUNT the clients and NUMBER one of them, from 0"
+        )
+    return int(number), int(count)
+
+
+def _clients_of_domain(clients: int, place: int) -> int:
+    """How many of `clients` have the domain at `place`."""
+    return len(range(place, clients, len(DOMAINS)))
+
+
+def _most_clients(characters: int, place: int) -> int:
+    """How many clients there may be in all where the domain at `place` has so much text."""
+    return place + len(DOMAINS) * (characters // _SMALLEST_SHARE_CHARACTERS)
+
+
+def _characters(documents: Iterable[Document]) -> int:
+    return sum(len(document.text) for document in documents)
+
+
+def _cut(documents: Sequence[Document], share: int, shares: int) -> list[Document]:
+    """The lines that begin in part `share` of `shares` equal parts of all characters."""
+    characters, position = _characters(documents), 0
+    kept: list[Document] = []
+    for document in documents:
+        lines = []
+        for line in document.text.splitlines(keepends=True):
+            if position * shares // characters == share:
+                lines.append(line)
+            position += len(line)
+        if lines:
+            kept.append(Document(document.module, "".join(lines)))
+    return kept
 
 
 def domain_of(module: str) -> str | None:
