@@ -17,8 +17,10 @@ from privacy.stream import Floats, SecretStream
 
 SMALLEST_REJECTED = 10.0
 """Hoermann's hat covers the probabilities from this mean on."""
+SURE_FROM = 0.07
+"""Nearer to the middle than this, an offset is accepted with a chance of at least `Proposal.sure`."""
 _TURNS = 100
-"""At a mean of 10 one proposal in four is rejected, at larger ones fewer: 100 in a row do not happen."""
+"""One turn proposes as many as are most likely enough; 100 are never taken."""
 _TAIL_END = 2.0**-140
 _SERIES_TERMS = 9
 _STIRLING_TABLE = np.array(
@@ -27,7 +29,7 @@ _STIRLING_TABLE = np.array(
 
 
 def poisson_offsets(stream: SecretStream, mean: float, size: int) -> Floats:
-    """`size` independent Poisson(mean) numbers minus floor(mean), whole numbers, exact for means up to 2^60."""
+    """`size` independent Poisson(mean) numbers minus floor(mean), whole numbers, exact for means up to 2^59."""
     if mean < SMALLEST_REJECTED:
         return _inverted(stream, mean, size)
     proposal = Proposal(mean)
@@ -43,7 +45,11 @@ def poisson_offsets(stream: SecretStream, mean: float, size: int) -> Floats:
 
 
 class Proposal:
-    """Hoermann's hat for one mean: an offset is floor((2 a / us + b) u + ...) with u uniform in (-1/2, 1/2)."""
+    """Hoermann's hat for one mean: an offset is floor((2 a / us + b) u + ...) with u uniform in (-1/2, 1/2).
+
+    With his constants the probabilities stick out of the hat by up to 0.6 % at means below 1,000, and the region in
+    which no probability is looked at reaches 0.4 % too far. The hat is therefore 1 % larger here, the region smaller.
+    """
 
     def __init__(self, mean: float) -> None:
         self._mean = mean
@@ -51,8 +57,8 @@ class Proposal:
         self._part = mean - self._whole
         self._b = 0.931 + 2.53 * math.sqrt(mean)
         self._a = -0.059 + 0.02483 * self._b
-        self._alpha = 1.1239 + 1.1328 / (self._b - 3.4)
-        self._sure = 0.9277 - 3.6224 / (self._b - 2.0)
+        self._alpha = 1.01 * (1.1239 + 1.1328 / (self._b - 3.4))
+        self.sure = (0.9277 - 3.6224 / (self._b - 2.0)) / 1.01 - 0.01
 
     def draw(self, stream: SecretStream, wanted: int) -> Floats:
         """Accepted offsets, most often `wanted` of them or a few more."""
@@ -61,12 +67,17 @@ class Proposal:
         u -= 0.5
         chance = stream.uniform(tries)
         us = 0.5 - np.abs(u)
-        offsets = np.floor((2.0 * self._a / us + self._b) * u + (self._part + 0.43))
-        accepted = (us >= 0.07) & (chance <= self._sure)
+        offsets = self.offsets(u)
+        accepted = (us >= SURE_FROM) & (chance <= self.sure)
         unsure = np.flatnonzero(~accepted)
         accepted[unsure] = np.log(chance[unsure]) <= self.log_ratio(us[unsure], offsets[unsure])
         found: Floats = offsets[accepted]
         return found
+
+    def offsets(self, u: Floats) -> Floats:
+        """The offsets that are proposed for u in (-1/2, 1/2)."""
+        proposed: Floats = np.floor((2.0 * self._a / (0.5 - np.abs(u)) + self._b) * u + (self._part + 0.43))
+        return proposed
 
     def log_ratio(self, us: Floats, offsets: Floats) -> Floats:
         """Log of (the offset's probability over the hat): what the log of a uniform number must not exceed."""

@@ -61,13 +61,14 @@ def rounded_norm_bound2(scale: float, clip: float, size: int, beta: float) -> fl
 def conditional_round(stream: SecretStream, scaled_d: Floats, bound2: float) -> Codes:
     """Each value up or down by chance, so that its mean is the value, all again until the squared norm is <= `bound2`.
 
-    Raises PrivacyError where that does not come about, as for a vector that is longer than its bound.
+    The squared norm is a float's, off by far less than what an accountant rounds its price up by. Raises PrivacyError
+    where no rounding is short enough, as for a vector that is longer than its bound.
     """
     lower_d = np.floor(scaled_d)
     part_d = scaled_d - lower_d
     for _ in range(_TRIES):
         rounded_d = lower_d + (stream.uniform(scaled_d.size) < part_d)
-        if float(np.dot(rounded_d, rounded_d)) * (1.0 + 2.0**-30) <= bound2:
+        if float(np.dot(rounded_d, rounded_d)) <= bound2:
             return rounded_d.astype(np.int64)
     raise PrivacyError(
         f"an update of {scaled_d.size} values could not be rounded to a squared norm of {bound2:g} steps"
