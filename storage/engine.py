@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from contract.errors import ConfigError, ConnectionFailedError, StorageError
 from storage.home import DATABASE_VARIABLE, network_filesystem
@@ -20,6 +22,12 @@ from storage.home import DATABASE_VARIABLE, network_filesystem
 BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 10
 _WRITES = "trunkline_writes"
+_MOST_TRIES = 100
+_LONGEST_PAUSE_S = 0.25
+# PostgreSQL's serialization_failure, deadlock_detected and unique_violation: two transactions may both have found that
+# there is no such row, and only the second try of one tells that there is.
+_IN_EACH_OTHERS_WAY = frozenset({"40001", "40P01", "23505"})
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger("trunkline.storage")
 
@@ -61,6 +69,40 @@ def for_writing(engine: Engine) -> Engine:
     """The same engine, whose transactions take SQLite's write lock at their start: a reader that turns writer in the
     middle would fail at once instead of waiting its turn."""
     return engine.execution_options(**{_WRITES: True})
+
+
+def in_turn(engine: Engine, work: Callable[[Session], _Result]) -> _Result:
+    """What `work` answers, done in one serializable transaction: as if nobody else wrote at the same time.
+
+    SQLite takes its write lock first and waits. PostgreSQL lets writers run and refuses one whose transaction got in
+    another's way: `work` is then begun again from nothing, after a pause, so it must change nothing but the session.
+    Raises StorageError where that does not help after _MOST_TRIES tries.
+    """
+    writer = for_writing(engine)
+    if engine.dialect.name == "postgresql":
+        writer = writer.execution_options(isolation_level="SERIALIZABLE")
+    tried = 0
+    with storage_errors(engine):
+        while True:
+            try:
+                with Session(writer) as session, session.begin():
+                    return work(session)
+            except DBAPIError as error:
+                tried += 1
+                if tried == _MOST_TRIES or getattr(error.orig, "sqlstate", None) not in _IN_EACH_OTHERS_WAY:
+                    raise
+            time.sleep(random.uniform(0.0, min(_LONGEST_PAUSE_S, 0.002 * 2**tried)))
+
+
+@overload
+def storable(text: str) -> str: ...
+@overload
+def storable(text: None) -> None: ...
+@overload
+def storable(text: str | None) -> str | None: ...
+def storable(text: str | None) -> str | None:
+    """`text` without what a database refuses: a client's reason must not be able to spoil a commit."""
+    return None if text is None else text.replace("\x00", "").encode("utf-8", "backslashreplace").decode()
 
 
 def shown(engine: Engine) -> str:

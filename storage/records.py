@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from contract.privacy_records import Budget, PricedRelease, Unit
 
 RunMode = Literal["simulation", "deployment", "unknown"]
 RunStatus = Literal["running", "finished", "failed", "stopped"]
@@ -13,6 +15,8 @@ EndStatus = Literal["finished", "failed", "stopped"]
 RoundStatus = Literal["open", "committed", "aborted"]
 ParticipationStatus = Literal["invited", "trained", "failed", "late", "refused"]
 Outcome = Literal["trained", "failed", "late", "refused"]
+Settled = Literal["COMMITTED", "VOID"]
+HeadSource = Literal["own", "peer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,8 @@ class NodeBindingRow:
 class RoundCommit:
     """Everything that one round's commit writes, all of it or nothing.
 
-    `survivors` are the clients whose updates are in the average; `metrics` are over all of them.
+    `survivors` are the clients whose updates are in the average; `metrics` are over all of them. With `settle_privacy`
+    what the attempt reserved in the ledger is committed too, and the heads of its chains are signed.
     """
 
     run_id: str
@@ -164,3 +169,114 @@ class RoundCommit:
     seconds: float
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    settle_privacy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one unit pays for one channel in one attempt at a round; `accountant` names the program that priced it.
+
+    (unit, run, round, attempt, release.channel) is what a charge is known by: it is reserved once, for ever.
+    """
+
+    unit: Unit
+    run: str
+    round: int
+    attempt: int
+    release: PricedRelease
+    accountant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a unit may spend and has spent, RESERVED or COMMITTED: counts of releases by their canonical text.
+
+    `budget` is the unit's own, `client_budget` that of all of its client's datasets together, at the unit's level; None
+    where none was ever set. `spent` is the unit's own spending by run, `client_spent` that of all the client's units of
+    this level.
+    """
+
+    unit: Unit
+    budget: Budget | None
+    client_budget: Budget | None
+    spent: Mapping[str, Mapping[str, int]]
+    client_spent: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A unit that may not afford what was proposed, and why; nothing was charged to it."""
+
+    unit: Unit
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """How often a unit spent one release (its canonical text) in a run, counted from the ledger's rows."""
+
+    unit: Unit
+    run: str
+    release: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """One row of a unit's chain, as SQL holds it; `storage.ledger_rows` says what each column must be.
+
+    `kind` is "charge" or "budget". A charge's `state` is RESERVED, COMMITTED or VOID, a budget's is SET.
+    `at` is the moment in UTC, in ISO 8601 with microseconds: text, so that what was hashed is what is stored.
+    """
+
+    unit_id: str
+    seq: int
+    kind: str
+    client: str
+    dataset: str
+    level: str
+    run: str
+    round: int
+    attempt: int
+    channel: str
+    mechanism: str
+    parameters: str
+    sampling: str
+    adjacency: str
+    release: str
+    accountant: str
+    state: str
+    operator: str
+    reason: str
+    at: str
+    previous: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignedHead:
+    """A promise about a chain: row `seq` of `unit_id` hashes to `hash`, signed after (run, round, attempt) was settled.
+
+    `signer` is a public key as contract.identity.public_key_text writes it, `signature` hexadecimal. After a change of
+    the budget `run` is empty and `round` is the change's ordinal.
+    """
+
+    unit_id: str
+    seq: int
+    hash: str
+    run: str
+    round: int
+    attempt: int
+    signer: str
+    signature: str
+
+
+class HeadSigner(Protocol):
+    """An Ed25519 key that signs heads."""
+
+    @property
+    def public_key_text(self) -> str:
+        """The public key as contract.identity.public_key_text writes it."""
+
+    def sign(self, message: bytes) -> bytes:
+        """The signature, 64 bytes."""

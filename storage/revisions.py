@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,8 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from contract.errors import SchemaError, StorageError
 from storage import schema
-from storage.engine import for_writing, shown
+from storage.engine import for_writing, make_engine, shown, storage_errors
+from storage.home import database_url, names_database
 
 # Not Alembic's default name: another program's tables may live in the same PostgreSQL database.
 VERSION_TABLE = "trunkline_schema"
@@ -22,6 +24,24 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x7472756E6B
 
 SchemaState = Literal["absent", "older", "current", "newer"]
+
+_log = logging.getLogger("trunkline.storage")
+
+
+def opened_for_writing(url: str | None) -> Engine:
+    """The database at `url` (default: TRUNKLINE_DATABASE_URL, else SQLite in the home directory) with this schema.
+
+    An empty database gets the schema; the home directory's own file, where no URL names another, follows this code's
+    after a copy of it was kept. Raises SchemaError on a schema older or newer than this code's, ConfigError on a
+    URL that is none, StorageError or ConnectionFailedError where the database cannot be opened.
+    """
+    engine = make_engine(url or database_url())
+    with storage_errors(engine):
+        copy = follow(engine) if url is None and not names_database() else None
+        prepare(engine)
+    if copy is not None:
+        _log.warning("the database is of this version's schema now; as it was before it is kept in %s", copy)
+    return engine
 
 
 def head_revision() -> str:

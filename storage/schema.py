@@ -19,11 +19,13 @@ from sqlalchemy import (
     MetaData,
     Text,
     TypeDecorator,
+    UniqueConstraint,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.records import ParticipationStatus, RoundStatus, RunMode, RunStatus
+from contract.privacy_records import Level
+from storage.records import HeadSource, ParticipationStatus, RoundStatus, RunMode, RunStatus
 
 THE_ROSTER = 1  # the only row of the table `roster`
 
@@ -218,3 +220,85 @@ class NodeBinding(Base):
     client_id: Mapped[str] = mapped_column(ForeignKey("identities.client_id"), primary_key=True)
     bound_at: Mapped[datetime]
     signature: Mapped[str]
+
+
+class PrivacyUnit(Base):
+    """Whose privacy is spent, and where its chain of rows ends; whoever appends holds this row."""
+
+    __tablename__ = "privacy_units"
+    __table_args__ = (
+        Index("ix_privacy_units_client_level", "client", "level"),
+    )  # what a client's units spent together
+
+    unit_id: Mapped[str] = mapped_column(primary_key=True)
+    client: Mapped[str]
+    dataset: Mapped[str]
+    level: Mapped[Level] = mapped_column(Text)
+    seq: Mapped[int]
+    hash: Mapped[str]
+
+
+class PrivacyRow(Base):
+    """A change to what a unit spent or may spend; storage.records.LedgerRow has the same columns.
+
+    Append-only: triggers refuse every other change, also to whoever writes SQL by hand.
+    """
+
+    __tablename__ = "privacy_rows"
+    __table_args__ = (
+        # The database itself refuses a charge that is reserved, or settled, twice; a unit's budget is found by it too.
+        UniqueConstraint("unit_id", "run", "round", "attempt", "channel", "state", name="uq_privacy_rows_charge"),
+        Index("ix_privacy_rows_run_round_attempt", "run", "round", "attempt"),  # what an attempt reserved
+    )
+
+    unit_id: Mapped[str] = mapped_column(ForeignKey("privacy_units.unit_id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str]
+    client: Mapped[str]
+    dataset: Mapped[str]
+    level: Mapped[str]
+    run: Mapped[str]
+    round: Mapped[int]
+    attempt: Mapped[int]
+    channel: Mapped[str]
+    mechanism: Mapped[str]
+    parameters: Mapped[str]
+    sampling: Mapped[str]
+    adjacency: Mapped[str]
+    release: Mapped[str]
+    accountant: Mapped[str]
+    state: Mapped[str]
+    operator: Mapped[str]
+    reason: Mapped[str]
+    at: Mapped[str]
+    previous: Mapped[str]
+    hash: Mapped[str]
+
+
+class PrivacyTally(Base):
+    """How many charges of one release a unit has that are not void: what can be counted from its rows, kept at hand."""
+
+    __tablename__ = "privacy_tallies"
+
+    unit_id: Mapped[str] = mapped_column(ForeignKey("privacy_units.unit_id"), primary_key=True)
+    run: Mapped[str] = mapped_column(primary_key=True)
+    release: Mapped[str] = mapped_column(primary_key=True)
+    count: Mapped[int]
+
+
+class PrivacyHead(Base):
+    """A signed head of a chain of this ledger, or, from a peer, of the chain that the peer keeps. Append-only."""
+
+    __tablename__ = "privacy_heads"
+    __table_args__ = (Index("ix_privacy_heads_run_round_attempt", "run", "round", "attempt"),)  # what an attempt signed
+
+    source: Mapped[HeadSource] = mapped_column(Text, primary_key=True)
+    unit_id: Mapped[str] = mapped_column(primary_key=True)  # of a peer's chain: no unit of this ledger, perhaps
+    signer: Mapped[str] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    run: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    hash: Mapped[str]
+    signature: Mapped[str]
+    at: Mapped[str]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, overload
+from typing import Any
 
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -16,35 +15,26 @@ from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
 from storage import identities, schema
-from storage.engine import for_writing, make_engine, opened_engine, storage_errors
-from storage.home import database_url, names_database
+from storage.engine import for_writing, make_engine, opened_engine, storable, storage_errors
+from storage.home import database_url
+from storage.ledger_settlement import settle_in
 from storage.reader import Reader
-from storage.records import EndStatus, Outcome, RoundCommit, RunMode, RunRow
-from storage.revisions import current_revision, follow, prepare, require_current
+from storage.records import EndStatus, HeadSigner, Outcome, RoundCommit, RunMode, RunRow
+from storage.revisions import current_revision, opened_for_writing, require_current
 
 Clock = Callable[[], datetime]
-
-_log = logging.getLogger("trunkline.storage")
 
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def open_store(url: str | None = None, clock: Clock = utc_now) -> Store:
-    """Open the database at `url` (default: TRUNKLINE_DATABASE_URL, else SQLite in the home directory) for writing.
+def open_store(url: str | None = None, clock: Clock = utc_now, signer: HeadSigner | None = None) -> Store:
+    """Open the database at `url` for writing; storage.revisions.opened_for_writing says which, and what it raises.
 
-    An empty database gets the schema; the home directory's own file, where no URL names another, follows this code's
-    after a copy of it was kept. Raises SchemaError on a schema older or newer than this code's, ConfigError on a
-    URL that is none, StorageError or ConnectionFailedError where the database cannot be opened.
+    `signer` signs the heads of the ledger's chains when a round is committed.
     """
-    engine = make_engine(url or database_url())
-    with storage_errors(engine):
-        copy = follow(engine) if url is None and not names_database() else None
-        prepare(engine)
-    if copy is not None:
-        _log.warning("the database is of this version's schema now; as it was before it is kept in %s", copy)
-    return Store(engine, clock)
+    return Store(opened_for_writing(url), clock, signer)
 
 
 def has_database(url: str | None = None) -> bool:
@@ -69,10 +59,11 @@ class Store(Reader):
     Values of metrics MUST be finite. A run that has ended MUST NOT change, its events aside.
     """
 
-    def __init__(self, engine: Engine, clock: Clock = utc_now) -> None:
+    def __init__(self, engine: Engine, clock: Clock = utc_now, signer: HeadSigner | None = None) -> None:
         super().__init__(engine)
         self._writer = for_writing(engine)
         self._clock = clock
+        self._signer = signer
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
@@ -109,7 +100,7 @@ class Store(Reader):
             if run.status != "running":
                 return False
             now = self._clock()
-            run.status, run.reason, run.ended_at = status, _storable(reason), now
+            run.status, run.reason, run.ended_at = status, storable(reason), now
             opened = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
             if opened is not None:
                 _abort(opened, f"the run {status}" + (f": {reason}" if reason else ""), now)
@@ -121,7 +112,7 @@ class Store(Reader):
             self._add_clients(session, [node_id])
             if name is not None:
                 session.execute(
-                    update(schema.Client).where(schema.Client.node_id == node_id).values(name=_storable(name))
+                    update(schema.Client).where(schema.Client.node_id == node_id).values(name=storable(name))
                 )
 
     def _add_clients(self, session: Session, node_ids: Iterable[str]) -> None:
@@ -224,7 +215,7 @@ class Store(Reader):
             row = session.get(schema.Participation, (run_id, number, attempt, node_id))
             if row is None:
                 raise StorageError(f"client {node_id} is not in the cohort of round {number} of run {run_id}")
-            row.status, row.reason = status, _storable(reason)
+            row.status, row.reason = status, storable(reason)
             self._set_metrics(session, (run_id, number, attempt, node_id), metrics or {})
 
     def record_metrics(self, run_id: str, number: int, node_id: str | None, values: Mapping[str, float]) -> None:
@@ -250,7 +241,8 @@ class Store(Reader):
         """Commit an open attempt: its adapter version, counts, participations and metrics, in one transaction.
 
         Survivors become "trained"; a client that is still "invited" becomes "late". MUST raise StorageError when a
-        survivor was recorded otherwise, or when a client recorded "trained" is no survivor.
+        survivor was recorded otherwise, or when a client recorded "trained" is no survivor. With `settle_privacy` what
+        the attempt reserved becomes COMMITTED in the same transaction; LedgerError where it reserved nothing.
         """
         with self._writing() as session:
             opened = _open_attempt(session, commit.run_id, commit.number, commit.attempt)
@@ -271,6 +263,9 @@ class Store(Reader):
             opened.replies, opened.trained_tokens = survivors, commit.trained_tokens
             opened.seconds, opened.phase_seconds = commit.seconds, dict(commit.phase_seconds)
             opened.ended_at = opened.progress_at = now
+            if commit.settle_privacy:
+                attempt = (commit.run_id, commit.number, commit.attempt)
+                settle_in(session, attempt, "COMMITTED", at=now, signer=self._signer)
 
     def abort_round(self, run_id: str, number: int, attempt: int, reason: str) -> None:
         """Close an open attempt without a result."""
@@ -284,7 +279,7 @@ class Store(Reader):
                 schema.Event(
                     run_id=run_id,
                     kind=kind,
-                    message=_storable(message),
+                    message=storable(message),
                     detail=dict(detail or {}),
                     at=self._clock(),
                 )
@@ -296,12 +291,12 @@ class Store(Reader):
         MUST raise StorageError for an id or a key that was ever enrolled, ConfigError for what is none.
         """
         with self._writing() as session:
-            return identities.enroll(session, client_id, public_key, _storable(operator), self._clock())
+            return identities.enroll(session, client_id, public_key, storable(operator), self._clock())
 
     def revoke_client(self, client_id: str, operator: str, reason: str) -> int:
         """Revoke a client for ever and answer the roster's new version; StorageError unless it is enrolled."""
         with self._writing() as session:
-            return identities.revoke(session, client_id, _storable(operator), _storable(reason), self._clock())
+            return identities.revoke(session, client_id, storable(operator), storable(reason), self._clock())
 
     def bind_node(self, run_id: str, node_id: str, client_id: str, signature: bytes) -> None:
         """Note that a node speaks for a client, by the signature of its first contact; once more changes nothing.
@@ -363,7 +358,7 @@ def _fresh_round(run_id: str, number: int, attempt: int, threshold: int | None, 
 
 
 def _abort(opened: schema.Round, reason: str, now: datetime) -> None:
-    opened.status, opened.reason = "aborted", _storable(reason)
+    opened.status, opened.reason = "aborted", storable(reason)
     opened.ended_at = opened.progress_at = now
 
 
@@ -385,14 +380,3 @@ def _settle_participations(session: Session, commit: RoundCommit) -> int:
     late = {"status": "late", "reason": "no update came before the round was committed"}
     session.execute(update(row).where(*of_attempt, row.status == "invited").values(**late))
     return len(survivors)
-
-
-@overload
-def _storable(text: str) -> str: ...
-@overload
-def _storable(text: None) -> None: ...
-@overload
-def _storable(text: str | None) -> str | None: ...
-def _storable(text: str | None) -> str | None:
-    """`text` without what a database refuses: a client's reason must not be able to spoil a commit."""
-    return None if text is None else text.replace("\x00", "").encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,69 @@
+"""Signed heads in SQL: those of this ledger's chains, and the newest that peers sent of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from contract.errors import LedgerError
+from contract.privacy_records import Unit
+from storage import schema
+from storage.ledger_chain import head_fault, unit_id_of
+from storage.ledger_writer import HEAD_COLUMNS, head_columns, moment
+from storage.records import HeadSource, SignedHead
+
+_INTEGERS = frozenset({"seq", "round", "attempt"})
+
+
+def read_heads(
+    session: Session, source: HeadSource, unit_id: str | None = None, attempt: tuple[str, int, int] | None = None
+) -> list[SignedHead]:
+    """The heads of a source, of one unit or attempt (run, round, attempt) or of all, oldest first in each unit."""
+    head = schema.PrivacyHead
+    query = select(*(getattr(head, name) for name in HEAD_COLUMNS)).where(head.source == source)
+    if unit_id is not None:
+        query = query.where(head.unit_id == unit_id)
+    if attempt is not None:
+        query = query.where(head.run == attempt[0], head.round == attempt[1], head.attempt == attempt[2])
+    return [SignedHead(*found) for found in session.execute(query.order_by(head.unit_id, head.seq, head.at))]
+
+
+def newest_of_each(heads: Iterable[SignedHead]) -> list[SignedHead]:
+    """The last head of each unit and signer; `heads` are the oldest first."""
+    return list({(head.unit_id, head.signer): head for head in heads}.values())
+
+
+def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime) -> None:
+    """Keep a head that a peer signed of its own chain of `unit`; the newest that is here already changes nothing.
+
+    Raises LedgerError for a head of another unit, a signature that is not its signer's, and a chain that went back: a
+    row before the newest that this signer showed, or another row in its place.
+    """
+    if head.unit_id != unit_id_of(unit):
+        raise LedgerError(f"a head of unit {head.unit_id[:16]} came for client {unit.client}, dataset {unit.dataset}")
+    fault = head_fault(head)
+    if fault is not None:
+        raise LedgerError(f"the head of client {unit.client}, dataset {unit.dataset} cannot be kept: {fault}")
+    known = [one for one in read_heads(session, "peer", head.unit_id) if one.signer == head.signer]
+    if known:
+        newest = known[-1]
+        if head.seq < newest.seq or (head.seq == newest.seq and head.hash != newest.hash):
+            raise LedgerError(
+                f"the chain of client {unit.client}, dataset {unit.dataset} that {head.signer} keeps went back: "
+                f"row {newest.seq} was {newest.hash[:16]}, now it shows row {head.seq}, {head.hash[:16]}"
+            )
+        if head.seq == newest.seq:
+            return
+    session.add(schema.PrivacyHead(source="peer", at=moment(at), **head_columns(head)))
+
+
+def head_from(columns: Mapping[str, object]) -> SignedHead | str:
+    """A head from its fields, or why they are none."""
+    for name in HEAD_COLUMNS:
+        wanted = int if name in _INTEGERS else str
+        if type(columns.get(name)) is not wanted:
+            return f"its {name} is a {type(columns.get(name)).__name__}, not a {wanted.__name__}"
+    return SignedHead(**{name: columns[name] for name in HEAD_COLUMNS})  # type: ignore[arg-type]
