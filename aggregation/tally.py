@@ -13,7 +13,7 @@ import numpy as np
 from aggregation.ring import RingVector, zeros
 from contract.errors import UpdateError
 
-NAMES = ("eval_nats", "eval_tokens", "train_nats", "steps")
+NAMES = ("eval_nats", "eval_tokens", "train_nats", "train_tokens", "steps")
 NATS_STEPS = 1 << 16
 _LIMB_BITS, _LIMBS = 16, 3
 SIZE = len(NAMES) * _LIMBS

@@ -196,9 +196,12 @@ class Policy:
         return count - math.floor(self.dropout * count) if terms.degree else terms.threshold
 
 
-def greeting_message(run: str, client_id: str, nonce: bytes) -> bytes:
-    """What a client signs at its first contact in a run: that Flower's node speaks for its identity."""
-    return digest("greeting", run, client_id, nonce)
+def greeting_message(run: str, client_id: str, nonce: bytes, *declared: str) -> bytes:
+    """What a client signs at its first contact in a run: that Flower's node speaks for its identity.
+
+    `declared` are its name and its dataset's, in a run whose privacy budgets are kept by them.
+    """
+    return digest("greeting", run, client_id, nonce, *declared)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -106,7 +106,7 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
         upload, failure = None, ""
         try:
             order = _read_order(message.content)
-            upload = take_part(order, config, site, training=training, turn=secure.turn(asked)).upload
+            upload = take_part(order, config, site, training=training, turn=secure.turn(asked), head=asked.head).upload
         except TrunklineError as error:  # told beside the answer to the next sum's set-up, which it spoils nothing of
             logger.error("round refused: %s: %s", type(error).__name__, error)
             failure = _reason(error, masked=True)
@@ -126,8 +126,17 @@ def _talk(message: Message, context: Context) -> RecordDict:
     config, site = _settings(context)
     asked = _secure_order(message.content)
     with Vault(site.state_dir).alone():
+        if asked.head:
+            _keep_head(asked.head, config, site)
         secure = open_secure_site(site, str(context.node_id))
         return RecordDict({"secure": _secure_record(secure, asked, config, site)})
+
+
+def _keep_head(head: bytes, config: RunConfig, site: Site) -> None:
+    from clients.spending import open_spending  # with SQL, which no other stage needs
+
+    with open_spending(site, config) as spending:
+        spending.keep_head(head)
 
 
 def _secure_record(

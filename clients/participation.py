@@ -9,10 +9,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection
-from contextlib import closing
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +20,25 @@ import torch
 from peft import PeftModel
 
 from aggregation import tally
-from aggregation.dither import SecretDither
 from aggregation.protocol import PlainSumClient
-from aggregation.ring import plan
 from clients.connection import TrunkConnection
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
 from clients.secure import SecureTurn
 from clients.site import Site
-from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model
-from clients.trainer import Judgement, Training, judge, train
+from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
+from clients.trainer import Announce, Judgement, Training, judge, train
+from clients.update import encode_update, subtract_from, trained_vector
 from clients.wire_log import WireLog
+from clients.wire_privacy import wire_mechanism
 from contract import adapter
 from contract.config import RunConfig
 from contract.errors import ConfigError, NonFiniteError
 from contract.model_files import resolve_model
 from contract.records import Factor, RoundKey
+from privacy.stream import SecretStream
+
+if TYPE_CHECKING:
+    from clients.spending import SiteSpending
 
 logger = logging.getLogger("trunkline.clients")
 
@@ -68,14 +72,22 @@ class RoundWork:
 
 
 def take_part(
-    order: RoundOrder, config: RunConfig, site: Site, *, training: bool, turn: SecureTurn | None = None
+    order: RoundOrder,
+    config: RunConfig,
+    site: Site,
+    *,
+    training: bool,
+    turn: SecureTurn | None = None,
+    head: bytes = b"",
 ) -> RoundWork:
     """One round's work at this site; without `training` the adapter is only judged.
 
-    With a `turn` in a secure sum all that goes back is masked: update, weight, losses and counts. Raises SecureSumError
-    where this site does not take that turn, UpdateError for an update that is not finite or too large, and whatever
-    reading the data, loading the model and talking to the trunk raise. After an error the trunk holds nothing of this
-    client's for the round.
+    Under `dp` the site's own ledger pays before anything of its text is released, and keeps the `head` of the
+    orchestrator's. With a `turn` in a secure sum all that goes back is masked: update, weight, losses and counts.
+
+    Raises SecureSumError where this site does not take that turn, BudgetError where its budget is spent, UpdateError
+    for an update that is not finite or too large, and whatever reading the data, loading the model and talking to the
+    trunk raise. After an error the trunk holds nothing of this client's for the round.
     """
     started = time.monotonic()
     if order.factor not in get_args(Factor):
@@ -91,15 +103,31 @@ def take_part(
             if turn is not None:
                 turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
             model = _open_model(order, config, site, connection)
-            with closing_session(model):
-                judgement, training_done, upload = _work(model, data, order, config, training=training, turn=turn)
+            with closing_session(model), _spending(site, config) as spending:
+                if spending is not None and head:
+                    spending.keep_head(head)
+                judgement, training_done, upload = _work(
+                    model, data, order, config, training=training, turn=turn, spending=spending
+                )
         metrics = _metrics(judgement, training_done) | {"seconds": time.monotonic() - started}
         logger.info("round=%d site=%s %s", order.key.round, site.name, _told_here(metrics))
-        told = () if turn is not None else (*metrics, "sent_bytes", "received_bytes")
+        told = () if turn is not None or config.metrics == "off" else (*metrics, "sent_bytes", "received_bytes")
         _note_reply(wire_log, upload, told, training=training)
         metrics |= {"sent_bytes": wire_log.sent_bytes, "received_bytes": wire_log.received_bytes}
         logger.info("wire round=%d site=%s %s", order.key.round, site.name, wire_log.summary())
     return RoundWork(upload, {name: metrics[name] for name in told})
+
+
+@contextmanager
+def _spending(site: Site, config: RunConfig) -> Iterator[SiteSpending | None]:
+    """The site's ledger, open for the block; None in a run without differential privacy."""
+    if config.dp == "off":
+        yield None
+        return
+    from clients.spending import open_spending  # with SQL, which no other run needs at a site
+
+    with open_spending(site, config) as spending:
+        yield spending
 
 
 def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: TrunkConnection) -> PeftModel:
@@ -110,6 +138,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
         attn_implementation=config.attn_implementation,
         codec=config.codec,
         timeout_s=config.round_timeout_s,
+        mechanism=wire_mechanism(config),
     )
     spec = adapter.resolve_lora(resolve_model(site.model), adapter.run_lora(config))
     start = RoundStart(
@@ -119,6 +148,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
         client_vector=order.adapter_d,
         client_sha256=order.client_sha256,
         trunk_sha256=order.trunk_sha256,
+        trunk_frozen=config.trunk_adapter == "frozen",
     )
     return open_split_model(settings, spec, connection, start)
 
@@ -131,54 +161,57 @@ def _work(
     *,
     training: bool,
     turn: SecureTurn | None,
+    spending: SiteSpending | None,
 ) -> tuple[Judgement, Training | None, bytes | None]:
-    judgement = judge(model, data.heldout_rows, config)
-    if not training:
+    update_d = trained_vector(model, order.factor) if training else None
+    if spending is not None and update_d is not None and turn is not None:
+        spending.reserve(order.key, order.clients, turn.threshold, update_d.size, remote_layers(model).trunk.events)
+    announce = remote_layers(model).trunk.announce
+    judgement = judge(model, data.heldout_rows, config, announce) if config.metrics == "sum" else Judgement(math.nan, 0)
+    if update_d is None:
         close(model)
-        told = None if turn is None else turn.upload(order.adapter_sha256, None, _tally(judgement, None))
+        told = None if turn is None else turn.upload(order.adapter_sha256, None, _tally(judgement, None, config))
         return judgement, None, told
-    update_d = _trained_vector(model, order.factor)
-    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
-    done = train(model, data.train_rows, config, key)
-    _subtract_from(model, order.factor, update_d)
-    fixed_point = plan(order.clients, config.max_trained_tokens(), config.update_clip)
-    fixed_point.require_resolved(update_d, done.trained_tokens)
-    encoded = fixed_point.encode(update_d, done.trained_tokens, None if turn is None else SecretDither(os.urandom))
+    done = _train(model, data, order, config, announce)
+    subtract_from(model, order.factor, update_d)
+    encoded = encode_update(
+        update_d, done.trained_tokens, order.clients, config, None if turn is None else turn.threshold
+    )
     del update_d  # what is left holds no more than three vectors of the ring at once
     if turn is None:
-        upload = PlainSumClient(encoded.size, fixed_point.bits).upload(encoded)
+        upload = PlainSumClient(encoded.size, 8 * encoded.itemsize).upload(encoded)
     else:
-        upload = turn.upload(order.adapter_sha256, encoded, _tally(judgement, done))
-    close(model, trained_tokens=done.trained_tokens, contribute=True)
+        upload = turn.upload(order.adapter_sha256, encoded, _tally(judgement, done, config))
+    if config.trunk_adapter == "frozen":
+        close(model)
+    else:
+        close(model, trained_tokens=1 if config.dp != "off" else done.trained_tokens, contribute=True)
+    if spending is not None:
+        spending.committed(order.key)
     return judgement, done, upload
 
 
-def _trained_vector(model: PeftModel, factor: Factor) -> npt.NDArray[np.float64]:
-    """The client part's coordinates that this round trains, in sorted-name order; float64, so differences are exact."""
-    tensors = adapter.adapter_parameters(model)
-    return adapter.flatten(tensors, adapter.trainable_names(tensors, factor)).astype(np.float64)
+def _train(model: PeftModel, data: SiteData, order: RoundOrder, config: RunConfig, announce: Announce) -> Training:
+    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
+    if config.dp == "example":
+        from clients.private_training import train_privately  # with Opacus, which no other run needs
+
+        return train_privately(model, data.train_rows, config, key, SecretStream(os.urandom), announce)
+    return train(model, data.train_rows, config, key, announce)
 
 
-def _subtract_from(model: PeftModel, factor: Factor, before_d: npt.NDArray[np.float64]) -> None:
-    """Turn the trained coordinates from before the round into their change, in place: after less before."""
-    tensors = adapter.adapter_parameters(model)
-    start = 0
-    for name in adapter.trainable_names(tensors, factor):
-        after = adapter.flatten(tensors, [name])
-        part = before_d[start : start + after.size]
-        np.subtract(after, part, out=part)
-        start += after.size
-
-
-def _tally(judgement: Judgement, done: Training | None) -> dict[str, int]:
-    """The numbers as a secure sum carries them."""
+def _tally(judgement: Judgement, done: Training | None, config: RunConfig) -> dict[str, int]:
+    """The numbers as a secure sum carries them; none where the run tells none."""
+    if config.metrics == "off":
+        return {}
     values = {"eval_tokens": judgement.tokens}
     if judgement.tokens:
         if not math.isfinite(judgement.loss):
             raise NonFiniteError("the incoming adapter's held-out loss is not finite: a sum cannot carry it")
         values["eval_nats"] = round(judgement.loss * judgement.tokens * tally.NATS_STEPS)
     if done is not None:
-        values |= {"train_nats": round(done.loss * done.trained_tokens * tally.NATS_STEPS), "steps": done.steps}
+        values |= {"train_nats": round(done.loss * done.trained_tokens * tally.NATS_STEPS)}
+        values |= {"train_tokens": done.trained_tokens, "steps": done.steps}
     return values
 
 

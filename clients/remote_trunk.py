@@ -11,18 +11,21 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clients.connection import FrameStream, TrunkConnection
 from contract import codec, wire
 from contract.adapter import from_bytes
-from contract.errors import AgreementError, ConfigError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.privacy_records import Channel, PrivacyEvent
 from contract.records import AdamWSettings
 from contract.trunk_pb2 import (
     Backward,
@@ -36,17 +39,18 @@ from contract.trunk_pb2 import (
     TensorHeader,
     Welcome,
 )
-from privacy.mechanism import Off, WireMechanism
+from privacy.wire import Off, WireMechanism
 
 
 class PendingGraph:
     """The trunk's half of one forward pass, kept there until its backward comes or this object is forgotten."""
 
-    __slots__ = ("__weakref__", "batch_shape", "forget", "microbatch")
+    __slots__ = ("__weakref__", "batch_shape", "forget", "microbatch", "rows")
 
-    def __init__(self, microbatch: int, batch_shape: tuple[int, ...]) -> None:
+    def __init__(self, microbatch: int, batch_shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
         self.microbatch = microbatch
         self.batch_shape = batch_shape
+        self.rows = rows
         self.forget: weakref.finalize[..., PendingGraph] | None = None
 
 
@@ -79,6 +83,7 @@ class RemoteTrunk:
     ) -> None:
         """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
 
+        Every value passes `mechanism` on its way out; one that is not Off needs `announce` before each forward.
         Raises AgreementError when the two sides do not hold the same model, or the trunk names an unexpected adapter.
         """
         self.address = connection.address
@@ -88,6 +93,7 @@ class RemoteTrunk:
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes
         self._mechanism: WireMechanism = mechanism or Off()
+        self._rows: tuple[int, ...] = ()
         self._microbatches = 0
         self._owed_step_replies = 0
         self._dropped: deque[int] = deque()
@@ -104,6 +110,15 @@ class RemoteTrunk:
                 f"{hello.adapter_sha256} was asked for"
             )
 
+    @property
+    def events(self) -> Mapping[Channel, PrivacyEvent]:
+        """What one pass over the wire costs each of its rows, by channel."""
+        return self._mechanism.events
+
+    def announce(self, rows: Sequence[int]) -> None:
+        """Say which of the site's rows the next forward holds, in the batch's order: their privacy is what is spent."""
+        self._rows = tuple(rows)
+
     def forward(self, hidden_BTD: Tensor, crossing: Crossing, *, need_grad: bool) -> tuple[Tensor, PendingGraph | None]:
         """hidden_BTD at the head cut -> hidden_BTD at the tail cut, and the graph to call `backward` with.
 
@@ -116,7 +131,12 @@ class RemoteTrunk:
                 f"a batch of {batch} x {tokens} tokens is over the trunk's limit of {self.welcome.max_tokens}"
             )
         request = _forward_request(hidden_BTD, crossing, need_grad)
-        released = self._released(hidden_BTD, "the hidden states at the head cut")
+        rows, mask_BT = self._rows, crossing.attention_mask_BT
+        released = self._released(
+            hidden_BTD,
+            "the hidden states at the head cut",
+            lambda values: self._mechanism.forward(_without_padding(values, mask_BT), rows),
+        )
         header, data = codec.encode(released, self._codec)
         request.hidden.CopyFrom(header)
         with self._exchange():
@@ -127,7 +147,7 @@ class RemoteTrunk:
             self._send(ClientFrame(forward=request), data)
             reply = self._reply("forward")
             output_BTD = self._tensor(reply.hidden, tuple(hidden_BTD.shape), "the hidden states from the trunk")
-        graph = self._pending(request.microbatch, tuple(output_BTD.shape)) if need_grad else None
+        graph = self._pending(request.microbatch, tuple(output_BTD.shape), rows) if need_grad else None
         return output_BTD.to(hidden_BTD.device), graph
 
     def backward(
@@ -143,7 +163,9 @@ class RemoteTrunk:
                 f"backward a second time through microbatch {graph.microbatch}: the trunk frees its graph at the first "
                 "(retain_graph is not supported)"
             )
-        released = self._released(grad_BTD, "the gradient at the tail cut")
+        released = self._released(
+            grad_BTD, "the gradient at the tail cut", lambda values: self._mechanism.backward(values, graph.rows)
+        )
         header, data = codec.encode(released, self._codec)
         request = Backward(
             microbatch=graph.microbatch, grad=header, want_input_grad=want_input_grad, reset_gradient=reset_gradient
@@ -217,11 +239,18 @@ class RemoteTrunk:
                 self._stream.cancel()
                 raise
 
-    def _released(self, value_BTD: Tensor, what: str) -> Tensor:
-        """What may leave in place of `value_BTD`. A release with a price is refused: no ledger is kept here."""
-        released, event = self._mechanism.apply(value_BTD.detach())
-        if event is not None:
-            raise ConfigError(f"wire privacy {self._mechanism.name!r} has a price, and this client keeps no ledger")
+    def _released(
+        self,
+        value_BTD: Tensor,
+        what: str,
+        mechanism: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    ) -> Tensor:
+        """What may leave in place of `value_BTD`; it was paid for when the round was reserved in the site's ledger."""
+        value_BTD = value_BTD.detach()
+        codec.require_finite(value_BTD, what)
+        if isinstance(self._mechanism, Off):  # bit for bit what was computed, on whatever device it is
+            return value_BTD
+        released = torch.from_numpy(mechanism(value_BTD.to("cpu", torch.float32).numpy())).to(value_BTD.dtype)
         codec.require_finite(released, what)
         return released
 
@@ -256,11 +285,16 @@ class RemoteTrunk:
             assembler.add(self._stream.receive_chunk())
         return assembler.data()
 
-    def _pending(self, microbatch: int, shape: tuple[int, ...]) -> PendingGraph:
-        graph = PendingGraph(microbatch, shape)
+    def _pending(self, microbatch: int, shape: tuple[int, ...], rows: tuple[int, ...]) -> PendingGraph:
+        graph = PendingGraph(microbatch, shape, rows)
         graph.forget = weakref.finalize(graph, self._dropped.append, microbatch)
         graph.forget.atexit = False
         return graph
+
+
+def _without_padding(hidden_BTD: npt.NDArray[np.float32], mask_BT: Tensor | None) -> npt.NDArray[np.float32]:
+    """Zeros where the mask says that nothing stands: a row's norm should be that of its text."""
+    return hidden_BTD if mask_BT is None else hidden_BTD * mask_BT.to("cpu", torch.float32).numpy()[:, :, None]
 
 
 def _forward_request(hidden_BTD: Tensor, crossing: Crossing, need_grad: bool) -> Forward:

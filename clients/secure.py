@@ -15,7 +15,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregation import keys, tally
-from aggregation.ring import RingVector, plan
+from aggregation.encoding import encoding
+from aggregation.ring import RingVector
 from aggregation.rules import trainable_factor
 from aggregation.secure_client import SecureClient
 from aggregation.terms import Policy, Terms, greeting_message
@@ -28,6 +29,7 @@ from contract.errors import (
     ConnectionFailedError,
     DeadlineError,
     ModelError,
+    PrivacyError,
     SecureSumError,
     StorageError,
     TrunklineError,
@@ -62,11 +64,20 @@ def open_secure_site(site: Site, client_id: str) -> SecureSite:
             raise ConfigError(f"cannot make {site.identity_key.parent} for the identity: {error.strerror}") from error
         create_private_key(site.identity_key)
     identity = read_private_key(site.identity_key)
-    return SecureSite(client_id, identity, site.policy, site.roster, Vault(site.state_dir), site.simulated)
+    return SecureSite(
+        client_id,
+        identity,
+        site.policy,
+        site.roster,
+        Vault(site.state_dir),
+        site.simulated,
+        site.name,
+        site.dataset,
+    )
 
 
 _TOLD = (
-    *(SecureSumError, ConfigError, ModelError, StorageError),
+    *(SecureSumError, ConfigError, ModelError, StorageError, PrivacyError),
     *(ConnectionFailedError, DeadlineError, AgreementError),
 )
 """Whose texts, under masked sums, the orchestrator is told. They MUST quote no figure of a site's text or training."""
@@ -95,6 +106,8 @@ class SecureSite:
     pin: RosterPin | None
     vault: Vault
     simulated: bool = False
+    name: str = ""
+    dataset: str = ""
 
     def join(self, data: bytes, config: RunConfig) -> bytes:
         """Stage 0 of a new session; answers the advert."""
@@ -111,12 +124,12 @@ class SecureSite:
 
     def _require_agreed(self, terms: Terms, config: RunConfig) -> None:
         """Raise SecureSumError unless the session's numbers follow from the settings that this site was given."""
-        weight = config.max_trained_tokens()
+        weight = config.max_weight()
         self.policy.check_weight(weight)
         if terms.settings_sha256 != config.sha256():
             raise SecureSumError("the session was made for other settings than this client was given")
         # A judgement's tally needs no more than the smaller ring, and fits in both.
-        bits = plan(len(terms.members), weight, config.update_clip).bits
+        bits = encoding(config, len(terms.members), terms.threshold).bits
         if terms.size != tally.SIZE and terms.ring_bits != bits:
             raise SecureSumError(
                 f"the session sums in Z_2^{terms.ring_bits}; {len(terms.members)} clients of up to {weight} tokens "
@@ -180,9 +193,9 @@ class SecureSite:
         self.vault.forget(session_id)
         return answer
 
-    def greet(self, run: str, nonce: bytes) -> tuple[bytes, bytes]:
-        """This site's public key, and its signature that binds Flower's node id to it for one run."""
-        message = greeting_message(run, self.node_id, nonce)
+    def greet(self, run: str, nonce: bytes, *declared: str) -> tuple[bytes, bytes]:
+        """This site's public key, and its signature that binds Flower's node id, and what it declares, to it."""
+        message = greeting_message(run, self.node_id, nonce, *declared)
         return self.identity.public_key().public_bytes_raw(), keys.sign(self.identity, message)
 
     def answer(self, asked: SecureOrder, config: RunConfig) -> SecureReply:
@@ -192,7 +205,9 @@ class SecureSite:
         """
         told: dict[str, Any] = {}
         if asked.greet:
-            told["identity"], told["greeting"] = self.greet(asked.run, asked.greet)
+            declared = {"name": self.name, "dataset": self.dataset} if config.dp != "off" else {}
+            told["identity"], told["greeting"] = self.greet(asked.run, asked.greet, *declared.values())
+            told |= declared
         if asked.confirm:
             told["confirmation"] = self.confirm(asked.session, asked.confirm)
         if asked.unmask:
@@ -238,6 +253,11 @@ class SecureTurn:
     site: SecureSite
     session_id: bytes
     inbox: bytes
+
+    @property
+    def threshold(self) -> int:
+        """How many clients the sum needs to its end."""
+        return self.site.terms(self.session_id).threshold
 
     def check(
         self, key: RoundKey, config: RunConfig, factor: Factor, clients: int, fingerprint: str, *, training: bool

@@ -6,6 +6,8 @@ another file. In a simulation there are no sites, and the run's own settings sta
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +16,18 @@ from pathlib import Path
 from aggregation.terms import DEFAULT_MAX_WEIGHT, DEFAULT_MIN_MEMBERS, Policy
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
-from contract.identity import parse_public_key
+from contract.identity import check_client_id, parse_public_key
 from storage.home import home_dir, simulation_dir
 
 _KEYS = (
     *("model", "data", "name", "trunk-address", "wire-log"),
-    *("state-dir", "identity-key", "roster", "roster-signer"),
+    *("state-dir", "identity-key", "roster", "roster-signer", "dataset"),
 )
+_BUDGET_KEYS = ("privacy-epsilon", "privacy-delta")
 _SIMULATED = Policy(min_members=2, max_weight=1 << 62)
 """All of a simulation is on one machine: its clients have nobody to insist against."""
 CLEAR_KEY = "allow-secagg-off"
+LEDGER_FILE = "ledger.db"
 _COUNTS = {
     "secagg-min-members": DEFAULT_MIN_MEMBERS,
     "secagg-min-threshold": 0,
@@ -43,7 +47,9 @@ class RosterPin:
 class Site:
     """`model` is a checkpoint (whole, or the client part), `data` a file or `stdlib:NAME`; `wire_log` "" for none.
 
-    `state_dir` keeps the secrets of open secure sums; `roster` is None where no roster is pinned.
+    `state_dir` keeps the secrets of open secure sums, `ledger` is the site's own record of the privacy that it spent;
+    `roster` is None where no roster is pinned. `dataset` names the data whose privacy budget is spent; `budget` is the
+    site's own (epsilon, delta) for it, None where the first run's is taken.
     """
 
     model: str
@@ -52,8 +58,11 @@ class Site:
     trunk_address: str
     wire_log: str
     state_dir: Path
+    ledger: Path
     identity_key: Path
     identity_named: bool
+    dataset: str
+    budget: tuple[float, float] | None
     policy: Policy
     roster: RosterPin | None
     simulated: bool
@@ -89,16 +98,26 @@ def read_site(
             "trunk-address is not set; with secagg on it must be in the node config of this SuperNode, so that whoever "
             "starts a run cannot choose who receives this site's activations"
         )
+    if config.dp != "off" and "name" in told:
+        check_client_id(told["name"], "node config name")
+    if not simulated and config.dp != "off" and not {"name", "identity-key"} & told.keys():
+        raise ConfigError(
+            f"dp is {config.dp}, and this SuperNode's node config has neither name nor identity-key: Flower gives a "
+            "SuperNode that starts anew another id, under which a spent privacy budget would not be found again"
+        )
     state_dir, identity_key = _places(told, node_id, flower_run_id, simulated=simulated)
     return Site(
         model=told["model"],
         data=told["data"],
-        name=told.get("name", node_id),
+        name=told.get("name", f"client-{node_config.get('partition-id', 0)}" if simulated else node_id),
         trunk_address=told.get("trunk-address", config.trunk_address),
         wire_log=told.get("wire-log", ""),
         state_dir=state_dir,
+        ledger=_ledger(state_dir, told["data"], simulated=simulated),
         identity_key=identity_key,
         identity_named="identity-key" in told,
+        dataset=_dataset(told),
+        budget=_budget(node_config),
         policy=_SIMULATED if simulated else _policy(node_config),
         roster=None if simulated else _pin(told),
         simulated=simulated,
@@ -121,6 +140,37 @@ def _places(told: Mapping[str, str], node_id: str, flower_run_id: str, *, simula
     else:
         state_dir = home_dir() / "clients" / node_id
     return state_dir, named or state_dir / "identity.pem"
+
+
+def _dataset(told: Mapping[str, str]) -> str:
+    """The name under which the data's privacy is spent: the site's own, or one that follows from where it lies."""
+    named = told.get("dataset")
+    if named is None:
+        return f"data-{hashlib.sha256(told['data'].encode()).hexdigest()[:12]}"
+    return check_client_id(named, "node config dataset")
+
+
+def _ledger(state_dir: Path, data: str, *, simulated: bool) -> Path:
+    """A simulated client is gone with its run, but its data's spent privacy is not."""
+    if not simulated:
+        return state_dir / LEDGER_FILE
+    return home_dir() / "simulated-ledgers" / hashlib.sha256(data.encode()).hexdigest()[:16] / LEDGER_FILE
+
+
+def _budget(node_config: Mapping[str, ConfigValue]) -> tuple[float, float] | None:
+    """Raises ConfigError where only one of the two keys is there, or one is no number within its limits."""
+    told = [key for key in _BUDGET_KEYS if key in node_config]
+    if not told:
+        return None
+    if len(told) == 1:
+        raise ConfigError(f"node config holds {told[0]} alone; a privacy budget is {' and '.join(_BUDGET_KEYS)}")
+    numbers = []
+    for key, most in zip(_BUDGET_KEYS, (math.inf, 1.0), strict=True):
+        value = node_config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
+            raise ConfigError(f"node config {key} is {value!r}; it must be a number above 0, below {most:g}")
+        numbers.append(float(value))
+    return numbers[0], numbers[1]
 
 
 def _flag(node_config: Mapping[str, ConfigValue], key: str) -> bool:

@@ -10,9 +10,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 
+from orchestrator.ledger_key import open_ledger_key
 from orchestrator.run import Start, conduct
 from storage.artifacts import ArtifactStore
 from storage.home import artifacts_dir, home_dir
+from storage.ledger import open_ledger
 from storage.records import RunMode
 from storage.store import open_store
 
@@ -33,15 +35,17 @@ class SystemClock:
 def main(grid: Grid, context: Context) -> None:
     """Conduct the run that Flower started. Raises what ended it early, so that Flower shows finished:failed."""
     speak()
+    signer = open_ledger_key()
     start = Start(
         values=context.run_config,
         flower_run_id=str(context.run_id),
         mode=mode_of(grid),
         grid=grid,
-        store=open_store(),
+        store=open_store(signer=signer),
         artifacts=ArtifactStore(artifacts_dir()),
         runs_dir=home_dir() / "runs",
         clock=SystemClock(),
+        ledger=open_ledger(signer=signer),
         at_exit=add_exit_handler,
     )
     conduct(start)

@@ -17,24 +17,29 @@ from storage.records import RoundCommit
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """What the clients' half of a round came to: the mean update of `factor`, shape (d,), over `survivors`."""
+    """What the clients' half of a round came to: the mean update of `factor`, shape (d,), over `survivors`.
+
+    `weight` is the sum of their weights: of their trained tokens, or under `dp` of 1 each.
+    """
 
     factor: Factor
     update_d: npt.NDArray[np.float64]
-    trained_tokens: int
+    weight: int
     survivors: Sequence[str]
 
 
 def average_trunk(desk: Desk, key: RoundKey, before: Version, mean: Mean) -> str:
     """The hash of the trunk's half of the average. Raises AgreementError where it comes from other weights."""
+    if desk.config.trunk_adapter == "frozen":
+        return before.trunk_sha256
     try:
         average = desk.trunk.commit_round(key, before.trunk_sha256, mean.survivors)
     except (SessionError, FrameError) as error:  # a client's doing: it sent its update here and none to the trunk
         raise AgreementError(f"round {key.round}: the trunk has no average over the same clients: {error}") from error
-    if average.trained_tokens != mean.trained_tokens:
+    if average.trained_tokens != mean.weight:
         raise AgreementError(
             f"round {key.round}: the trunk averaged over {average.trained_tokens} trained tokens, the clients' "
-            f"updates over {mean.trained_tokens}; the two halves of the adapter would not belong together"
+            f"updates over {mean.weight}; the two halves of the adapter would not belong together"
         )
     return average.sha256
 
@@ -60,11 +65,12 @@ def commit(
             attempt=key.attempt,
             client_sha256=client_sha256,
             trunk_sha256=trunk_sha256,
-            trained_tokens=mean.trained_tokens,
+            trained_tokens=int(metrics.get("trained_tokens", 0)),
             survivors=mean.survivors,
             seconds=watch.total_s,
             phase_seconds=watch.seconds,
             metrics=metrics,
+            settle_privacy=desk.config.dp != "off",
         )
     )
     return Version(key.round, client, client_sha256, trunk_sha256)

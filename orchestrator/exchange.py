@@ -63,11 +63,15 @@ class Deadline(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One client's reply: its content, or why there is none. Exactly one of the two is set."""
+    """One client's reply: its content, or why there is none. Exactly one of the two is set.
+
+    `undelivered`: the message never left this process.
+    """
 
     node_id: str
     content: RecordDict | None
     failure: str | None
+    undelivered: bool = False
 
 
 class Exchange:
@@ -108,7 +112,7 @@ class Exchange:
         for node_id in nodes:
             message_id = self._push(message_for(node_id))
             if message_id is None:
-                yield Answer(node_id, None, "Flower did not take the message to it")
+                yield Answer(node_id, None, "Flower did not take the message to it", undelivered=True)
             else:
                 pending[message_id] = node_id
         while pending:

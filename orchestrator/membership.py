@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from aggregation import keys
 from aggregation.terms import NONCE_BYTES, Member, greeting_message
-from contract.errors import SecureSumError, StorageError
-from contract.identity import decode_public_key
+from contract.errors import ConfigError, SecureSumError, StorageError
+from contract.identity import check_client_id, decode_public_key
+from contract.privacy_records import Level, Unit
 from contract.secure_records import SecureOrder
 from orchestrator.desk import Desk
 from orchestrator.secure_exchange import SecureAnswer, ask_all, stage_deadline
@@ -25,10 +26,12 @@ GREETINGS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Greeting:
-    """A public key of 32 bytes, and its owner's verified signature over run, node and nonce."""
+    """A public key of 32 bytes, and its owner's verified signature over run, node, nonce and what it declares."""
 
     identity_key: bytes
     signature: bytes
+    name: str
+    dataset: str
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Membership:
     _greetings: dict[str, _Greeting] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
     _reasons: dict[str, str] = field(default_factory=dict)
+    _shut_out: set[str] = field(default_factory=set)
 
     def known(self, nodes: Iterable[str]) -> dict[str, Member]:
         """Those of `nodes` that may take part in a sum, by node id; new ones are asked who they are."""
@@ -51,15 +55,39 @@ class Membership:
         names = self._enrolled_names()
         found: dict[bytes, str] = {}
         for node_id, greeting in self._greetings.items():  # in the order of their greetings
-            if node_id not in present or not self._may_take_part(node_id, greeting, names):
+            if node_id not in present or node_id in self._shut_out:
+                continue
+            if not self._may_take_part(node_id, greeting, names):
                 continue
             before = found.get(greeting.identity_key)
             if before is not None:  # a site that started anew speaks through its newest node
-                self._exclude(before, f"node {node_id} came later with the same identity key")
+                self.exclude(before, f"node {node_id} came later with the same identity key")
             found[greeting.identity_key] = node_id
         for node_id in found.values():
             self._reasons.pop(node_id, None)
         return {node_id: Member(node_id if names is None else names[key], key) for key, node_id in found.items()}
+
+    def units(self, members: Mapping[str, Member], level: Level) -> dict[str, Unit]:
+        """Whose privacy each node's part is charged to: the enrolled client, or else the name that it declared.
+
+        A second node that declares the same client and dataset is left out: one budget pays for one part in a round.
+        """
+        names = self._enrolled_names()
+        found: dict[Unit, str] = {}
+        for node_id in sorted(members):
+            greeting = self._greetings[node_id]
+            client = greeting.name if names is None else members[node_id].client_id
+            unit = Unit(client, greeting.dataset, level)
+            if unit in found:
+                self.exclude(node_id, f"node {found[unit]} has the same name {client} and dataset {unit.dataset}")
+                continue
+            found[unit] = node_id
+        return {node_id: unit for unit, node_id in found.items()}
+
+    def shut_out(self, node_id: str, reason: str) -> None:
+        """Leave a node out for the rest of the run."""
+        self._shut_out.add(node_id)
+        self.exclude(node_id, reason)
 
     def excluded(self, nodes: Iterable[str]) -> list[tuple[str, str]]:
         """Those of `nodes` that take no part, each with the newest reason, the first few."""
@@ -78,20 +106,24 @@ class Membership:
             heard.add(answer.node_id)
             self._hear(answer, nonce)
         for node_id in sorted(set(new) - heard):
-            self._exclude(node_id, "it did not say who it is in time")
+            self.exclude(node_id, "it did not say who it is in time")
 
     def _hear(self, answer: SecureAnswer, nonce: bytes) -> None:
         if answer.reply is None:
-            self._exclude(answer.node_id, f"it did not say who it is: {answer.failure}")
+            self.exclude(answer.node_id, f"it did not say who it is: {answer.failure}")
             return
-        reply, message = answer.reply, greeting_message(self.desk.run_id, answer.node_id, nonce)
+        reply = answer.reply
+        declared = () if self.desk.config.dp == "off" else (reply.name, reply.dataset)
+        message = greeting_message(self.desk.run_id, answer.node_id, nonce, *declared)
         try:
+            for told in declared:
+                check_client_id(told, "what it is charged to")
             keys.verify(reply.identity, reply.greeting, message, f"the greeting of client {answer.node_id}")
-        except SecureSumError as error:
-            self._exclude(answer.node_id, str(error))
+        except (SecureSumError, ConfigError) as error:
+            self.exclude(answer.node_id, str(error))
             return
         self._reasons.pop(answer.node_id, None)
-        self._greetings[answer.node_id] = _Greeting(reply.identity, reply.greeting)
+        self._greetings[answer.node_id] = _Greeting(reply.identity, reply.greeting, reply.name, reply.dataset)
 
     def _enrolled_names(self) -> Mapping[bytes, str] | None:
         """Client ids by public key, as SQL has them now; None where nobody was ever enrolled."""
@@ -105,16 +137,17 @@ class Membership:
             return True
         client_id = names.get(greeting.identity_key)
         if client_id is None:
-            self._exclude(node_id, "its identity key is not enrolled, or was revoked: `trunkline clients list`")
+            self.exclude(node_id, "its identity key is not enrolled, or was revoked: `trunkline clients list`")
             return False
         try:
             self.desk.store.bind_node(self.desk.run_id, node_id, client_id, greeting.signature)
         except StorageError as error:
-            self._exclude(node_id, str(error))
+            self.exclude(node_id, str(error))
             return False
         return True
 
-    def _exclude(self, node_id: str, reason: str) -> None:
+    def exclude(self, node_id: str, reason: str) -> None:
+        """Note, and say once, why a node takes no part in the sum that is drawn now."""
         if self._reasons.get(node_id) != reason:
             self._reasons[node_id] = reason
             log.warning("node %s takes no part in secure sums: %s", node_id, reason)

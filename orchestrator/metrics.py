@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from contract.config import RunConfig
 from storage.records import MetricRow
 
 _WEIGHTED = (("train_loss", "trained_tokens"), ("eval_loss", "eval_tokens"))
@@ -44,6 +45,11 @@ def judged_losses(metrics: Iterable[MetricRow]) -> dict[int, float]:
 def best_version(losses: Mapping[int, float]) -> int | None:
     """The version with the lowest held-out loss, the earliest of equals; None when none was judged."""
     return min(losses, key=lambda number: (losses[number], number), default=None)
+
+
+def judges(config: RunConfig) -> bool:
+    """Whether clients judge adapters and tell of it."""
+    return config.eval_fraction > 0 and config.metrics == "sum"
 
 
 def has_stalled(losses: Mapping[int, float], patience: int) -> bool:

@@ -22,7 +22,7 @@ from orchestrator.collection import (
 from orchestrator.commitment import Mean, average_trunk, commit
 from orchestrator.desk import Desk, Version
 from orchestrator.messages import OUTSIDE_ROUNDS, round_order
-from orchestrator.metrics import over_clients
+from orchestrator.metrics import judges, over_clients
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.telling import told_failures, told_losses
 
@@ -62,6 +62,12 @@ def play_round(desk: Desk, before: Version) -> Version:
     after = commit(desk, key, before, mean, trunk_sha256, told, watch)
     _tell(desk, number, cohort, got, watch)
     return after
+
+
+def end_run(desk: Desk, last: Version) -> None:
+    """Have the last version judged, where versions are."""
+    if judges(desk.config):
+        judge_last(desk, last)
 
 
 def judge_last(desk: Desk, last: Version) -> None:

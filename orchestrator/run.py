@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aggregation.rules import rule_named
 from contract.config import ConfigValue, RunConfig
-from contract.errors import TrunklineError
+from contract.errors import BudgetError, ConfigError, TrunklineError
 from orchestrator.adapters import ClientPart, draw_first_adapter
 from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
@@ -22,13 +22,15 @@ from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
 from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
-from orchestrator.round import judge_last, play_round
-from orchestrator.secure_round import judge_last_secure, play_secure_round
+from orchestrator.protection import told_coverage
+from orchestrator.round import end_run, play_round
+from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
+from orchestrator.spending import Spending
 from orchestrator.trunk import Trunk, require_served
-from privacy.mechanism import Off
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
+from storage.ledger import Ledger
 from storage.records import RunMode
 from storage.store import Store
 
@@ -39,7 +41,8 @@ log = logging.getLogger("trunkline.orchestrator")
 class Start:
     """What a run is started with.
 
-    `runs_dir` receives RUN_ID/adapter; `at_exit` registers what must still be done when a signal ends the process.
+    `ledger` is where a run with differential privacy keeps what it spends. `runs_dir` receives RUN_ID/adapter;
+    `at_exit` registers what must still be done when a signal ends the process.
     """
 
     values: Mapping[str, ConfigValue]
@@ -50,6 +53,7 @@ class Start:
     artifacts: ArtifactStore
     runs_dir: Path
     clock: Clock
+    ledger: Ledger | None = None
     at_exit: Callable[[Callable[[], None]], None] = lambda ending: None
 
 
@@ -73,30 +77,49 @@ def conduct(start: Start) -> Export:
             held.callback(_forget_simulation, start)
             start.at_exit(partial(_forget_simulation, start))
         log.info("run %s: %d rounds, trunk at %s", run_id, config.num_rounds, trunk.address)
-        log.info("%s (%s); %s", config.aggregation, rule_named(config.aggregation).label, Off.summary)
+        log.info("%s (%s)", config.aggregation, rule_named(config.aggregation).label)
+        for line in told_coverage(config):
+            log.info("privacy: %s", line)
         require_served(config, served, model_fingerprint(model_dir), trunk.address)
         version = first_version(desk, model_dir)
-        play, judge = _player(desk, served.fingerprint, start.mode)
+        play, end = _player(desk, served.fingerprint, start)
+        spent = None
         while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
-            version = play(version)
+            try:
+                version = play(version)
+            except BudgetError as error:
+                if version.number == 0:
+                    raise
+                spent = f"ended after round {version.number} of {config.num_rounds}: {error}"
+                log.warning("%s", spent)
+                break
         directory = start.runs_dir / run_id / "adapter"
         export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
-        if config.eval_fraction:
-            judge(version)
-        ending.reason = _told_end(desk, version)
+        end(version)
+        ending.reason = spent or _told_end(desk, version)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
 
 
 def _player(
-    desk: Desk, model_fingerprint: str, mode: RunMode
+    desk: Desk, model_fingerprint: str, start: Start
 ) -> tuple[Callable[[Version], Version], Callable[[Version], None]]:
-    """How a round is played, and how the last version is judged, by the setting `secagg`."""
+    """How a round is played, and what is done after the last one, by the setting `secagg`."""
     if desk.config.secagg == "off":
         log.warning("secagg is OFF: the orchestrator sees every client's update, losses and counts")
-        return partial(play_round, desk), partial(judge_last, desk)
-    run = SecureRun(desk, Membership(desk, enrolled=mode != "simulation"), model_fingerprint)
-    return partial(play_secure_round, run), partial(judge_last_secure, run)
+        return partial(play_round, desk), partial(end_run, desk)
+    membership = Membership(desk, enrolled=start.mode != "simulation")
+    run = SecureRun(desk, membership, model_fingerprint, _spending(desk, start.ledger))
+    return partial(play_secure_round, run), partial(end_secure_run, run)
+
+
+def _spending(desk: Desk, ledger: Ledger | None) -> Spending | None:
+    """What the run may spend; None where nothing of it has a price. Raises ConfigError where no ledger is kept."""
+    if desk.config.dp == "off":
+        return None
+    if ledger is None:
+        raise ConfigError(f"dp is {desk.config.dp}, but no ledger is open to keep what it spends")
+    return Spending(desk.run_id, desk.config, ledger)
 
 
 def first_version(desk: Desk, model_dir: Path) -> Version:

@@ -18,12 +18,16 @@ SECURE = "query.secure"
 
 @dataclass(frozen=True, slots=True)
 class SecureAnswer:
-    """One node's reply, or why there is none. `content` is the whole reply, of which `reply` is a part."""
+    """One node's reply, or why there is none. `content` is the whole reply, of which `reply` is a part.
+
+    `undelivered`: the node was never asked.
+    """
 
     node_id: str
     reply: SecureReply | None
     content: RecordDict | None
     failure: str | None
+    undelivered: bool = False
 
 
 def stage_deadline(desk: Desk) -> ProgressDeadline:
@@ -50,7 +54,7 @@ def ask_all(
 
     for answer in desk.exchange.ask(sorted(orders), message_for, deadline):
         if answer.content is None:
-            yield SecureAnswer(answer.node_id, None, None, answer.failure)
+            yield SecureAnswer(answer.node_id, None, None, answer.failure, answer.undelivered)
             continue
         record = answer.content.get("secure")
         try:

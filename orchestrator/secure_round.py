@@ -6,18 +6,20 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from aggregation import tally
-from aggregation.ring import plan
+from aggregation.encoding import encoding
+from aggregation.ring import RingVector
 from aggregation.rules import trainable_factor
 from aggregation.terms import DEFAULT_MIN_MEMBERS
-from contract.errors import AgreementError, ConfigError, QuorumError, SecureSumError, UpdateError
+from contract.errors import AgreementError, BudgetError, ConfigError, QuorumError, SecureSumError, UpdateError
 from contract.records import RoundKey
 from orchestrator import secure_stages as stages
 from orchestrator.collection import report_progress
 from orchestrator.commitment import Mean, average_trunk, commit
 from orchestrator.desk import Desk, Version
-from orchestrator.metrics import judgement
+from orchestrator.metrics import judgement, judges
 from orchestrator.secure_run import SecureRun
 from orchestrator.secure_session import SecureSession
 from orchestrator.stopwatch import Stopwatch
@@ -65,9 +67,12 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
     with watch.lap("cohort"):
         if not session.shared:
             _set_up(desk, session)
+        run.charge(key, session)
         following = _following(run, before, key.round + 1)
     with watch.lap("training"):
-        seen = stages.train(desk, before, key, session, following)
+        heads = run.spending.heads(session.shared) if run.spending else {}
+        seen = stages.train(desk, before, key, session, following, heads)
+        run.close_charges(key, session)
     survivors = session.survivors
     _require_quorum(desk, session, len(survivors))
 
@@ -77,9 +82,8 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
     with watch.lap("unmasking"):
         report_progress(desk, key, "unmasking", seen, len(survivors))
         total = stages.unmask(desk, session, confirmed)
-        fixed_point = plan(len(session.cohort), desk.config.max_trained_tokens(), desk.config.update_clip)
-        update_d, weight = fixed_point.decode(total[: -tally.SIZE])
-        told = losses(tally.decode(total[-tally.SIZE :]), weight)
+        update_d, weight = _decoded(desk, session, total[: -tally.SIZE])
+        told = losses(tally.decode(total[-tally.SIZE :]))
 
     with watch.lap("averaging"):
         report_progress(desk, key, "averaging", seen, len(survivors))
@@ -95,6 +99,33 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
     return after
 
 
+def _decoded(desk: Desk, session: SecureSession, total: RingVector) -> tuple[npt.NDArray[np.float64], int]:
+    """The mean update and the sum of weights. Raises UpdateError for a sum that honest clients cannot give."""
+    encoded = encoding(desk.config, len(session.cohort), session.terms.threshold)
+    update_d, weight = encoded.decode(total)
+    if desk.config.dp != "off" and weight != len(session.survivors):
+        raise UpdateError(f"the weights of {len(session.survivors)} clients sum to {weight}; under dp each weighs 1")
+    return update_d, weight
+
+
+def end_secure_run(run: SecureRun, last: Version) -> None:
+    """Have the last version judged, where versions are, and send each client what its ledger's chain came to."""
+    if judges(run.desk.config):
+        judge_last_secure(run, last)
+    _tell_heads(run)
+
+
+def _tell_heads(run: SecureRun) -> None:
+    """Send every client that was charged the head of its chain as the run leaves it."""
+    spending = run.spending
+    if spending is None:
+        return
+    present = set(run.desk.exchange.connected()) - run.desk.exchange.busy()
+    heads = spending.heads(present & spending.units.keys())
+    for node_id, failure in stages.tell_heads(run.desk, heads).items():
+        log.warning("client %s did not keep the last head of its ledger's chain: %s", node_id, failure)
+
+
 def judge_last_secure(run: SecureRun, last: Version) -> None:
     """Have clients judge the last version, told as totals only; that too few of them do fails nothing."""
     desk, session = run.desk, run.take_ready()
@@ -107,20 +138,21 @@ def judge_last_secure(run: SecureRun, last: Version) -> None:
     except Aborts as error:
         log.warning("the last adapter's held-out loss is not known: %s", error)
         return
-    told = judgement(losses(tally.decode(total), 0))
+    told = judgement(losses(tally.decode(total)))
     desk.store.record_metrics(desk.run_id, last.number, None, told)
     held_out, count = told.get("eval_loss", float("nan")), len(session.survivors)
     log.info("last adapter: held-out loss %.4f over %d of %d clients", held_out, count, len(session.cohort))
 
 
-def losses(totals: Mapping[str, int], weight: int) -> dict[str, float]:
-    """The means and counts over all clients that a tally's totals give."""
-    told: dict[str, float] = {"eval_tokens": totals["eval_tokens"]}
+def losses(totals: Mapping[str, int]) -> dict[str, float]:
+    """The means and counts over all clients that a tally's totals give; nothing where nobody told any."""
+    told: dict[str, float] = {}
     if totals["eval_tokens"]:
+        told["eval_tokens"] = totals["eval_tokens"]
         told["eval_loss"] = totals["eval_nats"] / tally.NATS_STEPS / totals["eval_tokens"]
-    if weight:
-        told |= {"trained_tokens": weight, "steps": totals["steps"]}
-        told["train_loss"] = totals["train_nats"] / tally.NATS_STEPS / weight
+    if totals["train_tokens"]:
+        told |= {"trained_tokens": totals["train_tokens"], "steps": totals["steps"]}
+        told["train_loss"] = totals["train_nats"] / tally.NATS_STEPS / totals["train_tokens"]
     return told
 
 
@@ -145,11 +177,11 @@ def _set_up(desk: Desk, session: SecureSession) -> None:
 def _following(run: SecureRun, before: Version, number: int) -> SecureSession | None:
     """The next session, over the clients that are there now; None where none is needed, or too few are there."""
     config = run.desk.config
-    if number > config.num_rounds and not config.eval_fraction:
+    if number > config.num_rounds and not judges(config):
         return None
     try:
         return run.draw_from(run.desk.exchange.connected(), number, _values(run, before, number))
-    except (QuorumError, SecureSumError, ConfigError) as error:
+    except (QuorumError, SecureSumError, ConfigError, BudgetError) as error:
         log.warning("round %d is not set up ahead: %s", number, error)
         return None
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from contract.errors import QuorumError, RoundError
+from aggregation.terms import Member
+from contract.errors import BudgetError, QuorumError, RoundError
+from contract.records import RoundKey
 from orchestrator.cohort import LOOK_S, SETTLE_S, draw_cohort, wait_for_clients, wait_until_free
 from orchestrator.desk import Desk
 from orchestrator.membership import Membership
-from orchestrator.secure_session import SecureSession, new_session
+from orchestrator.secure_session import SecureSession, new_session, session_graph
+from orchestrator.spending import Spending
+from orchestrator.telling import told_failures
 
 log = logging.getLogger("trunkline.orchestrator")
 
@@ -18,12 +22,16 @@ AGAIN_S = 1.0
 
 @dataclass(slots=True)
 class SecureRun:
-    """`ready` was set up beside the round before. `aborts` counts the aborted attempts at the present round, and
-    `refused_since` is the clock's time of the first one that the sites refused to set up, if the last one was such."""
+    """`spending` is None in a run without differential privacy. `ready` was set up beside the round before.
+
+    `aborts` counts the aborted attempts at the present round, and `refused_since` is the clock's time of the first one
+    that the sites refused to set up, if the last one was such.
+    """
 
     desk: Desk
     membership: Membership
     model_fingerprint: str
+    spending: Spending | None = None
     ready: SecureSession | None = None
     aborts: int = 0
     refused_since: float | None = None
@@ -49,16 +57,58 @@ class SecureRun:
     def draw_from(self, connected: list[str], number: int, values: int) -> SecureSession:
         """A session over the `connected` nodes that may take part. Raises QuorumError where they are too few."""
         desk, config = self.desk, self.desk.config
-        members = self.membership.known(connected)
+        members = self._affordable(self.membership.known(connected), values)
         cohort = draw_cohort(sorted(members), desk.exchange.busy(), config, number)
-        wanted = max(2, config.quorum, config.secagg_threshold)
-        if len(cohort) < wanted:
+        if len(cohort) < (wanted := self._wanted):
             told = "".join(f"; node {one}: {why}" for one, why in self.membership.excluded(connected))
             raise QuorumError(
                 f"round {number}: {len(cohort)} of {len(connected)} connected clients can take part in a secure sum, "
                 f"{wanted} are needed (the larger of quorum and secagg-threshold, and at least 2){told}"
             )
         return new_session(desk.run_id, number, config, members, cohort, values, self.model_fingerprint)
+
+    @property
+    def _wanted(self) -> int:
+        return max(2, self.desk.config.quorum, self.desk.config.secagg_threshold)
+
+    def _affordable(self, members: dict[str, Member], values: int) -> dict[str, Member]:
+        """Those of `members` whose privacy budgets have room for a round that trains `values` values.
+
+        Raises BudgetError, with the reasons, where it is for their budgets alone that too few are left.
+        """
+        spending = self.spending
+        if spending is None or not values or len(members) < self._wanted:
+            return members
+        units = self.membership.units(members, spending.level)
+        spending.units.update(units)
+        threshold = session_graph(self.desk.config, len(units)).threshold
+        over = spending.unaffordable(units, spending.releases(len(units), threshold, values))
+        for node_id, reason in over.items():
+            self.membership.exclude(node_id, reason)
+        left = {node_id: members[node_id] for node_id in units if node_id not in over}
+        if len(left) < self._wanted <= len(units):
+            raise BudgetError(
+                f"{len(left)} of {len(units)} clients can still pay for a round, {self._wanted} are needed; "
+                f"{told_failures(over)}"
+            )
+        return left
+
+    def charge(self, key: RoundKey, session: SecureSession) -> None:
+        """Charge the round to those who are about to train; who cannot pay sits it out. Durable on return."""
+        if self.spending is None:
+            return
+        for node_id, reason in self.spending.reserve(key, session).items():
+            session.shared.remove(node_id)
+            session.failed(node_id, reason)
+
+    def close_charges(self, key: RoundKey, session: SecureSession) -> None:
+        """Give back what nobody was asked for; ask no more of sites whose own budgets are spent."""
+        if self.spending is None:
+            return
+        self.spending.give_back(key, session.undelivered)
+        for node_id, reason in session.failures.items():
+            if reason.startswith(BudgetError.__name__):
+                self.membership.shut_out(node_id, reason)
 
     def take_ready(self) -> SecureSession | None:
         """The session that waits for its vectors, once; None where there is none."""

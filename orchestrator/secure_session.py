@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from aggregation.graph import plan_graph
-from aggregation.ring import plan
+from aggregation.encoding import encoding
+from aggregation.graph import GraphPlan, plan_graph
 from aggregation.secure_server import SecureServer
 from aggregation.tally import SIZE as TALLY_SIZE
 from aggregation.terms import NONCE_BYTES, Member, Policy, Terms
@@ -24,7 +24,8 @@ log = logging.getLogger("trunkline.orchestrator")
 class SecureSession:
     """`members` gives each node of the cohort its member id; `shared` are the nodes that may upload, in any order.
 
-    `failures` holds, by node, why it fell out; `refused`: whether one would not take part in what it was asked.
+    `failures` holds, by node, why it fell out; `refused`: whether one would not take part in what it was asked;
+    `undelivered` are the nodes that the order to train provably never left for.
     """
 
     terms: Terms
@@ -34,11 +35,17 @@ class SecureSession:
     shared: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     refused: bool = False
+    undelivered: set[str] = field(default_factory=set)
 
     @property
     def cohort(self) -> tuple[str, ...]:
         """Its nodes, sorted."""
         return tuple(sorted(self.members))
+
+    @property
+    def values(self) -> int:
+        """How many adapter values are summed: what is left of a vector without weight and tally; 0 in a judgement."""
+        return max(0, self.terms.size - TALLY_SIZE - 1)
 
     @property
     def survivors(self) -> list[str]:
@@ -112,26 +119,34 @@ def new_session(
     `values` 0 is a judgement's, which has no weight either. The cohort MUST be of two or more. Raises ConfigError where
     its threshold or its numbers are impossible.
     """
-    policy = Policy()
-    graph = plan_graph(len(cohort), corrupt=policy.corrupt, dropout=policy.dropout)
-    if config.secagg_threshold and not graph.neighbourhood < 2 * config.secagg_threshold <= 2 * graph.neighbourhood:
-        raise ConfigError(
-            f"secagg-threshold is {config.secagg_threshold}; among {graph.neighbourhood} who hold a client's shares it "
-            f"must be {graph.neighbourhood // 2 + 1} to {graph.neighbourhood}"
-        )
+    graph = session_graph(config, len(cohort))
     named = {node_id: members[node_id] for node_id in cohort}
     terms = Terms(
         run=run_id,
         round=number,
         nonce=secrets.token_bytes(NONCE_BYTES),
         members=tuple(sorted(named.values(), key=lambda member: member.client_id)),
-        threshold=config.secagg_threshold or graph.threshold,
+        threshold=graph.threshold,
         degree=graph.degree,
         size=(values + 1 if values else 0) + TALLY_SIZE,
-        ring_bits=plan(len(cohort), config.max_trained_tokens(), config.update_clip).bits,
+        ring_bits=encoding(config, len(cohort), graph.threshold).bits,
         model_fingerprint=model_fingerprint,
         settings_sha256=config.sha256(),
     )
     return SecureSession(
         terms, terms.session_id, SecureServer(terms), {node: member.client_id for node, member in named.items()}
     )
+
+
+def session_graph(config: RunConfig, clients: int) -> GraphPlan:
+    """Who shares with whom among so many clients, and how many a sum needs. Raises ConfigError as `new_session`."""
+    policy = Policy()
+    graph = plan_graph(clients, corrupt=policy.corrupt, dropout=policy.dropout)
+    if not config.secagg_threshold:
+        return graph
+    if not graph.neighbourhood < 2 * config.secagg_threshold <= 2 * graph.neighbourhood:
+        raise ConfigError(
+            f"secagg-threshold is {config.secagg_threshold}; among {graph.neighbourhood} who hold a client's shares it "
+            f"must be {graph.neighbourhood // 2 + 1} to {graph.neighbourhood}"
+        )
+    return replace(graph, threshold=config.secagg_threshold)

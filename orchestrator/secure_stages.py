@@ -7,7 +7,7 @@ secrets. Exchange 3: unmask. A session that nobody set up beside another sets it
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from aggregation.ring import RingVector
 from contract.errors import SecureSumError, UpdateError
@@ -35,9 +35,17 @@ def set_up(desk: Desk, session: SecureSession) -> None:
 
 
 def train(
-    desk: Desk, before: Version, key: RoundKey, session: SecureSession, following: SecureSession | None
+    desk: Desk,
+    before: Version,
+    key: RoundKey,
+    session: SecureSession,
+    following: SecureSession | None,
+    heads: Mapping[str, bytes],
 ) -> RoundProgress:
-    """Exchange 1 of a round: masked vectors into the sum, keys into the next one. Answers the trunk's last counters."""
+    """Exchange 1 of a round: masked vectors into the sum, keys into the next one. Answers the trunk's last counters.
+
+    `heads` are the signed heads of the ledger that go to the nodes which train.
+    """
     recorded: set[str] = set()
     trains = set(session.shared)
 
@@ -51,7 +59,7 @@ def train(
     progress = ProgressDeadline(desk.clock, desk.config.round_timeout_s, lambda: desk.trunk.progress(key), report)
     deadline = TrainedDeadline(desk.clock, progress, trains, desk.config.secagg_stage_timeout_s)
     heard = set()
-    for answer in _vectors(desk, before, key, session, following, deadline):
+    for answer in _vectors(desk, before, key, session, following, deadline, heads):
         heard.add(answer.node_id)
         deadline.answered(answer.node_id)
         if answer.node_id in trains:
@@ -77,7 +85,7 @@ def judge(desk: Desk, version: Version, session: SecureSession) -> None:
     """Exchange 1 of a judgement: masked tallies into the sum."""
     key = RoundKey(desk.run_id, session.terms.round, OUTSIDE_ROUNDS)
     deadline = ProgressDeadline(desk.clock, desk.config.round_timeout_s, lambda: desk.trunk.progress(key))
-    for answer in _vectors(desk, version, key, session, None, deadline):
+    for answer in _vectors(desk, version, key, session, None, deadline, {}):
         _added(answer, session)
 
 
@@ -119,6 +127,19 @@ def unmask(desk: Desk, session: SecureSession, confirmed: Collection[str]) -> Ri
     return session.server.finish()
 
 
+def tell_heads(desk: Desk, heads: Mapping[str, bytes]) -> dict[str, str]:
+    """One exchange that brings each node the head of its chain; answers who did not take it, and why."""
+    if not heads:
+        return {}
+    orders = {node_id: SecureOrder(desk.run_id, head=head) for node_id, head in heads.items()}
+    missing = dict.fromkeys(heads, "no answer in time")
+    for answer in ask_all(desk, orders, stage_deadline(desk)):
+        del missing[answer.node_id]
+        if answer.failure is not None:
+            missing[answer.node_id] = answer.failure
+    return missing
+
+
 def _vectors(
     desk: Desk,
     version: Version,
@@ -126,6 +147,7 @@ def _vectors(
     session: SecureSession,
     following: SecureSession | None,
     deadline: Deadline,
+    heads: Mapping[str, bytes],
 ) -> Iterator[SecureAnswer]:
     """Ask for masked vectors, and for adverts of the session that follows, if any; yields the answers."""
     session.server.train_from(f"{version.client_sha256}:{version.trunk_sha256}")
@@ -138,6 +160,7 @@ def _vectors(
             session=session.session_id if node_id in trains else b"",
             inbox=session.inbox(node_id) if node_id in trains else b"",
             join=join if node_id in later else b"",
+            head=heads.get(node_id, b"") if node_id in trains else b"",
         )
         for node_id in trains | later
     }
@@ -147,6 +170,8 @@ def _vectors(
 
 def _added(answer: SecureAnswer, session: SecureSession) -> tuple[Outcome, str | None]:
     """Add a node's masked vector to the sum; its outcome, and why where it is not in."""
+    if answer.undelivered:
+        session.undelivered.add(answer.node_id)
     if answer.content is None:
         session.failed(answer.node_id, answer.failure or "")
         return "failed", answer.failure

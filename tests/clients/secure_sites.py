@@ -196,9 +196,12 @@ def vectors_of(names: Sequence[str]) -> dict[str, RingVector]:
 
 def counts_of(names: Sequence[str]) -> dict[str, dict[str, int]]:
     return {
-        name: {"eval_nats": 2**47 + number, "eval_tokens": 65535 + number, "train_nats": 3 * number, "steps": 2}
+        name: {
+            "eval_nats": 2**47 + number, "eval_tokens": 65535 + number,
+            "train_nats": 3 * number, "train_tokens": 5 * number, "steps": 2,
+        }
         for number, name in enumerate(names)
-    }
+    }  # fmt: skip
 
 
 def totals_of(values: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

@@ -100,7 +100,7 @@ class SecureClient(ScriptedClient):
             self.keeps_from_trunk = max(0, self.keeps_from_trunk - 1)
             point = plan(int(order["clients"]), self.config.max_trained_tokens(), self.config.update_clip)
             encoded = point.encode(self.updates[number], self.weight + self.lies_about_weight, SecretDither(os.urandom))
-            values |= {"train_nats": 3 * self.weight * tally.NATS_STEPS, "steps": 2}
+            values |= {"train_nats": 3 * self.weight * tally.NATS_STEPS, "train_tokens": self.weight, "steps": 2}
         return turn.upload(f"{order['client_sha256']}:{order['trunk_sha256']}", encoded, values)
 
 

@@ -1,0 +1,107 @@
+"""What a run may still ask of each client, and what it charges: the orchestrator's ledger beside its rounds.
+
+A round is charged from configuration and cohort, never from what clients report, and before anything is asked of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from aggregation.encoding import noisy_encoding
+from contract.config import RunConfig
+from contract.errors import BudgetError
+from contract.privacy_records import ALL_DATASETS, Level, PricedRelease, Unit
+from contract.records import RoundKey
+from orchestrator.secure_session import SecureSession
+from privacy.accountant import ACCOUNTANT
+from privacy.filters import admit
+from privacy.plan import register_budget, round_releases
+from storage.ledger import Ledger
+from storage.records import Charge, Standing
+
+log = logging.getLogger("trunkline.orchestrator")
+
+
+@dataclass(slots=True)
+class Spending:
+    """One run's charges. `units` says whose privacy each node's part spends, as it greeted."""
+
+    run_id: str
+    config: RunConfig
+    ledger: Ledger
+    units: dict[str, Unit] = field(default_factory=dict)
+
+    @property
+    def level(self) -> Level:
+        """What one unit of this run is; the run has differential privacy."""
+        return "client" if self.config.dp == "client" else "example"
+
+    def releases(self, clients: int, threshold: int, size: int) -> tuple[PricedRelease, ...]:
+        """What a round over `clients` that trains `size` values costs each of them."""
+        scale = noisy_encoding(self.config, clients, threshold).scale if self.config.dp == "client" else None
+        return round_releases(self.config, scale=scale, size=size)
+
+    def unaffordable(self, nodes: Collection[str], releases: Sequence[PricedRelease]) -> dict[str, str]:
+        """Those of `nodes` whose budgets have no room for `releases`, with the reason; nothing is charged."""
+        found = {}
+        for node_id in nodes:
+            standing = self.ledger.standing(self.units[node_id])
+            try:
+                self._admit(standing, releases)
+            except BudgetError as error:
+                found[node_id] = str(error)
+        return found
+
+    def reserve(self, key: RoundKey, session: SecureSession) -> dict[str, str]:
+        """Charge the round to every node that is about to be asked; durable on return.
+
+        Answers those that cannot afford it, with the reason: they MUST NOT be asked.
+        """
+        releases = self.releases(len(session.cohort), session.terms.threshold, session.values)
+        nodes = {self.units[node_id]: node_id for node_id in session.shared}
+        self.ledger.register_budgets(nodes, register_budget(self.config), self.run_id)
+        charges = [
+            Charge(unit, key.run, key.round, key.attempt, release, ACCOUNTANT) for unit in nodes for release in releases
+        ]
+        refusals = self.ledger.reserve(charges, self._admit)
+        return {nodes[refusal.unit]: refusal.reason for refusal in refusals}
+
+    def give_back(self, key: RoundKey, nodes: Collection[str]) -> None:
+        """Void the charges of nodes that the order provably never left for."""
+        if nodes:
+            units = [self.units[node_id] for node_id in nodes]
+            self.ledger.settle(key.run, key.round, key.attempt, "VOID", units)
+
+    def heads(self, nodes: Collection[str]) -> dict[str, bytes]:
+        """The newest signed head of each node's chain, for the node to keep; as JSON, with whose chain it is."""
+        told = {}
+        for node_id in nodes:
+            signed = self.ledger.heads(self.units[node_id])
+            if signed:
+                whole = {"unit": asdict(self.units[node_id]), "head": asdict(signed[-1])}
+                told[node_id] = json.dumps(whole, sort_keys=True).encode()
+        return told
+
+    def _admit(self, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
+        """Every budget in force must have room: the run's own, the dataset's over all runs, the client's in all."""
+        own, unit = register_budget(self.config), standing.unit
+        try:
+            admit(own, unit, standing.spent.get(self.run_id, {}), proposed)
+        except BudgetError as error:
+            raise BudgetError(f"in this run (dp-epsilon, dp-delta): {error}") from error
+        admit(standing.budget or own, unit, over_runs(standing.spent), proposed)
+        if standing.client_budget is not None:
+            whole = Unit(unit.client, ALL_DATASETS, unit.level)
+            admit(standing.client_budget, whole, standing.client_spent, proposed)
+
+
+def over_runs(spent: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """How often each release was charged in all runs together, from the counts of each run."""
+    total: Counter[str] = Counter()
+    for counts in spent.values():
+        total.update(counts)
+    return dict(total)
