@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
@@ -82,14 +82,13 @@ class SiteSpending:
 
     def _set_budget(self, run: str) -> None:
         """The site's own budget where its node config names one, else the first run's."""
-        proposed = register_budget(self.config)
         if self.site.budget is None:
-            self.ledger.register_budgets([self.unit], proposed, run)
+            self.ledger.register_budgets([self.unit], register_budget(self.config), run)
             return
         epsilon, delta = self.site.budget
-        own = replace(proposed, epsilon=epsilon, delta=delta)
         standing = self.ledger.standing(self.unit)
         if standing.budget is None or (standing.budget.epsilon, standing.budget.delta) != self.site.budget:
+            own = register_budget(self.config.model_copy(update={"dp_epsilon": epsilon, "dp_delta": delta}))
             self.ledger.set_budget(self.unit, own, "node config", "privacy-epsilon, privacy-delta of the node config")
             logger.info("privacy budget of dataset %s: epsilon %g at delta %g", self.unit.dataset, epsilon, delta)
 

@@ -38,7 +38,8 @@ class _Greeting:
 class Membership:
     """Where clients are enrolled, only those take part, under their enrolled ids; else every node is its own client.
 
-    A simulation's clients have throw-away identities, which nobody enrolls: `enrolled` is False there.
+    A simulation's clients have throw-away identities, which nobody enrolls: `enrolled` is False there. `shut_out_nodes`
+    take no part for the rest of the run, each for its reason.
     """
 
     desk: Desk
@@ -46,7 +47,7 @@ class Membership:
     _greetings: dict[str, _Greeting] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
     _reasons: dict[str, str] = field(default_factory=dict)
-    _shut_out: set[str] = field(default_factory=set)
+    shut_out_nodes: dict[str, str] = field(default_factory=dict)
 
     def known(self, nodes: Iterable[str]) -> dict[str, Member]:
         """Those of `nodes` that may take part in a sum, by node id; new ones are asked who they are."""
@@ -55,7 +56,7 @@ class Membership:
         names = self._enrolled_names()
         found: dict[bytes, str] = {}
         for node_id, greeting in self._greetings.items():  # in the order of their greetings
-            if node_id not in present or node_id in self._shut_out:
+            if node_id not in present or node_id in self.shut_out_nodes:
                 continue
             if not self._may_take_part(node_id, greeting, names):
                 continue
@@ -86,7 +87,7 @@ class Membership:
 
     def shut_out(self, node_id: str, reason: str) -> None:
         """Leave a node out for the rest of the run."""
-        self._shut_out.add(node_id)
+        self.shut_out_nodes[node_id] = reason
         self.exclude(node_id, reason)
 
     def excluded(self, nodes: Iterable[str]) -> list[tuple[str, str]]:

@@ -97,9 +97,9 @@ class SecureRun:
         """Charge the round to those who are about to train; who cannot pay sits it out. Durable on return."""
         if self.spending is None:
             return
-        for node_id, reason in self.spending.reserve(key, session).items():
-            session.shared.remove(node_id)
-            session.failed(node_id, reason)
+        gone = {node: why for node, why in self.membership.shut_out_nodes.items() if node in session.shared}
+        session.leave_out(gone)
+        session.leave_out(self.spending.reserve(key, session))
 
     def close_charges(self, key: RoundKey, session: SecureSession) -> None:
         """Give back what nobody was asked for; ask no more of sites whose own budgets are spent."""

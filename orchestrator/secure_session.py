@@ -94,6 +94,12 @@ class SecureSession:
             self.failed(node_id, f"no {name} in time")
         return taken
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Ask these nodes, which shared their secrets, for no vector, and note why."""
+        for node_id, reason in reasons.items():
+            self.shared.remove(node_id)
+            self.failed(node_id, reason)
+
     def failed(self, node_id: str, reason: str) -> bool:
         """Note that a node fell out, for the first reason that it gave; answers False."""
         self.failures.setdefault(node_id, reason)

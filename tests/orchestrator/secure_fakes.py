@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from aggregation import tally
-from aggregation.dither import SecretDither
-from aggregation.ring import plan
 from aggregation.terms import Policy
 from clients.secure import SecureSite
+from clients.update import encode_update
 from clients.vault import Vault
 from contract.errors import TrunklineError
 from contract.records import RoundKey
@@ -54,10 +52,16 @@ class SecureClient(ScriptedClient):
     refuses_shares: int = 0
     """How many times it is asked for shares until it refuses, once; 0 never."""
     asked: list[list[Stage]] = field(default_factory=list)
+    name: str = ""
+    dataset: str = "texts"
+    own_budget_is_spent: bool = False
+    heads: list[bytes] = field(default_factory=list)
 
     def site(self) -> SecureSite:
         """A new one for each message, as a new process would make it."""
-        return SecureSite(str(self.node_id), self.identity, self.policy, None, Vault(self.home / str(self.node_id)))
+        vault = Vault(self.home / str(self.node_id))
+        names = (self.name or f"client-{self.node_id}", self.dataset)
+        return SecureSite(str(self.node_id), self.identity, self.policy, None, vault, False, *names)
 
     def __call__(self, message: Message) -> Content:
         try:
@@ -75,6 +79,11 @@ class SecureClient(ScriptedClient):
         if any(self.dies(stage, number) for stage in stages):
             return Error(2, "killed")
         content = RecordDict({"metrics": MetricRecord({})})
+        self.heads += [asked.head] if asked.head else []
+        if isinstance(order, ConfigRecord) and self.own_budget_is_spent:
+            told = replace(self.site().answer(asked, self.config), failure="BudgetError: its own budget is spent")
+            content["secure"] = ConfigRecord(dict(to_record(told)))
+            return content
         if isinstance(order, ConfigRecord):
             upload = self._masked(message, dict(order.items()), asked)
             content["update"] = ArrayRecord({"update": Array(np.frombuffer(upload, dtype=np.uint8))})
@@ -95,11 +104,11 @@ class SecureClient(ScriptedClient):
         encoded = None
         if not order["final"]:
             self._train_client_part(message, order, who)
-            if not self.keeps_from_trunk:
+            if not self.keeps_from_trunk and self.config.trunk_adapter == "trained":
                 self._train_trunk_part(order, key, who)
             self.keeps_from_trunk = max(0, self.keeps_from_trunk - 1)
-            point = plan(int(order["clients"]), self.config.max_trained_tokens(), self.config.update_clip)
-            encoded = point.encode(self.updates[number], self.weight + self.lies_about_weight, SecretDither(os.urandom))
+            weight = self.weight + self.lies_about_weight
+            encoded = encode_update(self.updates[number], weight, int(order["clients"]), self.config, turn.threshold)
             values |= {"train_nats": 3 * self.weight * tally.NATS_STEPS, "train_tokens": self.weight, "steps": 2}
         return turn.upload(f"{order['client_sha256']}:{order['trunk_sha256']}", encoded, values)
 

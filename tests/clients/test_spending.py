@@ -1,0 +1,217 @@
+"""A site's own ledger: it pays before it releases, keeps what the orchestrator signed, and no run raises its budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from clients.site import read_site
+from clients.spending import SiteSpending, open_spending
+from clients.wire_privacy import wire_mechanism
+from contract.config import ConfigValue, RunConfig
+from contract.errors import BudgetError, ConfigError, LedgerError
+from contract.identity import public_key_text
+from contract.privacy_records import PrivacyEvent, Unit
+from contract.records import RoundKey
+from privacy.plan import register_budget
+from storage.ledger import open_ledger
+
+NODE: dict[str, ConfigValue] = {
+    "model": "a model",
+    "data": "texts.jsonl",
+    "trunk-address": "127.0.0.1:1",
+    "name": "hospital",
+    "dataset": "letters",
+}
+SETTINGS: dict[str, ConfigValue] = {
+    "dp": "example",
+    "trunk-adapter": "frozen",
+    "wire": "dp",
+    "metrics": "off",
+    "wire-noise-multiplier": 30.0,
+    "dp-noise-multiplier": 30.0,
+}
+SIZE = 1000
+
+
+@contextmanager
+def opened(folder: Path, node: dict[str, ConfigValue] | None = None, **settings: ConfigValue) -> Iterator[SiteSpending]:
+    config = RunConfig.from_flower({**SETTINGS, **{key.replace("_", "-"): one for key, one in settings.items()}})
+    told = {**NODE, "state-dir": str(folder / "state"), **(node or {})}
+    site = read_site(told, config, "7", "1", simulated=False)
+    with open_spending(site, config) as spending:
+        yield spending
+
+
+def reserve(spending: SiteSpending, number: int, run: str = "a-run") -> None:
+    events = wire_mechanism(spending.config).events
+    spending.reserve(RoundKey(run, number, 1), 10, 7, SIZE, events)
+
+
+def spend_all(spending: SiteSpending) -> str:
+    """Reserve rounds until the ledger refuses; what it says."""
+    for number in range(100, 1000):
+        try:
+            reserve(spending, number)
+        except BudgetError as error:
+            return str(error)
+    raise AssertionError("900 rounds were all paid for")
+
+
+def charges(spending: SiteSpending) -> list[tuple[str, int, str, str]]:
+    rows = spending.ledger.rows(spending.unit)
+    return [(row.run, row.round, row.channel, row.state) for row in rows if row.kind == "charge"]
+
+
+def test_each_channel_of_a_round_is_charged_and_settled(tmp_path: Path) -> None:
+    with opened(tmp_path) as spending:
+        reserve(spending, 1)
+        spending.committed(RoundKey("a-run", 1, 1))
+    with opened(tmp_path) as spending:
+        channels = ("wire_forward", "wire_backward", "adapter_sum")
+        wanted = {("a-run", 1, channel, state) for channel in channels for state in ("RESERVED", "COMMITTED")}
+        assert set(charges(spending)) == wanted
+        assert spending.ledger.verify() == []
+        assert spending.unit == Unit("hospital", "letters", "example")
+
+
+def test_a_spent_budget_refuses_and_charges_nothing_also_for_another_run(tmp_path: Path) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        for number in range(1, 4):
+            reserve(spending, number)
+        before = charges(spending)
+        told = spend_all(spending)
+        assert told.startswith("this site's own ledger refuses: ")
+        assert "over the budget of 1.5" in told
+        assert before == charges(spending)[: len(before)]
+        full = len(charges(spending))
+    with opened(tmp_path, dp_epsilon=80.0) as spending:
+        with pytest.raises(BudgetError, match="over the budget of 1.5"):
+            reserve(spending, 1, run="a-later-run")
+        assert len(charges(spending)) == full
+
+
+def test_the_operator_raises_the_budget_by_the_node_config_and_that_is_logged(tmp_path: Path) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        reserve(spending, 1)
+    raised: dict[str, ConfigValue] = {"privacy-epsilon": 3.0, "privacy-delta": 1e-6}
+    with opened(tmp_path, raised, dp_epsilon=50.0) as spending:
+        reserve(spending, 2)
+        reserve(spending, 3)
+        budgets = [row for row in spending.ledger.rows(spending.unit) if row.kind == "budget"]
+        assert [row.operator for row in budgets] == ["run a-run", "node config"]
+        standing = spending.ledger.standing(spending.unit)
+        assert standing.budget is not None
+        assert (standing.budget.epsilon, standing.budget.delta) == (3.0, 1e-6)
+
+
+def test_a_mechanism_that_releases_other_than_is_charged_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as spending:
+        louder = {"wire_forward": PrivacyEvent("gaussian", {"noise_multiplier": (1.0).hex(), "clip": (1.0).hex()})}
+        with pytest.raises(LedgerError, match="wire_forward is released by"):
+            spending.reserve(RoundKey("a-run", 1, 1), 10, 7, SIZE, louder)  # type: ignore[arg-type]
+        assert charges(spending) == []
+
+
+class Orchestrator:
+    """Signs heads of a chain of its own."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(bytes([seed] * 32))
+        self.public_key_text = public_key_text(self._key.public_key().public_bytes_raw())
+        self.ledger = open_ledger(f"sqlite:///{folder / f'orchestrator-{seed}.db'}", signer=self)
+
+    def sign(self, message: bytes) -> bytes:
+        return self._key.sign(message)
+
+    def head(self, unit: Unit, run: str = "a-run") -> bytes:
+        config = RunConfig.from_flower(SETTINGS)
+        self.ledger.set_budget(unit, register_budget(config), "an operator", f"for {run}")
+        return json.dumps({"unit": asdict(unit), "head": asdict(self.ledger.heads(unit)[-1])}).encode()
+
+
+@pytest.fixture
+def orchestrator(tmp_path: Path) -> Iterator[Orchestrator]:
+    made = Orchestrator(tmp_path)
+    yield made
+    made.ledger.close()
+
+
+UNIT = Unit("enrolled-hospital", "letters", "example")
+
+
+def test_the_orchestrators_newest_head_is_kept(tmp_path: Path, orchestrator: Orchestrator) -> None:
+    heads = [orchestrator.head(UNIT, run) for run in ("one", "two")]
+    with opened(tmp_path) as spending:
+        for head in heads:
+            spending.keep_head(head)
+        (kept,) = spending.ledger.peer_heads()
+        assert kept == orchestrator.ledger.heads(UNIT)[-1]
+        assert orchestrator.ledger.verify(spending.ledger.peer_heads()) == []
+
+
+def test_a_ledger_that_went_back_is_refused(tmp_path: Path, orchestrator: Orchestrator) -> None:
+    heads = [orchestrator.head(UNIT, run) for run in ("one", "two")]
+    with opened(tmp_path) as spending:
+        spending.keep_head(heads[1])
+        with pytest.raises(LedgerError, match="went back"):
+            spending.keep_head(heads[0])
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"{}", b"[]", b'{"unit": {}, "head": {}}', b'{"unit": {"client": "a"}, "head": 3}', b"\xff"]
+)
+def test_a_head_that_is_none_is_refused(tmp_path: Path, head: bytes) -> None:
+    with opened(tmp_path) as spending, pytest.raises(LedgerError, match="cannot be read"):
+        spending.keep_head(head)
+
+
+def test_a_head_of_another_dataset_is_refused(tmp_path: Path, orchestrator: Orchestrator) -> None:
+    head = orchestrator.head(Unit("enrolled-hospital", "other", "example"))
+    with opened(tmp_path) as spending, pytest.raises(LedgerError, match="is of dataset other, not of letters"):
+        spending.keep_head(head)
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"privacy-epsilon": 1.0}, "node config holds privacy-epsilon alone"),
+        ({"privacy-epsilon": 0, "privacy-delta": 0.1}, "node config privacy-epsilon is 0; it must be a number above 0"),
+        ({"privacy-epsilon": 1.0, "privacy-delta": 1}, "node config privacy-delta is 1; it must be a number above 0"),
+        ({"privacy-epsilon": True, "privacy-delta": 0.1}, "node config privacy-epsilon is True"),
+        ({"dataset": "a b"}, "node config dataset is 'a b'"),
+        ({"name": "a b"}, "node config name is 'a b'"),
+        ({"name": ""}, "dp is example, and this SuperNode's node config has neither name nor identity-key"),
+    ],
+)
+def test_what_is_wrong_in_the_node_config_is_named(tmp_path: Path, node: dict[str, ConfigValue], told: str) -> None:
+    with pytest.raises(ConfigError, match=told), opened(tmp_path, node):
+        pass
+
+
+def test_a_dataset_without_a_name_is_known_by_where_it_lies_and_not_by_that_path(tmp_path: Path) -> None:
+    config = RunConfig.from_flower(SETTINGS)
+    told = {key: value for key, value in NODE.items() if key != "dataset"}
+    one = read_site(told, config, "7", "1", simulated=False).dataset
+    assert one == read_site(told, config, "8", "2", simulated=False).dataset
+    assert one != read_site({**told, "data": "other.jsonl"}, config, "7", "1", simulated=False).dataset
+    assert one.startswith("data-")
+    assert "texts" not in one
+
+
+def test_a_simulated_clients_ledger_outlives_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path))
+    config = RunConfig.from_flower({**SETTINGS, "model": "a model", "data": "{partition}.jsonl"})
+    first = read_site({"partition-id": 3}, config, "1", "1", simulated=True)
+    second = read_site({"partition-id": 3}, config, "9", "2", simulated=True)
+    assert first.ledger == second.ledger
+    assert (first.name, first.dataset) == (second.name, second.dataset)
+    assert first.name == "client-3"
+    other = read_site({"partition-id": 4}, config, "1", "1", simulated=True)
+    assert other.ledger != first.ledger

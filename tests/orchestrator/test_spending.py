@@ -1,0 +1,258 @@
+"""What a run charges: before it asks, to those that it asks, and to nobody whose budget is spent."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from contract.config import ConfigValue
+from contract.errors import BudgetError
+from contract.identity import public_key_text
+from contract.privacy_records import Budget, Unit
+from orchestrator.membership import Membership
+from orchestrator.secure_round import end_secure_run, play_secure_round
+from orchestrator.secure_run import SecureRun
+from orchestrator.spending import Spending
+from privacy.plan import expected_spend, register_budget
+from storage.ledger import Ledger, open_ledger
+from storage.ledger_chain import head_fault
+from storage.records import SignedHead
+from storage.store import Store
+from tests.orchestrator.conftest import Bench
+from tests.orchestrator.fakes import FakeNode
+from tests.orchestrator.secure_fakes import FINGERPRINT, SecureClient, asked_of
+
+MakeBench = Callable[..., Bench]
+DP: dict[str, ConfigValue] = {
+    "secagg": "on",
+    "dp": "client",
+    "trunk_adapter": "frozen",
+    "metrics": "off",
+    "dp_noise_multiplier": 4.0,
+    "num_rounds": 3,
+}
+
+
+class Key:
+    """Signs heads."""
+
+    def __init__(self) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+        self.public_key_text = public_key_text(self._key.public_key().public_bytes_raw())
+
+    def sign(self, message: bytes) -> bytes:
+        return self._key.sign(message)
+
+
+class Charged:
+    """A bench of secure clients called client-1 and so on, and the run that charges them."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        url, signer = f"sqlite:///{bench.home / 'trunkline.db'}", Key()
+        bench.store = Store(bench.store._engine, signer=signer)
+        self.ledger: Ledger = open_ledger(url, signer=signer)
+        self.clients: dict[int, SecureClient] = {}
+        for number in list(bench.clients):
+            client = SecureClient(bench.config, bench.trunk.contributions, node_id=number, home=bench.home / "sites")
+            self.clients[number] = client
+            bench.clients[number], bench.grid.nodes[number] = client, FakeNode(client)
+        self.desk = bench.desk()
+        self.version = bench.first(self.desk)
+        spending = Spending(self.desk.run_id, bench.config, self.ledger)
+        self.run = SecureRun(self.desk, Membership(self.desk, enrolled=False), FINGERPRINT, spending)
+
+    def play(self) -> None:
+        self.version = play_secure_round(self.run, self.version)
+
+    def unit(self, number: int) -> Unit:
+        return Unit(f"client-{number}", "texts", "client")
+
+    def states(self, number: int) -> list[tuple[int, int, str]]:
+        """(round, attempt, state) of every charge to a client."""
+        rows = self.ledger.rows(self.unit(number))
+        return [(row.round, row.attempt, row.state) for row in rows if row.kind == "charge"]
+
+    def give(self, number: int, rounds: float) -> None:
+        """A budget that has room for this many rounds."""
+        config = self.bench.config.model_copy(update={"num_rounds": int(rounds)})
+        size = int(np.count_nonzero(self.version.client.trained("B")))
+        epsilon = expected_spend(config, scale=2.0**20, size=size)["orchestrator"] * 1.01
+        own = register_budget(self.bench.config)
+        budget = Budget(epsilon, own.delta, own.order, own.gaussian_share)
+        self.ledger.set_budget(self.unit(number), budget, "a test", "to be spent soon")
+
+
+@pytest.fixture
+def start(make_bench: MakeBench) -> Iterator[Callable[..., Charged]]:
+    made: list[Charged] = []
+
+    def started(**settings: ConfigValue) -> Charged:
+        made.append(Charged(make_bench(dict.fromkeys(range(1, 6), 100), **{**DP, "quorum": 4, **settings})))
+        return made[-1]
+
+    yield started
+    for charged in made:
+        charged.ledger.close()
+
+
+Start = Callable[..., Charged]
+
+
+def test_a_round_is_charged_before_it_is_asked_and_committed_with_it(start: Start) -> None:
+    charged = start()
+    seen: list[list[tuple[int, int, str]]] = []
+    told = charged.clients[1]._answer
+
+    def answer(message: object) -> object:
+        if "train" in asked_of(message):  # type: ignore[arg-type]
+            seen.append(charged.states(1))
+        return told(message)  # type: ignore[arg-type]
+
+    charged.clients[1]._answer = answer  # type: ignore[method-assign,assignment]
+    charged.play()
+    assert seen == [[(1, 1, "RESERVED")]]
+    for number in charged.clients:
+        assert charged.states(number) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
+    assert charged.ledger.verify() == []
+
+
+def test_the_mean_is_over_all_that_were_asked_and_carries_noise(start: Start) -> None:
+    charged = start(dp_clip=0.05, dp_noise_multiplier=2.0**-10, dp_epsilon=1e9)
+    before = charged.version
+    charged.play()
+    clipped = []
+    for client in charged.clients.values():
+        update = client.updates[1]
+        clipped.append(update * min(1.0, 0.05 / float(np.linalg.norm(update))))
+    moved = (charged.version.client.vector_d - before.client.vector_d)[before.client.trained("B")]
+    mean = sum(clipped) / 5
+    noise = moved - mean
+    sigma = 0.05 * 2.0**-10 / 5 * (5 / 3) ** 0.5  # shares for threshold 4 less 1 colluder; all five stayed
+    assert 0.7 * sigma < float(noise.std()) < 1.4 * sigma
+    assert float(np.abs(mean).max()) > 10 * sigma
+
+
+def test_a_client_whose_budget_is_spent_sits_out_and_the_run_goes_on(start: Start) -> None:
+    charged = start()
+    charged.give(5, 1)
+    for _ in range(3):
+        charged.play()
+    assert charged.states(5) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
+    assert len(charged.states(1)) == 6
+    trained = charged.desk.store.participations(charged.desk.run_id, 3)
+    assert {row.node_id for row in trained} == {"1", "2", "3", "4"}
+    ((node, reason),) = charged.run.membership.excluded(["5"])
+    assert node == "5"
+    assert "over the budget of" in reason
+    assert "client client-5" in reason
+
+
+def test_the_run_ends_with_the_reason_once_a_quorum_cannot_pay(start: Start) -> None:
+    charged = start()
+    for number in (4, 5):
+        charged.give(number, 1)
+    charged.play()
+    asked = len(charged.bench.grid.sent)
+    with pytest.raises(BudgetError, match="3 of 5 clients can still pay for a round, 4 are needed; client 4: "):
+        charged.play()
+    orders = [asked_of(message) for message in charged.bench.grid.sent[asked:]]
+    assert not any("train" in stages for stages in orders)
+
+
+def test_a_second_run_over_the_same_dataset_goes_on_with_the_same_budget(start: Start) -> None:
+    first = start()
+    first.give(5, 2)
+    first.play()
+    again = Charged(first.bench)
+    again.play()
+    charges = [row for row in again.ledger.rows(again.unit(5)) if row.kind == "charge"]
+    assert list(Counter(row.run for row in charges)) == [first.desk.run_id, again.desk.run_id]
+    again.play()
+    assert len(again.states(5)) == 4
+    assert len(again.states(1)) == 6
+
+
+def test_the_first_run_registers_its_budget_and_no_later_run_raises_it(start: Start) -> None:
+    charged = start(dp_epsilon=1.5)
+    charged.play()
+    budget = charged.ledger.standing(charged.unit(1)).budget
+    assert budget is not None
+    assert budget.epsilon == 1.5
+    charged.run.spending.config = charged.bench.config.model_copy(update={"dp_epsilon": 50.0})  # type: ignore[union-attr]
+    charged.play()
+    assert charged.ledger.standing(charged.unit(1)).budget == budget
+
+
+def test_an_attempt_that_was_aborted_stays_charged_and_the_next_one_is_charged_anew(start: Start) -> None:
+    charged = start()
+    for number in (1, 2):
+        charged.clients[number].dies = once("train")
+    charged.play()
+    assert charged.states(3) == [(1, 1, "RESERVED"), (1, 2, "RESERVED"), (1, 2, "COMMITTED")]
+    assert charged.states(1)[0] == (1, 1, "RESERVED")
+    assert charged.ledger.verify() == []
+
+
+def once(wanted: str) -> Callable[[str, int], bool]:
+    """Dies the first time that it is asked for this stage."""
+    left = [True]
+    return lambda stage, number: stage == wanted and bool(left) and left.pop()
+
+
+def test_what_never_left_is_given_back(start: Start) -> None:
+    charged = start()
+
+    def refuse(sent: int) -> None:
+        charged.bench.grid.refuse = {3} if sent else set()
+
+    push = charged.bench.grid.push_messages
+
+    def push_messages(messages: list) -> object:  # type: ignore[type-arg]
+        (message,) = messages
+        refuse(message.metadata.dst_node_id == 3 and "train" in asked_of(message))
+        return push(messages)
+
+    charged.bench.grid.push_messages = push_messages  # type: ignore[method-assign,assignment]
+    charged.play()
+    assert charged.states(3) == [(1, 1, "RESERVED"), (1, 1, "VOID")]
+    assert charged.states(1) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
+    assert charged.ledger.standing(charged.unit(3)).client_spent == {}
+
+
+def test_a_site_that_refuses_by_its_own_ledger_is_asked_no_more(start: Start) -> None:
+    charged = start()
+    charged.clients[2].own_budget_is_spent = True
+    charged.play()
+    charged.play()
+    assert charged.states(2) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]  # it was asked, so what it sent is not known
+    trained = [stages for stages in charged.clients[2].asked if "train" in stages]
+    assert len(trained) == 1
+    assert len(charged.states(1)) == 4
+
+
+def test_two_nodes_that_name_one_dataset_do_not_spend_it_twice_in_a_round(start: Start) -> None:
+    charged = start()
+    charged.clients[5].name = "client-4"
+    charged.play()
+    assert charged.states(4) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
+    assert charged.states(5) == []
+    assert not any("train" in stages for stages in charged.clients[5].asked)
+
+
+def test_every_client_keeps_the_signed_head_that_the_run_ends_with(start: Start) -> None:
+    charged = start()
+    charged.play()
+    end_secure_run(charged.run, charged.version)
+    for number, client in charged.clients.items():
+        told = json.loads(client.heads[-1])
+        head = SignedHead(**told["head"])
+        assert Unit(**told["unit"]) == charged.unit(number)
+        assert head_fault(head) is None
+        rows = list(charged.ledger.rows(charged.unit(number)))
+        assert (head.seq, head.hash) == (rows[-1].seq, rows[-1].hash)
