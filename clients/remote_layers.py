@@ -11,7 +11,8 @@ A frozen trunk trains nothing: its anchor needs no gradient, and no optimiser ne
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,10 +51,13 @@ class RemoteLayers(nn.Module):
         self._norm_settled = 0.0  # the anchor's gradient as autograd left it
         self._unsettled_pass = _NO_PASS  # the backward pass that handed over what is not in the anchor's gradient yet
         self._stepped = False
+        self._bypassed = False
         _LIVE.add(self)
         _watch_optimizers()
 
     def forward(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        if self._bypassed:
+            return hidden_BTD
         device = hidden_BTD.device.type
         autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         crossing = Crossing(attention_mask_BT, position_ids, autocast_dtype, self.training)
@@ -62,6 +66,15 @@ class RemoteLayers(nn.Module):
             return output_BTD
         output_BTD, _ = self.trunk.forward(hidden_BTD, crossing, need_grad=False)
         return output_BTD
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Within, what comes in goes out as it is: the client's own layers can be tried out and nothing is sent."""
+        self._bypassed = True
+        try:
+            yield
+        finally:
+            self._bypassed = False
 
     def backward(
         self, graph: PendingGraph, grad_BTD: Tensor, want_input_grad: bool
