@@ -22,7 +22,7 @@ SURE_FROM = 0.07
 _TURNS = 100
 """One turn proposes as many as are most likely enough; 100 are never taken."""
 _TAIL_END = 2.0**-140
-_SERIES_TERMS = 9
+_NEAR = 0.1
 _STIRLING_TABLE = np.array(
     [0.0] + [math.lgamma(k + 1.0) - (k + 0.5) * math.log(k) + k - 0.5 * math.log(2.0 * math.pi) for k in range(1, 16)]
 )
@@ -63,9 +63,8 @@ class Proposal:
     def draw(self, stream: SecretStream, wanted: int) -> Floats:
         """Accepted offsets, most often `wanted` of them or a few more."""
         tries = int(self._alpha * (wanted + 4.0 * math.sqrt(wanted))) + 8
-        u = stream.uniform(tries)
+        u, chance = stream.uniform((2, tries))
         u -= 0.5
-        chance = stream.uniform(tries)
         us = 0.5 - np.abs(u)
         offsets = self.offsets(u)
         accepted = (us >= SURE_FROM) & (chance <= self.sure)
@@ -88,36 +87,43 @@ class Proposal:
 
 def log_probability(whole: int, part: float, offsets: Floats) -> Floats:
     """Log of the Poisson probability of whole + offset at the mean whole + part; -inf below 0."""
-    mean = whole + part
     count = offsets + whole
-    positive = np.maximum(count, 1.0)
-    away = np.where(count >= 1.0, offsets - part, 1.0 - mean)
-    value = -_stirling_error(positive) - _deviance(positive, mean, away) - 0.5 * np.log(2.0 * math.pi * positive)
-    found: Floats = np.where(count >= 1.0, value, np.where(count == 0.0, -mean, -np.inf))
+    if count.min(initial=1.0) >= 1.0:
+        return _saddle_point(count, whole + part, offsets - part)
+    positive = count >= 1.0
+    value = _saddle_point(np.where(positive, count, 1.0), whole + part, np.where(positive, offsets, 1.0 - whole) - part)
+    found: Floats = np.where(positive, value, np.where(count == 0.0, -(whole + part), -np.inf))
     return found
+
+
+def _saddle_point(count: Floats, mean: float, away: Floats) -> Floats:
+    """The log-probability of counts of at least 1, with away = count - mean known better than that difference."""
+    value: Floats = -_stirling_error(count) - _deviance(count, mean, away) - 0.5 * np.log(2.0 * math.pi * count)
+    return value
 
 
 def _stirling_error(count: Floats) -> Floats:
     """log(count!) less Stirling's formula, for whole numbers of at least 1."""
     inverse = 1.0 / count
     square = inverse * inverse
-    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square / 1188))))
-    table = _STIRLING_TABLE[np.minimum(count, 15.0).astype(np.intp)]
-    error: Floats = np.where(count < 16.0, table, series)
+    error: Floats = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square / 1188))))
+    small = np.flatnonzero(count < _STIRLING_TABLE.size)
+    error[small] = _STIRLING_TABLE[count[small].astype(np.intp)]
     return error
 
 
 def _deviance(count: Floats, mean: float, away: Floats) -> Floats:
-    """count log(count / mean) + mean - count, with away = count - mean known better than that difference."""
-    total = count + mean
-    v = away / total
+    """count log(count / mean) + mean - count: Loader's bd0, a series near the mean, where the terms would cancel."""
+    v = away / (count + mean)
     square = v * v
-    term, deviance = 2.0 * count * v, away * v
-    for power in range(1, _SERIES_TERMS):
-        term = term * square
-        deviance = deviance + term / (2 * power + 1)
-    far = np.flatnonzero(np.abs(v) >= 0.1)
-    deviance[far] = count[far] * np.log(count[far] / mean) - away[far]
+    near = min(float(square.max(initial=0.0)), _NEAR * _NEAR)
+    series = np.zeros_like(v)
+    for power in range(math.ceil(53.0 / -math.log2(near)) if near else 0, 0, -1):
+        series = square * (1.0 / (2 * power + 1) + series)
+    deviance: Floats = v * (away + 2.0 * count * series)
+    if near == _NEAR * _NEAR:
+        far = np.flatnonzero(np.abs(v) >= _NEAR)
+        deviance[far] = count[far] * np.log(count[far] / mean) - away[far]
     return deviance
 
 
