@@ -113,7 +113,7 @@ def _refuse_kinds(model: nn.Module) -> None:
         if not isinstance(module, LoraLayer) or not any(part.requires_grad for part in module.parameters()):
             continue
         if isinstance(module, ParamWrapper):
-            kind = "fused expert parameters"
+            kind = "a bare parameter, as fused experts are,"
         elif module.lora_embedding_A:
             kind = "an embedding"
         elif any(module.use_dora.values()):

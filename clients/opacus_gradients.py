@@ -10,6 +10,7 @@ head cut that the first pass brought. The second pass runs through tail and head
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -76,7 +77,8 @@ class HookedMicrobatch(RowGradients):
         self._turn = turn
 
     def rows(self) -> npt.NDArray[np.float32]:
-        self._graph_B.sum().backward()  # type: ignore[no-untyped-call]
+        with _quiet():
+            self._graph_B.sum().backward()  # type: ignore[no-untyped-call]
         self._turn.end()
         parts = []
         for name, layer in self._layers.items():
@@ -166,12 +168,13 @@ class GhostMicrobatch:
         self._cut = cut
 
     def clipped_sum(self, clip: float) -> Vector:
-        factors_B = self._factors(clip)
-        self._opacus.disable_hooks()
-        (factors_B * self._graph_B).sum().backward()  # type: ignore[no-untyped-call]
-        if self._cut is not None:
-            self._cut.through_the_head(factors_B)
-        self._opacus.enable_hooks()
+        with _quiet():
+            factors_B = self._factors(clip)
+            self._opacus.disable_hooks()
+            (factors_B * self._graph_B).sum().backward()  # type: ignore[no-untyped-call]
+            if self._cut is not None:
+                self._cut.through_the_head(factors_B)
+            self._opacus.enable_hooks()
         self._turn.end()
         total = [
             np.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.double().reshape(-1).cpu().numpy()
@@ -206,6 +209,14 @@ def _require_rows(name: str, found: Tensor, batch: int) -> None:
             f"the layer of {name} sees rows and tokens as one, {found.shape[0]} for {batch} rows, and Opacus cannot "
             "tell them apart: use dp-gradients=book-keeping"
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch warns of full backward hooks on layers whose input needs no gradient, as the first layer's does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
 
 
 @contextmanager
