@@ -6,17 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from contract.errors import ConfigError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.metrics import best_version, judged_losses
-from orchestrator.protection import told_protection
+from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import artifacts_dir, home_dir
 from storage.reader import LAST, Reader
 from storage.records import ParticipationRow, RoundRow, RunRow
+
+if TYPE_CHECKING:
+    from storage.ledger import Ledger
 
 runs_app = typer.Typer(help="Runs: what was started, how it stands or ended.", no_args_is_help=True)
 rounds_app = typer.Typer(help="Rounds of a run.", no_args_is_help=True)
@@ -29,7 +32,7 @@ LastOption = Annotated[bool, typer.Option("--last", help="The newest run.")]
 RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "secagg", "created_at", "reason")
 SHOW_COLUMNS = (
     *("run_id", "flower_run_id", "status", "reason", "mode", "rounds", "secagg", "held_out_losses", "best_round"),
-    *("adapter", "model_fingerprint", "created_at", "ended_at"),
+    *("privacy", "adapter", "model_fingerprint", "created_at", "ended_at"),
 )
 ROUND_COLUMNS = (
     *("round", "attempt", "status", "phase", "clients", "threshold", "train_loss", "held_out_loss"),
@@ -73,6 +76,8 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
         row = reader.get_run(_named(run, last))
         data = _run_data(reader, row)
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
+        with _ledger() as ledger:
+            data["privacy"] = "; ".join(told_run_privacy(row, ledger))
         data["adapter"] = _adapter_directory(row.run_id) if _adapter_directory(row.run_id).is_dir() else None
         data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
         data |= {"ended_at": row.ended_at, "config": row.config}
@@ -184,6 +189,17 @@ def _reader() -> Iterator[Reader]:
 
 
 @contextmanager
+def _ledger() -> Iterator[Ledger]:
+    from storage.ledger import open_ledger
+
+    ledger = open_ledger()
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
 def _reader_if_any() -> Iterator[Reader | None]:
     """None where this machine has no database: who received an adapter may verify it too."""
     from storage.store import has_database
@@ -206,6 +222,11 @@ def _adapter_directory(run_id: str) -> Path:
 
 
 def _best(reader: Reader, run: RunRow) -> int:
+    if run.config.get("dp", "off") != "off":
+        raise ConfigError(
+            f"run {run.run_id} has differential privacy, and --best would choose its adapter by losses that nothing "
+            "prices; choose one with --round"
+        )
     best = best_version(judged_losses(reader.metrics(run.run_id, over_clients=True)))
     if best is None:
         raise StorageError(f"no adapter of run {run.run_id} was judged on held-out text; choose one with --round")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 from aggregation.graph import plan_graph
 from aggregation.terms import DEFAULT_MIN_MEMBERS, Policy
 from contract.config import RunConfig
-from privacy.coverage import IN_WORDS, coverage, uncovered
+from contract.privacy_records import ADVERSARIES, Adversary, Unit
+from privacy.accountant import epsilon, spent
+from privacy.coverage import IN_WORDS, coverage, told_privacy, uncovered
+from privacy.plan import register_budget
+from storage.ledger import Ledger
 from storage.reader import Reader
-from storage.records import RunRow
+from storage.records import RunRow, Spending
 
 
 def told_protection(reader: Reader, run: RunRow) -> str:
@@ -38,6 +45,28 @@ def told_coverage(config: RunConfig) -> list[str]:
         seen = f", seen by {', '.join(IN_WORDS[name] for name in one.seen_by)}" if one.seen_by else ""
         lines.append(f"{channel}: {one.how}{seen}: {one.note}")
     return lines + [f"not covered: {line}" for line in uncovered(config)]
+
+
+def told_spent(config: RunConfig, run_id: str, spending: Iterable[Spending]) -> list[str]:
+    """The most that any unit spent in a run, against each adversary, or why no epsilon is told: a line each."""
+    counted: defaultdict[Unit, dict[str, int]] = defaultdict(dict)
+    for one in spending:
+        if one.run == run_id:
+            counted[one.unit][one.release] = one.count
+    most: dict[Adversary, float] = {}
+    if config.dp != "off":
+        budget = register_budget(config)
+        for releases in counted.values():
+            for adversary in ADVERSARIES:
+                found = epsilon(spent(releases, adversary, budget.order), budget, adversary)
+                most[adversary] = max(most.get(adversary, 0.0), found)
+    return told_privacy(config, most)
+
+
+def told_run_privacy(run: RunRow, ledger: Ledger) -> list[str]:
+    """As told_spent, of a run in SQL."""
+    config = RunConfig.from_flower(run.config)
+    return told_spent(config, run.run_id, ledger.summary() if config.dp != "off" else [])
 
 
 def _default_threshold(members: int) -> int:

@@ -22,7 +22,7 @@ from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
 from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
-from orchestrator.protection import told_coverage
+from orchestrator.protection import told_coverage, told_spent
 from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
@@ -53,8 +53,8 @@ class Start:
     artifacts: ArtifactStore
     runs_dir: Path
     clock: Clock
-    ledger: Ledger | None = None
     at_exit: Callable[[Callable[[], None]], None] = lambda ending: None
+    ledger: Ledger | None = None
 
 
 def conduct(start: Start) -> Export:
@@ -96,6 +96,9 @@ def conduct(start: Start) -> Export:
         directory = start.runs_dir / run_id / "adapter"
         export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
         end(version)
+        if config.dp != "off" and start.ledger is not None:
+            for line in told_spent(config, run_id, start.ledger.summary()):
+                log.info("privacy: %s", line)
         ending.reason = spent or _told_end(desk, version)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
@@ -148,7 +151,7 @@ def _told_end(desk: Desk, last: Version) -> str | None:
     told = []
     if last.number < desk.config.num_rounds:
         told.append(f"stopped early: no lower held-out loss in the last {desk.config.early_stopping_patience} rounds")
-    if best is not None and best != last.number:
+    if best is not None and best != last.number and desk.config.dp == "off":
         told.append(f"round {best} has the lowest held-out loss ({losses[best]:.4f}); `adapter export --best` takes it")
     return "; ".join(told) or None
 
