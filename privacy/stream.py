@@ -80,7 +80,7 @@ class SecretStream:
         """(words + a fraction) 2^-64; the fraction is drawn where a float has bits for it."""
         value = words.astype(np.float64) + 0.5
         small = np.flatnonzero(words < _EXACT)
-        value[small] += (self.bits(small.size) + 0.5) * 2.0**-64 - 0.5
+        value[small] = words[small] + (self.bits(small.size) + 0.5) * 2.0**-64
         return value * 2.0**-64
 
     def _normal(self, count: int) -> Floats:
