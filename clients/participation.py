@@ -149,6 +149,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
         client_sha256=order.client_sha256,
         trunk_sha256=order.trunk_sha256,
         trunk_frozen=config.trunk_adapter == "frozen",
+        quiet=config.dp != "off",
     )
     return open_split_model(settings, spec, connection, start)
 

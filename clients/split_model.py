@@ -54,7 +54,8 @@ class SplitSettings:
 class RoundStart:
     """Where a client begins in a round: the trunk holds its part of the adapter under `trunk_sha256`.
 
-    With `trunk_frozen` that part stays as it is, and `trainable` is of the client's half alone.
+    With `trunk_frozen` that part stays as it is, and `trainable` is of the client's half alone. With `quiet` the trunk
+    tells the orchestrator no counts of this session: how many rows were drawn would undo what secret sampling hides.
     """
 
     key: RoundKey
@@ -64,6 +65,7 @@ class RoundStart:
     client_sha256: str
     trunk_sha256: str
     trunk_frozen: bool = False
+    quiet: bool = False
 
 
 def load_split_model(
@@ -230,6 +232,7 @@ def _hello(
     else:
         hello.client_id, hello.adapter_sha256 = start.client_id, start.trunk_sha256
         hello.round.CopyFrom(wire.round_to_wire(start.key))
+        hello.quiet = start.quiet
     return hello
 
 

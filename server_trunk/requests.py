@@ -28,6 +28,7 @@ class Opening:
     start: str | int
     trainable: Trainable
     codec: str
+    quiet: bool
 
 
 def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
@@ -55,6 +56,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         start=hello.seed if start == "seed" else hello.adapter_sha256,
         trainable=_TRAINABLE[hello.trainable],
         codec=hello.codec,
+        quiet=hello.quiet,
     )
 
 

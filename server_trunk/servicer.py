@@ -172,7 +172,9 @@ class TrunkServicer:
         base_sha256 = opening.start
         if not isinstance(base_sha256, str):
             base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
-        session = self._table.open(opening.client_id, opening.round_key, base_sha256, opening.codec, adapter)
+        session = self._table.open(
+            opening.client_id, opening.round_key, base_sha256, opening.codec, adapter, quiet=opening.quiet
+        )
         try:
             await Conversation(
                 session,

@@ -22,6 +22,8 @@ Adapter = TypeVar("Adapter")
 
 _REMEMBERED_GRAPHS = 64
 _REMEMBERED_ROUNDS = 256
+SIGN_OF_LIFE_S = 5.0
+"""How often a quiet session shows that it goes on: more seldom than a round may be without progress."""
 
 
 class TokenBudget:
@@ -140,6 +142,12 @@ class Counters:
     received_bytes: int = 0
     sent_bytes: int = 0
 
+    def add(self, steps: int, tokens: int, received_bytes: int, sent_bytes: int) -> None:
+        self.steps += steps
+        self.tokens += tokens
+        self.received_bytes += received_bytes
+        self.sent_bytes += sent_bytes
+
 
 @dataclass(slots=True, eq=False)
 class Session(Generic[Adapter, Graph]):
@@ -153,14 +161,19 @@ class Session(Generic[Adapter, Graph]):
     adapter: Adapter
     pending: PendingGraphs[Graph]
     totals: Counters  # of the round, shared by its sessions
+    clock: Clock
+    quiet: bool = False
     counters: Counters = field(default_factory=Counters)
+    _showed_life: float = float("-inf")
 
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
-        for counters in (self.counters, self.totals):
-            counters.steps += steps
-            counters.tokens += tokens
-            counters.received_bytes += received_bytes
-            counters.sent_bytes += sent_bytes
+        """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on."""
+        self.counters.add(steps, tokens, received_bytes, sent_bytes)
+        if not self.quiet:
+            self.totals.add(steps, tokens, received_bytes, sent_bytes)
+        elif self.clock() - self._showed_life >= SIGN_OF_LIFE_S:
+            self._showed_life = self.clock()
+            self.totals.add(1, 0, 0, 0)
 
 
 class SessionTable(Generic[Adapter, Graph]):
@@ -201,14 +214,30 @@ class SessionTable(Generic[Adapter, Graph]):
         self._draining = True
 
     def open(
-        self, client_id: str, round_key: RoundKey | None, base_sha256: str, codec: str, adapter: Adapter
+        self,
+        client_id: str,
+        round_key: RoundKey | None,
+        base_sha256: str,
+        codec: str,
+        adapter: Adapter,
+        *,
+        quiet: bool = False,
     ) -> Session[Adapter, Graph]:
-        """Enter a session, inside of its place."""
+        """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress."""
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
         pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock, self._budget)
         session = Session(
-            secrets.token_hex(8), client_id, round_key, base_sha256, codec, adapter, pending=pending, totals=totals
+            secrets.token_hex(8),
+            client_id,
+            round_key,
+            base_sha256,
+            codec,
+            adapter,
+            pending=pending,
+            totals=totals,
+            clock=self._clock,
+            quiet=quiet,
         )
         self._open.add(session)
         return session

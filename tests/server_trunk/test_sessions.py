@@ -6,7 +6,7 @@ import pytest
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
 from contract.records import RoundKey, RoundProgress
-from server_trunk.sessions import PendingGraphs, Session, SessionTable, TokenBudget
+from server_trunk.sessions import SIGN_OF_LIFE_S, PendingGraphs, Session, SessionTable, TokenBudget
 
 KEY = RoundKey("run", 1, 1)
 
@@ -149,6 +149,20 @@ def test_a_draining_table_admits_nobody(table: SessionTable[str, str]) -> None:
     with pytest.raises(ConnectionFailedError, match="shutting down"):
         with table.place():
             pass
+
+
+def test_of_a_quiet_session_a_round_learns_no_more_than_that_it_goes_on(
+    table: SessionTable[str, str], clock: Clock
+) -> None:
+    quiet = table.open("1", KEY, "sha", "identity", "adapter", quiet=True)
+    for tokens in (5, 700, 11):
+        quiet.count(steps=3, tokens=tokens, received_bytes=10 * tokens, sent_bytes=tokens)
+    assert quiet.counters.tokens == 716
+    assert table.progress(KEY) == RoundProgress(sessions=1, steps=1, tokens=0, received_bytes=0, sent_bytes=0)
+    clock.now += SIGN_OF_LIFE_S
+    for _ in range(50):
+        quiet.count(tokens=1)
+    assert table.progress(KEY) == RoundProgress(sessions=1, steps=2, tokens=0, received_bytes=0, sent_bytes=0)
 
 
 def test_progress_adds_up_over_open_and_closed_sessions_of_a_round(table: SessionTable[str, str]) -> None:
