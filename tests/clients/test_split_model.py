@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -27,7 +29,7 @@ from contract.errors import (
     NonFiniteError,
     SessionError,
 )
-from privacy.mechanism import Off, PrivacyEvent
+from contract.privacy_records import Channel, PrivacyEvent
 from tests.clients.conftest import ALL_LINEAR, CUT
 from tests.conftest import TrunkProcess
 from tests.contract.families import Batch, batch
@@ -216,19 +218,42 @@ def test_activations_and_gradients_that_are_not_finite_are_refused_before_sendin
     split(**batch().inputs()).loss.backward()
 
 
-def test_a_release_with_a_price_is_refused_before_sending(split: PeftModel) -> None:
-    class Priced(Off):
-        name = "noise"
+class Recording:
+    """Lets twice the value pass, and remembers what it was given, and of which rows."""
 
-        def apply(self, value: Any) -> tuple[Any, PrivacyEvent]:
-            return value, PrivacyEvent("noise", {})
+    name, summary = "recording", "a test's"
+    events: Mapping[Channel, PrivacyEvent] = {}
 
-    trunk = remote_layers(split).trunk
-    trunk._mechanism = Priced()
-    sent = trunk.wire_log.sent_bytes
-    with pytest.raises(ConfigError, match="'noise' has a price, and this client keeps no ledger"):
-        split(**batch().inputs())
-    assert trunk.wire_log.sent_bytes == sent
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, npt.NDArray[np.float32], tuple[int, ...]]] = []
+
+    def forward(self, hidden_BTD: npt.NDArray[np.float32], rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        self.seen.append(("forward", hidden_BTD.copy(), tuple(rows)))
+        return 2 * hidden_BTD
+
+    def backward(self, grad_BTD: npt.NDArray[np.float32], rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        self.seen.append(("backward", grad_BTD.copy(), tuple(rows)))
+        return 2 * grad_BTD
+
+
+def test_what_crosses_passes_the_mechanism_as_the_rows_that_were_announced(split: PeftModel) -> None:
+    trunk, mechanism, padded = remote_layers(split).trunk, Recording(), batch("right")
+    plain = split(**padded.inputs()).logits
+    trunk._mechanism = mechanism
+    trunk.announce([4, 9])
+    loss = split(**padded.inputs()).loss
+    trunk.announce([5, 6])
+    assert not torch.equal(split(**padded.inputs()).logits, plain)
+    loss.backward()
+    assert [(way, rows) for way, _, rows in mechanism.seen] == [
+        ("forward", (4, 9)),
+        ("forward", (5, 6)),
+        ("backward", (4, 9)),
+    ]
+    real_BT = padded.real.numpy()
+    assert not real_BT.all()
+    assert (mechanism.seen[0][1][~real_BT] == 0).all()
+    assert (mechanism.seen[0][1][real_BT] != 0).any(axis=-1).all()
 
 
 def test_a_second_backward_through_one_graph_is_refused(split: PeftModel) -> None:
