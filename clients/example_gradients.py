@@ -71,7 +71,10 @@ class RowGradients(ABC):
         """[B, d]: each row's gradient over the trained parameters in the order of their sorted names."""
 
     def clipped_sum(self, clip: float) -> Vector:
-        total: Vector = clip_rows(self.rows(), clip).sum(axis=0, dtype=np.float64)
+        rows = self.rows()
+        if not np.isfinite(rows).all():
+            return np.full(rows.shape[1], np.nan)
+        total: Vector = clip_rows(rows, clip).sum(axis=0, dtype=np.float64)
         return total
 
 

@@ -90,7 +90,7 @@ def train(
     return Training(total / tokens, tokens, steps, time.monotonic() - started)
 
 
-def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[Tensor], config: RunConfig) -> torch.optim.AdamW:
     """A new optimiser, as `config` says; its learning rate is then moved by `schedule`."""
     return torch.optim.AdamW(
         parameters,

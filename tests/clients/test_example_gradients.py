@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from clients import bookkeeping, opacus_gradients
-from clients.example_gradients import Method, RowGradients, example_gradients, trained_layers
+from clients.example_gradients import Method, RowGradients, example_gradients, row_losses, trained_layers
 from clients.split_model import remote_layers, trunk_state
 from contract.adapter import adapter_parameters
 from contract.errors import ConfigError
@@ -187,6 +187,21 @@ def test_all_ways_cross_the_wire_once(trunks: Trunks) -> None:
                 gradients.forward(rows()).clipped_sum(1.0)
                 sizes.append(sent_bytes(model) - before)
     assert len(set(sizes)) == 1, dict(zip(METHODS, sizes, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_falls_in_rows_gradients_as_it_does_in_the_forward(trunks: Trunks, method: Method) -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["v_proj", "down_proj"])
+    model = whole_model(trunks.checkpoints["llama"], lora)
+    with example_gradients(model, method) as gradients:
+        model.train()
+        torch.manual_seed(5)
+        got = gradients.forward(rows()).clipped_sum(1e9)
+    torch.manual_seed(5)
+    row_losses(model, rows()).sum().backward()
+    parameters = [value for _, value in sorted(adapter_parameters(model).items())]
+    expected = np.concatenate([value.grad.double().reshape(-1).numpy() for value in parameters])
+    assert error(expected, got) < MOST_ERROR
 
 
 # ---- several in flight ---------------------------------------------------------------------------------------------
