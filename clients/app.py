@@ -106,7 +106,7 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
         upload, failure = None, ""
         try:
             order = _read_order(message.content)
-            upload = take_part(order, config, site, training=training, turn=secure.turn(asked), head=asked.head).upload
+            upload = take_part(order, config, site, training=training, turn=secure.turn(asked)).upload
         except TrunklineError as error:  # told beside the answer to the next sum's set-up, which it spoils nothing of
             logger.error("round refused: %s: %s", type(error).__name__, error)
             failure = _reason(error, masked=True)

@@ -72,18 +72,12 @@ class RoundWork:
 
 
 def take_part(
-    order: RoundOrder,
-    config: RunConfig,
-    site: Site,
-    *,
-    training: bool,
-    turn: SecureTurn | None = None,
-    head: bytes = b"",
+    order: RoundOrder, config: RunConfig, site: Site, *, training: bool, turn: SecureTurn | None = None
 ) -> RoundWork:
     """One round's work at this site; without `training` the adapter is only judged.
 
-    Under `dp` the site's own ledger pays before anything of its text is released, and keeps the `head` of the
-    orchestrator's. With a `turn` in a secure sum all that goes back is masked: update, weight, losses and counts.
+    With a `turn` in a secure sum all that goes back is masked: update, weight, losses and counts. Under `dp` the site's
+    own ledger pays before anything of its text is released, and keeps the head that came of the orchestrator's.
 
     Raises SecureSumError where this site does not take that turn, BudgetError where its budget is spent, UpdateError
     for an update that is not finite or too large, and whatever reading the data, loading the model and talking to the
@@ -104,8 +98,8 @@ def take_part(
                 turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
             model = _open_model(order, config, site, connection)
             with closing_session(model), _spending(site, config) as spending:
-                if spending is not None and head:
-                    spending.keep_head(head)
+                if spending is not None and turn is not None and turn.head:
+                    spending.keep_head(turn.head)
                 judgement, training_done, upload = _work(
                     model, data, order, config, training=training, turn=turn, spending=spending
                 )

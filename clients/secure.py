@@ -225,7 +225,7 @@ class SecureSite:
 
     def turn(self, asked: SecureOrder) -> SecureTurn:
         """This site's place in the sum of the round that it is asked to work for."""
-        return SecureTurn(self, asked.session, asked.inbox)
+        return SecureTurn(self, asked.session, asked.inbox, asked.head)
 
     def _resumed(self, session_id: bytes) -> SecureClient:
         return SecureClient.from_bytes(self.vault.read(session_id), self.identity)
@@ -248,11 +248,15 @@ class SecureSite:
 
 @dataclass(frozen=True, slots=True)
 class SecureTurn:
-    """This site's place in the secure sum of one round: the session, and the shares that neighbours sealed for it."""
+    """This site's place in the secure sum of one round: the session, and the shares that neighbours sealed for it.
+
+    `head` is what the orchestrator's ledger says of this site's chain; empty where nothing is charged.
+    """
 
     site: SecureSite
     session_id: bytes
     inbox: bytes
+    head: bytes = b""
 
     @property
     def threshold(self) -> int:

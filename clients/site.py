@@ -98,13 +98,8 @@ def read_site(
             "trunk-address is not set; with secagg on it must be in the node config of this SuperNode, so that whoever "
             "starts a run cannot choose who receives this site's activations"
         )
-    if config.dp != "off" and "name" in told:
-        check_client_id(told["name"], "node config name")
-    if not simulated and config.dp != "off" and not {"name", "identity-key"} & told.keys():
-        raise ConfigError(
-            f"dp is {config.dp}, and this SuperNode's node config has neither name nor identity-key: Flower gives a "
-            "SuperNode that starts anew another id, under which a spent privacy budget would not be found again"
-        )
+    if config.dp != "off":
+        _require_lasting(told, config, simulated=simulated)
     state_dir, identity_key = _places(told, node_id, flower_run_id, simulated=simulated)
     return Site(
         model=told["model"],
@@ -123,6 +118,19 @@ def read_site(
         simulated=simulated,
         clear_allowed=simulated or _flag(node_config, CLEAR_KEY),
     )
+
+
+def _require_lasting(told: Mapping[str, str], config: RunConfig, *, simulated: bool) -> None:
+    """Raise ConfigError unless a spent privacy budget is found again after this SuperNode started anew."""
+    if "name" in told:
+        check_client_id(told["name"], "node config name")
+    lasting = {"name": ("name",), "a place for its ledger": ("state-dir", "identity-key")}
+    for what, keys in lasting.items():
+        if not simulated and not told.keys() & set(keys):
+            raise ConfigError(
+                f"dp is {config.dp}, and this SuperNode's node config gives no {' nor '.join(keys)}: Flower gives a "
+                f"SuperNode that starts anew another id, and without {what} its spent privacy budget would be forgotten"
+            )
 
 
 def _places(told: Mapping[str, str], node_id: str, flower_run_id: str, *, simulated: bool) -> tuple[Path, Path]:

@@ -187,7 +187,8 @@ def test_a_head_of_another_dataset_is_refused(tmp_path: Path, orchestrator: Orch
         ({"privacy-epsilon": True, "privacy-delta": 0.1}, "node config privacy-epsilon is True"),
         ({"dataset": "a b"}, "node config dataset is 'a b'"),
         ({"name": "a b"}, "node config name is 'a b'"),
-        ({"name": ""}, "dp is example, and this SuperNode's node config has neither name nor identity-key"),
+        ({"name": ""}, "dp is example, and this SuperNode's node config gives no name: "),
+        ({"state-dir": ""}, "dp is example, and this SuperNode's node config gives no state-dir nor identity-key: "),
     ],
 )
 def test_what_is_wrong_in_the_node_config_is_named(tmp_path: Path, node: dict[str, ConfigValue], told: str) -> None:
@@ -197,7 +198,7 @@ def test_what_is_wrong_in_the_node_config_is_named(tmp_path: Path, node: dict[st
 
 def test_a_dataset_without_a_name_is_known_by_where_it_lies_and_not_by_that_path(tmp_path: Path) -> None:
     config = RunConfig.from_flower(SETTINGS)
-    told = {key: value for key, value in NODE.items() if key != "dataset"}
+    told = {key: value for key, value in NODE.items() if key != "dataset"} | {"state-dir": str(tmp_path)}
     one = read_site(told, config, "7", "1", simulated=False).dataset
     assert one == read_site(told, config, "8", "2", simulated=False).dataset
     assert one != read_site({**told, "data": "other.jsonl"}, config, "7", "1", simulated=False).dataset
