@@ -187,11 +187,11 @@ def _work(
 
 
 def _train(model: PeftModel, data: SiteData, order: RoundOrder, config: RunConfig, announce: Announce) -> Training:
-    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
     if config.dp == "example":
         from clients.private_training import train_privately  # with Opacus, which no other run needs
 
-        return train_privately(model, data.train_rows, config, key, SecretStream(os.urandom), announce)
+        return train_privately(model, data.train_rows, config, SecretStream(os.urandom), announce)
+    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
     return train(model, data.train_rows, config, key, announce)
 
 

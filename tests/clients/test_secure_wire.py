@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from aggregation import tally
-from aggregation.graph import full_threshold
 from aggregation.ring import plan
-from aggregation.secure_server import SecureServer
-from aggregation.terms import NONCE_BYTES, Member, Terms
-from clients.app import app
 from contract.config import RunConfig
 from contract.records import RoundKey
-from contract.secure_records import SecureOrder, reply_from, to_record
-from orchestrator.messages import read_update
 from orchestrator.trunk import Trunk
-from tests.clients.sites import Orchestrator, Site, Version, upload_bytes, write_texts
+from tests.clients.secure_driver import SecureDriver
+from tests.clients.sites import Orchestrator, Site, upload_bytes, write_texts
 from tests.clients.test_wire_audit import CONFIG as CLEAR
 from tests.clients.test_wire_audit import documented, limit, reply_fields, site_secrets
 from tests.conftest import TrunkProcess
@@ -50,58 +43,6 @@ class SecureRound:
         return b"".join(value.deflate() for value in objects)
 
 
-class _Round:
-    """Drives the sites' app through one secure round, as the orchestrator does."""
-
-    def __init__(self, orchestrator: Orchestrator, version: Version, sites: list[Site]) -> None:
-        self.orchestrator, self.version, self.sites = orchestrator, version, sites
-        self.replies: list[Message] = []
-
-    def ask(self, site: Site, order: SecureOrder, message: Message | None = None) -> Message:
-        record = ConfigRecord(dict(to_record(order)))
-        if message is None:
-            content = RecordDict({"secure": record})
-            message = Message(content, dst_node_id=site.node_id, message_type="query.secure")
-        else:
-            message.content["secure"] = record
-        reply: Message = app(message, site.context(CONFIG))
-        assert not reply.has_error(), reply.error.reason
-        if site is self.sites[0]:
-            self.replies.append(reply)
-        return reply
-
-    def stage(self, name: str, accept: Callable[[str, bytes], None], **order: bytes) -> None:
-        for site in self.sites:
-            reply = self.ask(site, SecureOrder(self.orchestrator.run, **order))
-            accept(site.name, getattr(reply_from(reply.content["secure"]), name))
-
-    def identities(self) -> dict[str, bytes]:
-        replies = {site.name: self.ask(site, SecureOrder("r", greet=b"n" * NONCE_BYTES)) for site in self.sites}
-        return {name: reply_from(reply.content["secure"]).identity for name, reply in replies.items()}
-
-    def play(self, fingerprint: str, values: int) -> np.ndarray:
-        keys = self.identities()
-        point = plan(SITES, CONFIG.max_trained_tokens(), CONFIG.update_clip)
-        terms = Terms(
-            run=self.orchestrator.run, round=1, nonce=secrets.token_bytes(NONCE_BYTES),
-            members=tuple(Member(name, keys[name]) for name in sorted(keys)),
-            threshold=full_threshold(SITES), degree=0, size=values + 1 + tally.SIZE, ring_bits=point.bits,
-            model_fingerprint=fingerprint, settings_sha256=CONFIG.sha256(),
-        )  # fmt: skip
-        order = self.orchestrator.order(self.version, SITES)
-        server = SecureServer(terms, f"{order.client_sha256}:{order.trunk_sha256}")
-        self.stage("advert", server.accept_advert, join=terms.to_bytes())
-        self.stage("shares", server.accept_shares, next_session=terms.session_id, share=server.adverts())
-        for site in self.sites:
-            told = SecureOrder(self.orchestrator.run, session=terms.session_id, inbox=server.inbox(site.name))
-            reply = self.ask(site, told, self.orchestrator.message(self.version, site, SITES))
-            server.accept_upload(site.name, read_update(reply.content, terms.size * point.bits // 8))
-        session = terms.session_id
-        self.stage("confirmation", server.accept_confirmation, session=session, confirm=server.survivors_message())
-        self.stage("answer", server.accept_answer, session=session, unmask=server.unmask_request())
-        return server.finish()
-
-
 @pytest.fixture(scope="module")
 def played(
     llama_dir: Path, trunk: TrunkProcess, tmp_path_factory: pytest.TempPathFactory, flower_task: None
@@ -116,7 +57,7 @@ def played(
     orchestrator = Orchestrator(CONFIG, llama_dir, trunk.address, run="masked-audit")
     version = orchestrator.first()
     trained = int(version.client.trained(orchestrator.order(version, SITES).factor).sum())
-    driven = _Round(orchestrator, version, sites)
+    driven = SecureDriver(CONFIG, orchestrator, version, sites)
     total = driven.play(Trunk(trunk.address).describe().fingerprint, trained)
     entries = [json.loads(line) for line in (folder / "wire 0.jsonl").read_text().splitlines()]
     average = orchestrator.trunk.commit_round(
