@@ -197,8 +197,8 @@ class RunConfig(BaseModel):
     dp_gradients: Literal["book-keeping", "hooks", "ghost"] = _setting(
         "book-keeping",
         PRIVACY_SECTION,
-        "For `example`: how a row's gradient is got at. `hooks` and `ghost` are Opacus's; `ghost` goes over the wire "
-        "twice; `book-keeping` needs neither its memory nor a second pass.",
+        "For `example`: how a row's gradient is got at. `hooks` and `ghost` are Opacus's; "
+        "`book-keeping` needs neither the memory of `hooks` nor the second backward of `ghost`.",
     )
     trunk_adapter: Literal["trained", "frozen"] = _setting(
         "trained",
