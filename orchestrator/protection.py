@@ -10,7 +10,7 @@ from aggregation.terms import DEFAULT_MIN_MEMBERS, Policy
 from contract.config import RunConfig
 from contract.privacy_records import ADVERSARIES, Adversary, Unit
 from privacy.accountant import epsilon, spent
-from privacy.coverage import IN_WORDS, coverage, told_privacy, uncovered
+from privacy.coverage import IN_WORDS, READS_TEXT, coverage, told_privacy, uncovered
 from privacy.plan import register_budget
 from storage.ledger import Ledger
 from storage.reader import Reader
@@ -64,9 +64,13 @@ def told_spent(config: RunConfig, run_id: str, spending: Iterable[Spending]) -> 
 
 
 def told_run_privacy(run: RunRow, ledger: Ledger) -> list[str]:
-    """As told_spent, of a run in SQL."""
+    """As told_spent, of a run in SQL; of one without differential privacy, what the trunk can read."""
+    if run.config.get("dp", "off") == "off":  # runs of before there were such settings say nothing
+        wire = run.config.get("wire", "off")
+        said = READS_TEXT if wire == "off" else "no epsilon; `trunkline audit run` measures what the server can read"
+        return [f"wire privacy is {wire}: {said}", "dp is off: nothing of the run has an epsilon"]
     config = RunConfig.from_flower(run.config)
-    return told_spent(config, run.run_id, ledger.summary() if config.dp != "off" else [])
+    return told_spent(config, run.run_id, ledger.summary())
 
 
 def _default_threshold(members: int) -> int:

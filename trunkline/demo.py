@@ -20,8 +20,9 @@ from contract.config import RunConfig
 from contract.errors import DeadlineError, RoundError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from demo.settings import MODEL_DIR, RUN_CONFIG, SOURCES
-from orchestrator.protection import told_protection
+from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import home_dir
+from storage.ledger import open_ledger
 from storage.records import RunRow
 from storage.store import open_reader, open_store
 from trunkline.flower import simulation_config, start_superlink, start_supernode
@@ -53,6 +54,7 @@ class DemoResult:
 
     run: str
     secagg: str
+    privacy: str
     clients: tuple[ClientLosses, ...]
     base_loss: float
     federated_loss: float
@@ -141,6 +143,8 @@ def _compare(workplace: Workplace, row: RunRow, clients: int, rounds: int) -> Ma
 def _result(row: RunRow, compared: Mapping[str, Any]) -> DemoResult:
     with closing(open_reader()) as reader:
         protection = told_protection(reader, row)
+    with closing(open_ledger()) as ledger:
+        privacy = "; ".join(told_run_privacy(row, ledger))
     sites = tuple(
         ClientLosses(str(site["source"]).removeprefix("stdlib:"), site["base_loss"], site["federated_loss"])
         for site in compared["sites"]
@@ -148,6 +152,7 @@ def _result(row: RunRow, compared: Mapping[str, Any]) -> DemoResult:
     return DemoResult(
         run=row.run_id,
         secagg=protection,
+        privacy=privacy,
         clients=sites,
         base_loss=compared["base_loss"],
         federated_loss=compared["federated_loss"],
@@ -187,6 +192,7 @@ def _print_result(result: DemoResult) -> None:
         f"\nOn everybody's held-out text: base model {result.base_loss:.3f}, federated adapter "
         f"{result.federated_loss:.3f}, mean of the clients alone {result.solo_loss:.3f}: {verdict}.\n"
         f"Secure aggregation: {result.secagg}.\n"
+        f"Privacy: {result.privacy}.\n"
         f"\nAdapter (stock PEFT): {result.adapter}\n\nTry next:"
     )
     for command in result.next:

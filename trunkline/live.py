@@ -104,11 +104,7 @@ class _PlainLines:
             name = f"round {line.number}/{rounds}"
             self._say(f"{name}: {line.asked} clients asked")
             if line.committed:
-                self._say(
-                    f"{name}: {line.replied}/{line.asked} replied, train loss {_number(line.train_loss)}, "
-                    f"{_number(line.tokens_per_s, 0)} tokens/s, {wire_size(line.wire_bytes)} on the wire, "
-                    f"{_number(line.seconds, 1)} s"
-                )
+                self._say(f"{name}: " + ", ".join(_told(line)))
             if line.held_out_loss is not None:
                 self._say(f"{name}: held-out loss {_number(line.held_out_loss)}")
 
@@ -117,6 +113,18 @@ class _PlainLines:
             self._told.add(text)
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
+
+
+def _told(line: RoundLine) -> Iterator[str]:
+    """What is known of a committed round: a private one tells no losses and no counts."""
+    yield f"{line.replied}/{line.asked} replied"
+    if line.train_loss is not None:
+        yield f"train loss {_number(line.train_loss)}"
+    if line.tokens_per_s:
+        yield f"{_number(line.tokens_per_s, 0)} tokens/s"
+    if line.wire_bytes:
+        yield f"{wire_size(line.wire_bytes)} on the wire"
+    yield f"{_number(line.seconds, 1)} s"
 
 
 def round_table(standing: Standing) -> Group:
@@ -131,7 +139,7 @@ def round_table(standing: Standing) -> Group:
             "" if first else f"{line.replied}/{line.asked}",
             _number(line.held_out_loss),
             _number(line.train_loss),
-            _number(line.tokens_per_s, 0),
+            _number(line.tokens_per_s or None, 0),
             wire_size(line.wire_bytes) if line.wire_bytes else "",
             _number(line.seconds, 1),
             Text(line.phase, style="dim"),
@@ -165,17 +173,26 @@ def _held_out(values: _Values, version: int) -> float | None:
 
 
 def _share(run: RunRow, rounds: Sequence[RoundRow], asked: _Asked) -> float:
-    """Committed rounds, and of the open one the steps that the trunk has seen, where steps are what counts a round."""
+    """Committed rounds, and of the open one the steps that the trunk has seen, where steps are what counts a round.
+
+    Of a private run the trunk tells no steps: of it those count that have replied.
+    """
     wanted = int(run.config.get("num-rounds", 0) or 0)
     if run.status == "finished":
         return 1.0
     opened = next((row for row in rounds if row.status == "open"), None)
     if not wanted:
         return 0.0
-    clients = asked.get((opened.number, opened.attempt), 0) if opened else 0
-    due = clients * int(run.config.get("local-steps", 0) or 0)
-    part = min(opened.steps / due, 0.99) if opened and due else 0.0
+    part = _share_of_round(run, opened, asked.get((opened.number, opened.attempt), 0)) if opened else 0.0
     return min(1.0, (run.committed_rounds + part) / wanted)
+
+
+def _share_of_round(run: RunRow, opened: RoundRow, clients: int) -> float:
+    if run.config.get("dp", "off") != "off":
+        done, due = opened.replies, clients
+    else:
+        done, due = opened.steps, clients * int(run.config.get("local-steps", 0) or 0)
+    return min(done / due, 0.99) if due else 0.0
 
 
 def _number(value: float | None, digits: int = 3) -> str:

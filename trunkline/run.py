@@ -12,8 +12,9 @@ from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.base_model import HUB_ID
-from orchestrator.protection import told_protection
+from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import home_dir
+from storage.ledger import open_ledger
 from storage.records import RunRow
 from storage.store import open_reader, open_store
 from trunkline.bundle import project_config
@@ -150,11 +151,14 @@ def summary(row: RunRow) -> dict[str, object]:
     """What a person wants of a finished run."""
     with closing(open_reader()) as reader:
         protection = told_protection(reader, row)
+    with closing(open_ledger()) as ledger:
+        privacy = told_run_privacy(row, ledger)
     return {
         "run": row.run_id,
         "status": row.status,
         "rounds": row.committed_rounds,
         "secagg": protection,
+        "privacy": "; ".join(privacy),
         "adapter": home_dir() / "runs" / row.run_id / "adapter",
         "note": row.reason,
     }
