@@ -22,9 +22,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Reading:
+    """What a worker tells of some steps; memory and wire are 0 where it tells nothing of them."""
+
     seconds: float
     cpu_seconds: float
     loss: float
+    peak_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class Worker:
@@ -46,7 +51,7 @@ class Worker:
             raise RuntimeError(f"the training worker ended with exit code {self._process.wait()}; see its error above")
         answer = json.loads(line)
         trunk_s = _cpu_seconds(self._trunk) - before_s
-        return Reading(answer["seconds"], answer["cpu_seconds"] + trunk_s, answer["loss"])
+        return Reading(**{**answer, "cpu_seconds": answer["cpu_seconds"] + trunk_s})
 
 
 def _cpu_seconds(process: psutil.Process | None) -> float:
@@ -58,11 +63,18 @@ def _cpu_seconds(process: psutil.Process | None) -> float:
 
 @contextmanager
 def worker(
-    model_dir: Path, threads: int, trunk_address: str = "", trunk: psutil.Process | None = None
+    model_dir: Path,
+    threads: int,
+    trunk_address: str = "",
+    trunk: psutil.Process | None = None,
+    *,
+    module: str = "benchmarks.training_worker",
+    side: str = "",
 ) -> Iterator[Worker]:
-    arguments = [str(model_dir), str(threads), *([trunk_address] if trunk_address else [])]
+    """`module` as a process, told the model, its threads and, where they are given, the trunk and the `side`."""
+    arguments = [str(model_dir), str(threads), *filter(None, (trunk_address, side))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.training_worker", *arguments],
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
