@@ -22,11 +22,9 @@ from storage.home import DATABASE_VARIABLE, network_filesystem
 BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 10
 _WRITES = "trunkline_writes"
-_MOST_TRIES = 100
+_MOST_TRIES = 20
 _LONGEST_PAUSE_S = 0.25
-# PostgreSQL's serialization_failure, deadlock_detected and unique_violation: two transactions may both have found that
-# there is no such row, and only the second try of one tells that there is.
-_IN_EACH_OTHERS_WAY = frozenset({"40001", "40P01", "23505"})
+_IN_EACH_OTHERS_WAY = frozenset({"40001", "40P01"})  # PostgreSQL's serialization_failure and deadlock_detected
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger("trunkline.storage")

@@ -21,8 +21,8 @@ from storage.ledger_chain import unit_id_of
 from storage.ledger_report import report_of
 from storage.ledger_rows import COLUMNS, budget_row, reserved_row
 from storage.ledger_settlement import settle_in
-from storage.ledger_standings import Standings, budgets_of, client_wide
-from storage.ledger_writer import LedgerWriter, chunks, moment
+from storage.ledger_standings import Standings, budgets_of
+from storage.ledger_writer import LedgerWriter, chunks, moment, take_turn
 from storage.records import Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead, Spending, Standing
 from storage.revisions import opened_for_writing
 from storage.store import Clock, utc_now
@@ -69,8 +69,8 @@ class Ledger:
         return in_turn(self._engine, lambda session: self._reserve(session, by_unit, admit))
 
     def _reserve(self, session: Session, by_unit: Mapping[Unit, Sequence[Charge]], admit: Admit) -> list[Refusal]:
-        # The units of all datasets too: who spends of a budget over several units must see the others' spending.
-        writer = LedgerWriter(session, (unit_id_of(one) for unit in by_unit for one in (unit, client_wide(unit))))
+        take_turn(session)
+        writer = LedgerWriter(session, map(unit_id_of, by_unit))
         _refuse_reserved(session, by_unit)
         standings = Standings(session, list(by_unit))
         now = moment(self._clock())
@@ -117,13 +117,15 @@ class Ledger:
     def _set_budgets(
         self, session: Session, units: Sequence[Unit], budget: Budget, operator: str, reason: str, *, anew: bool
     ) -> None:
+        take_turn(session)
         ids = {unit_id_of(unit): unit for unit in units}
         writer = LedgerWriter(session, ids)
         now, row = self._clock(), schema.PrivacyRow
         made: dict[str, int] = {}
         for some in chunks(ids):
             of_budgets = select(row.unit_id, func.max(row.round)).where(row.unit_id.in_(some), row.run == "")
-            made.update(session.execute(of_budgets.group_by(row.unit_id)).tuples().all())
+            for unit_id, ordinal in session.execute(of_budgets.group_by(row.unit_id)):
+                made[unit_id] = ordinal
         for unit_id, unit in ids.items():
             ordinal = made.get(unit_id, 0) + 1
             if anew or ordinal == 1:
@@ -142,8 +144,9 @@ class Ledger:
         """Every unit that was charged or given a budget, by client, dataset and level."""
         unit = schema.PrivacyUnit
         with self._reading() as session:
-            found = session.execute(select(unit.client, unit.dataset, unit.level)).tuples().all()
-        return [Unit(client, dataset, level) for client, dataset, level in sorted(found)]
+            found = session.execute(select(unit.client, unit.dataset, unit.level)).all()
+        units = [Unit(client, dataset, level) for client, dataset, level in found]
+        return sorted(units, key=lambda one: (one.client, one.dataset, one.level))
 
     def budgets(self) -> dict[Unit, Budget]:
         """The budgets in force."""
@@ -169,11 +172,11 @@ class Ledger:
         """How often each unit spent each release in each run, counted by one query over the rows themselves."""
         row = schema.PrivacyRow
         change = func.sum(case((row.state == "RESERVED", 1), else_=-1))
-        query = select(row.unit_id, row.run, row.release, change).where(row.state.in_(("RESERVED", "VOID")))
+        named = (func.min(row.client), func.min(row.dataset), func.min(row.level))  # each the same in all of a unit's
+        query = select(*named, row.run, row.release, change).where(row.state.in_(("RESERVED", "VOID")))
         with self._reading() as session:
-            units = self._units_by_id(session)
             counted = session.execute(query.group_by(row.unit_id, row.run, row.release)).all()
-        spent = (Spending(units[unit_id], run, text, int(count)) for unit_id, run, text, count in counted if count)
+        spent = (Spending(Unit(*names), run, text, int(count)) for *names, run, text, count in counted if count)
         return sorted(spent, key=lambda one: (one.unit.client, one.unit.dataset, one.unit.level, one.run, one.release))
 
     def heads(self, unit: Unit | None = None) -> list[SignedHead]:

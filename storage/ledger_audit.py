@@ -23,7 +23,7 @@ def audit(session: Session, outside: Iterable[SignedHead] = (), signers: Collect
     for head in outside:
         given.setdefault(head.unit_id, []).append(head)
     findings: list[str] = []
-    for unit_id in _named_anywhere(session) | set(given):
+    for unit_id in sorted(_named_anywhere(session) | set(given), key=str):
         walk = ChainWalk(unit_id)
         heads = [*_own_heads(session, walk), *given.get(unit_id, ())]
         check_signatures(walk, heads, signers)

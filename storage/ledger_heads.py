@@ -12,7 +12,7 @@ from contract.errors import LedgerError
 from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import head_fault, unit_id_of
-from storage.ledger_writer import HEAD_COLUMNS, head_columns, moment
+from storage.ledger_writer import HEAD_COLUMNS, head_columns, moment, take_turn
 from storage.records import HeadSource, SignedHead
 
 _INTEGERS = frozenset({"seq", "round", "attempt"})
@@ -47,6 +47,7 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
     fault = head_fault(head)
     if fault is not None:
         raise LedgerError(f"the head of client {unit.client}, dataset {unit.dataset} cannot be kept: {fault}")
+    take_turn(session)
     known = [one for one in read_heads(session, "peer", head.unit_id) if one.signer == head.signer]
     if known:
         newest = known[-1]

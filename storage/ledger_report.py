@@ -106,6 +106,8 @@ def _heads_in(report: Mapping[str, Any], source: HeadSource) -> tuple[dict[str, 
     faults = []
     for columns in report["heads"]:
         if columns.get("source") != source:
+            if source == "own" and columns.get("source") != "peer":
+                faults.append("a head of the report is neither its own nor a peer's")
             continue
         head = head_from(columns)
         if isinstance(head, str):

@@ -13,7 +13,7 @@ from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import unit_id_of
 from storage.ledger_rows import COLUMNS, settled_row
-from storage.ledger_writer import LedgerWriter, chunks, moment
+from storage.ledger_writer import LedgerWriter, chunks, moment, take_turn
 from storage.records import HeadSigner, LedgerRow, Settled
 
 Attempt = tuple[str, int, int]
@@ -35,9 +35,10 @@ def settle_in(
     leaves alone what is VOID. Raises LedgerError where nothing was reserved, for VOID of anything that is COMMITTED,
     for VOID of what is VOID already, and for COMMITTED of named units' charges that are VOID.
     """
+    take_turn(session)
     named = None if units is None else {unit_id_of(unit): unit for unit in units}
-    writer = LedgerWriter(session, _units_of(session, attempt) if named is None else named)
     charges = _charges_of(session, attempt, named)
+    writer = LedgerWriter(session, (row.unit_id for row in charges))
     for unit_id, unit in (named or {}).items():
         if all(row.unit_id != unit_id for row in charges):
             raise LedgerError(f"client {unit.client}, dataset {unit.dataset} reserved nothing for {_shown(attempt)}")
@@ -51,12 +52,8 @@ def settle_in(
         writer.sign(signer, at)
 
 
-def _units_of(session: Session, attempt: Attempt) -> list[str]:
-    return list(session.scalars(select(schema.PrivacyRow.unit_id).where(*_of(attempt)).distinct()))
-
-
 def _charges_of(session: Session, attempt: Attempt, unit_ids: Iterable[str] | None) -> list[LedgerRow]:
-    """All rows of an attempt, read once the chains are held, in the order of each chain."""
+    """All rows of an attempt, in the order of each chain."""
     row = schema.PrivacyRow
     query = select(*(getattr(row, name) for name in COLUMNS)).where(*_of(attempt)).order_by(row.unit_id, row.seq)
     if unit_ids is None:

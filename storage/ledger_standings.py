@@ -30,7 +30,8 @@ def budgets_of(session: Session, unit_ids: Iterable[str] | None = None) -> dict[
         return {unit_id: budget_from(text) for unit_id, text in session.execute(query)}
     newest: dict[str, str] = {}
     for some in chunks(unit_ids):
-        newest.update(session.execute(query.where(row.unit_id.in_(some))).tuples().all())
+        for unit_id, text in session.execute(query.where(row.unit_id.in_(some))):
+            newest[unit_id] = text
     return {unit_id: budget_from(text) for unit_id, text in newest.items()}
 
 

@@ -1,14 +1,17 @@
 """URLs, disks and connections that cannot be used each give one clear error of our own."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
 from contract.errors import ConfigError, ConnectionFailedError, StorageError
 from storage import engine as engine_module
-from storage.engine import make_engine
+from storage.engine import in_turn, make_engine
 from storage.home import artifacts_dir, database_url, home_dir, network_filesystem
 from storage.store import open_store
 
@@ -120,3 +123,70 @@ def test_sqlite_on_a_network_disk_warns(
     with caplog.at_level(logging.WARNING, "trunkline.storage"):
         make_engine(f"sqlite:///{tmp_path / 'x.db'}")
     assert "lies on a network disk (nfs4)" in caplog.text
+
+
+def failing_work(engine: Engine, statement: str, times: int) -> tuple[list[int], Callable[[Session], int]]:
+    """Work that adds a row and fails `times` times after it; answers its tries, too."""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE IF NOT EXISTS tries (number INTEGER)"))
+    tries: list[int] = []
+
+    def work(session: Session) -> int:
+        tries.append(1)
+        session.execute(text("INSERT INTO tries VALUES (1)"))
+        if len(tries) <= times:
+            session.execute(text(statement))
+        return len(tries)
+
+    return tries, work
+
+
+def rows_of_tries(engine: Engine) -> Any:
+    with engine.begin() as connection:
+        return connection.execute(text("SELECT count(*) FROM tries")).scalar()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_work_that_got_in_anothers_way_is_begun_again_from_nothing(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_MOST_TRIES", 4)
+    engine = make_engine(database_url)
+    for code in ("40001", "40P01"):
+        fail = f"DO $$ BEGIN RAISE EXCEPTION 'in the way' USING ERRCODE = '{code}'; END $$"
+        work = failing_work(engine, fail, 3)[1]
+        before = rows_of_tries(engine)
+        assert in_turn(engine, work) == 4
+        tries, work = failing_work(engine, fail, 99)
+        with pytest.raises(StorageError, match="in the way"):
+            in_turn(engine, work)
+        assert (len(tries), rows_of_tries(engine)) == (4, before + 1)
+    engine.dispose()
+
+
+def test_work_that_fails_otherwise_is_done_once(database_url: str) -> None:
+    engine = make_engine(database_url)
+    tries, work = failing_work(engine, "SELECT 1 FROM nowhere", 99)
+    with pytest.raises(StorageError, match="nowhere"):
+        in_turn(engine, work)
+    assert (len(tries), rows_of_tries(engine)) == (1, 0)
+    engine.dispose()
+
+
+def test_work_in_turn_is_serializable(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(database_url)
+    if engine.dialect.name == "postgresql":
+        level = in_turn(engine, lambda session: session.execute(text("SHOW transaction_isolation")).scalar())
+        assert level == "serializable"
+    else:
+        monkeypatch.setattr(engine_module, "BUSY_TIMEOUT_S", 0.1)
+        other = make_engine(database_url)
+
+        def work(session: Session) -> None:
+            session.execute(text("SELECT 1"))
+            with pytest.raises(StorageError, match="database is locked"):
+                in_turn(other, lambda second: second.execute(text("SELECT 1")))
+
+        in_turn(engine, work)
+        other.dispose()
+    engine.dispose()

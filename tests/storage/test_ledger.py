@@ -1,0 +1,382 @@
+"""The ledger's contract, the same on both engines."""
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from contract.errors import BudgetError, LedgerError, StorageError, UnpricedError
+from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Unit
+from storage import ledger as ledger_module
+from storage.engine import make_engine
+from storage.ledger import Admit, Ledger, open_ledger
+from storage.ledger_chain import head_fault, signed_head, unit_id_of
+from storage.records import Refusal, Settled, Standing
+from tests.storage.conftest import Clock
+from tests.storage.ledger_cases import BUDGET, RUN, Key, admit_all, cap, charge, release, spent_of, unit
+
+WARD, CLINIC = unit("ward"), unit("clinic")
+
+
+@pytest.fixture
+def ledger(database_url: str) -> Iterator[Ledger]:
+    opened = open_ledger(database_url, Clock(), Key())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def engine(ledger: Ledger, database_url: str) -> Iterator[Engine]:
+    made = make_engine(database_url)
+    yield made
+    made.dispose()
+
+
+def states(ledger: Ledger, of: Unit = WARD) -> list[str]:
+    return [row.state for row in ledger.rows(of)]
+
+
+def test_a_charge_reads_back_as_it_was_reserved(ledger: Ledger) -> None:
+    assert ledger.reserve([charge(WARD, 3, 2)], admit_all) == []
+    (row,) = ledger.rows(WARD)
+    assert (row.seq, row.kind, row.state) == (1, "charge", "RESERVED")
+    assert (row.client, row.dataset, row.level) == ("ward", "notes", "client")
+    assert (row.run, row.round, row.attempt, row.channel) == (RUN, 3, 2, "adapter_sum")
+    assert (row.mechanism, row.release, row.accountant) == ("gaussian", release().canonical(), "test 1")
+    assert row.parameters == '{"clip":"0x1.999999999999ap-4","noise_multiplier":"0x1.0000000000000p+0"}'
+    assert row.sampling == (
+        '{"holder":{"rate":"1","releases":10},"orchestrator":{"rate":"0x1.999999999999ap-5","releases":10}}'
+    )
+    assert row.adjacency == '{"holder":"zero-out","orchestrator":"zero-out"}'
+    assert (row.operator, row.reason, row.at) == ("", "", "2026-01-01T00:00:01.000000+00:00")
+    assert row.previous == row.unit_id == unit_id_of(WARD)
+    assert ledger.standing(WARD) == Standing(
+        WARD, None, None, {RUN: {release().canonical(): 1}}, {release().canonical(): 1}
+    )
+    assert ledger.units() == [WARD]
+    assert ledger.verify() == []
+
+
+def test_who_cannot_afford_it_is_refused_and_the_others_go_on(ledger: Ledger) -> None:
+    ledger.reserve([charge(WARD, 1)], admit_all)
+    refused = ledger.reserve([charge(WARD, 2), charge(CLINIC, 2)], cap(1))
+    assert refused == [Refusal(WARD, "the unit has spent 1 of 1, 1 more were proposed")]
+    assert states(ledger) == ["RESERVED"]
+    assert states(ledger, CLINIC) == ["RESERVED"]
+
+
+def test_a_unit_that_is_refused_leaves_no_trace_and_pays_for_none_of_its_channels(ledger: Ledger) -> None:
+    both = [charge(WARD), charge(WARD, paid=release(channel="wire_forward"))]
+    assert [refusal.unit for refusal in ledger.reserve(both, cap(1))] == [WARD]
+    assert ledger.units() == []
+    assert ledger.reserve(both, cap(2)) == []
+    assert states(ledger) == ["RESERVED", "RESERVED"]
+
+
+def test_admission_sees_budgets_and_spending_by_run_and_over_all_of_the_clients_datasets(ledger: Ledger) -> None:
+    other, rows = unit("ward", "letters"), unit("ward", "notes", "example")
+    everything = unit("ward", ALL_DATASETS)
+    ledger.set_budget(everything, BUDGET, "ops", "for all of its data")
+    ledger.set_budget(WARD, replace(BUDGET, epsilon=1.0), "ops", "for these notes")
+    ledger.reserve([charge(WARD, 1), charge(other, 1), charge(rows, 1), charge(CLINIC, 1)], admit_all)
+    ledger.reserve([charge(WARD, 1, run="r2", paid=release(2.0)), charge(WARD, 2)], admit_all)
+    seen: list[Standing] = []
+    ledger.reserve([charge(WARD, 9), charge(other, 9)], lambda standing, proposed: seen.append(standing))
+    cheap, dear = release(2.0).canonical(), release().canonical()
+    assert seen == [
+        Standing(
+            WARD, replace(BUDGET, epsilon=1.0), BUDGET, {RUN: {dear: 2}, "r2": {cheap: 1}}, {dear: 3, cheap: 1}
+        ),
+        # What was just admitted for one dataset is spent when the next one is asked for.
+        Standing(other, None, BUDGET, {RUN: {dear: 1}}, {dear: 4, cheap: 1}),
+    ]  # fmt: skip
+    assert ledger.standing(rows).client_spent == {dear: 1}
+    assert ledger.standing(everything).budget == ledger.standing(everything).client_budget == BUDGET
+    assert ledger.standing(unit("nobody")) == Standing(unit("nobody"), None, None, {}, {})
+    assert ledger.budgets() == {everything: BUDGET, WARD: replace(BUDGET, epsilon=1.0)}
+
+
+def test_any_other_error_of_admission_reserves_nothing_for_anybody(ledger: Ledger) -> None:
+    for error in (UnpricedError("no price"), RuntimeError("a bug"), StorageError("no disk")):
+
+        def admit(standing: Standing, proposed: Sequence[PricedRelease], error: Exception = error) -> None:
+            if standing.unit == CLINIC:
+                raise error
+
+        with pytest.raises(type(error), match=str(error)):
+            ledger.reserve([charge(WARD), charge(CLINIC)], admit)
+        assert ledger.units() == []
+
+
+def test_a_charge_is_reserved_once_for_ever(ledger: Ledger) -> None:
+    ledger.reserve([charge(WARD), charge(CLINIC)], admit_all)
+    named = "adapter_sum of client ward, dataset notes for attempt 1 at round 1 of run r1"
+    again = [charge(CLINIC, 2), charge(WARD, paid=release(3.0))]
+    with pytest.raises(LedgerError, match=f"{named} is in the ledger already"):
+        ledger.reserve(again, admit_all)
+    assert states(ledger, CLINIC) == ["RESERVED"]
+    ledger.settle(RUN, 1, 1, "VOID", [WARD])
+    with pytest.raises(LedgerError, match="is in the ledger already"):
+        ledger.reserve(again, cap(0))
+    with pytest.raises(LedgerError, match=f"{named} is charged twice in one reservation"):
+        ledger.reserve([charge(WARD), charge(WARD)], admit_all)
+    fresh = [
+        charge(WARD, attempt=2),
+        charge(WARD, 2),
+        charge(WARD, run="r2"),
+        charge(WARD, paid=release(channel="wire_backward")),
+        charge(unit("ward", "letters")),
+    ]
+    assert ledger.reserve(fresh, admit_all) == []
+    assert ledger.reserve([], admit_all) == []
+
+
+def test_a_charge_names_a_run_and_one_dataset(ledger: Ledger) -> None:
+    for wrong in (charge(run=""), charge(unit(dataset=ALL_DATASETS))):
+        with pytest.raises(LedgerError, match="it must name a run and one dataset"):
+            ledger.reserve([charge(CLINIC), wrong], admit_all)
+    assert ledger.units() == []
+
+
+def test_what_is_void_is_given_back_and_what_is_committed_stays_spent(ledger: Ledger) -> None:
+    ledger.reserve([charge(WARD), charge(CLINIC), charge(WARD, 2)], admit_all)
+    ledger.settle(RUN, 1, 1, "VOID", [WARD])
+    ledger.settle(RUN, 1, 1, "COMMITTED")
+    assert states(ledger) == ["RESERVED", "RESERVED", "VOID"]
+    assert states(ledger, CLINIC) == ["RESERVED", "COMMITTED"]
+    assert (spent_of(ledger.standing(WARD)), spent_of(ledger.standing(CLINIC))) == (1, 1)
+    assert ledger.reserve([charge(WARD, 3)], cap(1)) != []
+    ledger.settle(RUN, 2, 1, "VOID")
+    assert ledger.standing(WARD) == Standing(WARD, None, None, {}, {})
+    assert ledger.reserve([charge(WARD, 3)], cap(1)) == []
+    assert ledger.verify() == []
+
+
+def test_settled_is_settled(ledger: Ledger) -> None:
+    transitions: list[tuple[Settled, Settled, list[Unit] | None, str]] = [
+        ("COMMITTED", "VOID", None, "is COMMITTED on adapter_sum: it cannot become VOID"),
+        ("COMMITTED", "VOID", [WARD], "is COMMITTED on adapter_sum: it cannot become VOID"),
+        ("VOID", "VOID", None, "is VOID already"),
+        ("VOID", "VOID", [WARD], "is VOID already"),
+        ("VOID", "COMMITTED", [WARD], "is VOID on adapter_sum: it cannot become COMMITTED"),
+        ("VOID", "COMMITTED", None, ""),
+        ("COMMITTED", "COMMITTED", None, ""),
+        ("COMMITTED", "COMMITTED", [WARD], ""),
+    ]
+    for number, (first, then, units, refused) in enumerate(transitions):
+        ledger.reserve([charge(WARD, number)], admit_all)
+        ledger.settle(RUN, number, 1, first)
+        if refused:
+            with pytest.raises(LedgerError, match=refused):
+                ledger.settle(RUN, number, 1, then, units)
+        else:
+            ledger.settle(RUN, number, 1, then, units)
+        assert states(ledger)[2 * number :] == ["RESERVED", first]
+
+
+def test_what_was_not_reserved_cannot_be_settled(ledger: Ledger) -> None:
+    ledger.reserve([charge(WARD)], admit_all)
+    for settled in (("r1", 2, 1), ("r1", 1, 2), ("r2", 1, 1)):
+        with pytest.raises(LedgerError, match="nothing was reserved for attempt"):
+            ledger.settle(*settled, "COMMITTED")
+    with pytest.raises(LedgerError, match="client clinic, dataset notes reserved nothing for attempt 1 at round 1"):
+        ledger.settle(RUN, 1, 1, "COMMITTED", [WARD, CLINIC])
+    assert states(ledger) == ["RESERVED"]
+
+
+def test_a_budget_reads_back_to_the_bit_and_its_changes_stay_with_who_made_them_and_why(ledger: Ledger) -> None:
+    odd = Budget(0.1 + 0.2, 1e-300, math.nextafter(1.0, 2.0), {"holder": 1 / 3, "orchestrator": 0.0, "trunk": 1.0})
+    ledger.set_budget(WARD, BUDGET, "ops", "first")
+    ledger.reserve([charge(WARD)], admit_all)
+    ledger.set_budget(WARD, odd, "dana", "the board said so\x00")
+    assert ledger.standing(WARD).budget == odd
+    rows = [row for row in ledger.rows(WARD) if row.kind == "budget"]
+    assert [(row.round, row.run, row.attempt, row.channel, row.state) for row in rows] == [
+        (1, "", 0, "budget", "SET"),
+        (2, "", 0, "budget", "SET"),
+    ]
+    assert [(row.operator, row.reason) for row in rows] == [("ops", "first"), ("dana", "the board said so")]
+    assert ledger.verify() == []
+
+
+def test_a_budget_that_bounds_nothing_or_comes_from_nobody_is_refused(ledger: Ledger) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"epsilon": 0.0}, "epsilon is 0.0; it must be a number above 0 and below inf"),
+        ({"epsilon": math.nan}, "epsilon is nan"),
+        ({"epsilon": math.inf}, "epsilon is inf"),
+        ({"delta": 1.0}, "delta is 1.0; it must be a number above 0 and below 1"),
+        ({"order": 1.0}, "order is 1.0; it must be a number above 1"),
+        ({"gaussian_share": {"holder": 1.5}}, "gaussian_share of 'holder' is 1.5; it must be from 0 to 1"),
+        ({"gaussian_share": {"nobody": 1.0}}, "gaussian_share of 'nobody'"),
+    ]
+    for change, named in wrong:
+        with pytest.raises(LedgerError, match=named):
+            ledger.set_budget(WARD, replace(BUDGET, **change), "ops", "because")
+    for operator, reason in (("", "because"), ("ops", " ")):
+        with pytest.raises(LedgerError, match="it must name who sets it, and why"):
+            ledger.set_budget(WARD, BUDGET, operator, reason)
+    assert ledger.units() == []
+
+
+def test_a_run_registers_a_budget_only_where_there_is_none(ledger: Ledger) -> None:
+    ledger.set_budget(WARD, BUDGET, "ops", "first")
+    ledger.register_budgets([WARD, CLINIC, CLINIC], replace(BUDGET, epsilon=2.0), "r7")
+    ledger.register_budgets([CLINIC], replace(BUDGET, epsilon=99.0), "r8")
+    assert ledger.budgets() == {WARD: BUDGET, CLINIC: replace(BUDGET, epsilon=2.0)}
+    (row,) = ledger.rows(CLINIC)
+    assert (row.operator, row.seq) == ("run r7", 1)
+
+
+def test_the_summary_counts_over_all_units_what_standings_say_of_each(ledger: Ledger) -> None:
+    units = [unit(client, dataset) for client in ("a", "b") for dataset in ("x", "y")]
+    for number, run, noise in itertools.product((1, 2), ("r1", "r2"), (1.0, 2.0)):
+        paid = release(noise, "adapter_sum" if noise == 1.0 else "wire_forward")
+        ledger.reserve([charge(one, number, paid=paid, run=run) for one in units], admit_all)
+    ledger.settle("r1", 1, 1, "VOID", units[:2])
+    ledger.settle("r2", 2, 1, "VOID", units[:1])
+    ledger.settle("r1", 2, 1, "COMMITTED")
+    ledger.set_budget(units[0], BUDGET, "ops", "not a charge")
+    counted = {(one.unit, one.run, one.release): one.count for one in ledger.summary()}
+    assert counted == {
+        (one, run, text): count
+        for one in units
+        for run, counts in ledger.standing(one).spent.items()
+        for text, count in counts.items()
+    }
+    assert sum(counted.values()) == 32 - 4 - 2
+    ledger.settle("r1", 1, 1, "VOID", units[2:])
+    ledger.reserve([charge(unit("c"), 1)], admit_all)
+    ledger.settle("r1", 1, 1, "VOID", [unit("c")])
+    assert unit("c") not in {one.unit for one in ledger.summary()}
+
+
+def test_rows_are_read_a_few_at_a_time_while_others_write(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "_ROWS_AT_ONCE", 3)
+    ledger.reserve([charge(WARD, number) for number in range(8)], admit_all)
+    reading = ledger.rows(WARD)
+    first = next(reading)
+    ledger.reserve([charge(WARD, 8)], admit_all)
+    assert [row.seq for row in (first, *reading)] == list(range(1, 10))
+
+
+def test_heads_are_signed_when_an_attempt_is_settled_and_when_a_budget_changes(ledger: Ledger) -> None:
+    ledger.set_budget(WARD, BUDGET, "ops", "first")
+    ledger.reserve([charge(WARD), charge(CLINIC), charge(CLINIC, paid=release(channel="metrics"))], admit_all)
+    ledger.settle(RUN, 1, 1, "COMMITTED")
+    found = ledger.heads(WARD)
+    assert [(head.seq, head.run, head.round, head.attempt) for head in found] == [(1, "", 1, 0), (3, RUN, 1, 1)]
+    assert [head.hash for head in found] == [row.hash for row in ledger.rows(WARD) if row.state != "RESERVED"]
+    assert [head.unit_id for head in ledger.round_heads(RUN, 1, 1)] == sorted(map(unit_id_of, (WARD, CLINIC)))
+    assert {head.seq for head in ledger.heads(CLINIC)} == {4}
+    assert [head_fault(head) for head in ledger.heads()] == [None] * 3
+    assert {head.signer for head in ledger.heads()} == {Key().public_key_text}
+
+
+def test_a_ledger_without_a_key_signs_nothing(database_url: str) -> None:
+    ledger = open_ledger(database_url)
+    ledger.reserve([charge()], admit_all)
+    ledger.settle(RUN, 1, 1, "COMMITTED")
+    ledger.set_budget(WARD, BUDGET, "ops", "first")
+    assert ledger.heads() == []
+    ledger.close()
+
+
+def test_a_peers_chain_may_only_grow(ledger: Ledger) -> None:
+    def head(seq: int, row: str, number: int = 1, key: int = 1) -> Any:
+        return signed_head(Key(key), unit_id_of(WARD), seq, row * 64, (RUN, number, 1))
+
+    ledger.note_peer_head(WARD, head(2, "a"))
+    ledger.note_peer_head(WARD, head(2, "a"))
+    ledger.note_peer_head(WARD, head(5, "b", 2))
+    ledger.note_peer_head(WARD, head(5, "b", 3))
+    for back, named in ((head(4, "c", 3), "now it shows row 4"), (head(5, "c", 3), "row 5 was b+, now it shows row 5")):
+        with pytest.raises(LedgerError, match=f"went back: .*{named}"):
+            ledger.note_peer_head(WARD, back)
+    ledger.note_peer_head(WARD, head(1, "d", key=2))  # another orchestrator's chain of the same unit
+    assert ledger.peer_heads(WARD) == [head(1, "d", key=2), head(5, "b", 2)]
+    assert ledger.peer_heads() == ledger.peer_heads(WARD)
+    assert (ledger.peer_heads(CLINIC), ledger.heads(), ledger.verify()) == ([], [], [])
+
+
+def test_a_peers_head_is_kept_only_with_its_signature_and_for_its_own_unit(ledger: Ledger) -> None:
+    head = signed_head(Key(), unit_id_of(WARD), 2, "a" * 64, (RUN, 1, 1))
+    with pytest.raises(LedgerError, match="came for client clinic"):
+        ledger.note_peer_head(CLINIC, head)
+    forged = {"seq": 3, "hash": "b" * 64, "run": "r2", "round": 2, "attempt": 2, "signature": "0" * 128}
+    for name, value in (*forged.items(), ("signer", Key(2).public_key_text), ("signer", "nobody"), ("signature", "x")):
+        with pytest.raises(LedgerError, match="the head of client ward, dataset notes cannot be kept"):
+            ledger.note_peer_head(WARD, replace(head, **{name: value}))
+    assert ledger.peer_heads() == []
+
+
+def test_a_reservation_that_comes_in_anothers_way_sees_what_that_one_spent(ledger: Ledger) -> None:
+    """The first one is stopped in the middle of its transaction until the second has begun, or has even ended."""
+    for first, second in (
+        (WARD, WARD),  # of a unit that is new to the ledger
+        (WARD, WARD),  # and of one that is known
+        (CLINIC, unit("clinic", "letters")),  # two new units of one client share no row, only what they may spend
+        (CLINIC, unit("clinic", "letters")),
+    ):
+        before = sum(ledger.standing(first).client_spent.values())
+        admit = cap(99, client_most=before + 1)
+        late = threading.Thread(target=_reserve_one, args=(ledger, second, before + 20, admit, answers := []))
+
+        def slow(standing: Standing, proposed: Sequence[PricedRelease], late: Any = late, admit: Any = admit) -> None:
+            if not late.ident:
+                late.start()
+                late.join(0.2)
+            admit(standing, proposed)
+
+        _reserve_one(ledger, first, before + 10, slow, answers)
+        late.join(30)
+        assert sorted(map(len, answers)) == [0, 1]
+        assert sum(ledger.standing(first).client_spent.values()) == before + 1
+    assert ledger.verify() == []
+
+
+def _reserve_one(ledger: Ledger, of: Unit, number: int, admit: Admit, answers: list[list[Refusal]]) -> None:
+    answers.append(ledger.reserve([charge(of, number)], admit))
+
+
+@pytest.mark.parametrize("table", ["privacy_rows", "privacy_heads"])
+def test_the_database_itself_refuses_to_rewrite_the_ledger(ledger: Ledger, engine: Engine, table: str) -> None:
+    ledger.reserve([charge()], admit_all)
+    ledger.settle(RUN, 1, 1, "COMMITTED")
+    changes = [f"UPDATE {table} SET hash = 'x'", f"DELETE FROM {table}"]
+    if engine.dialect.name == "sqlite":
+        changes.append(f"INSERT OR REPLACE INTO {table} SELECT * FROM {table}")
+    else:
+        changes.append(f"TRUNCATE {table}")
+    for change in changes:
+        with pytest.raises(Exception, match=f"{table} is append-only"), engine.begin() as connection:
+            connection.execute(text(change))
+    assert ledger.verify() == []
+
+
+def test_the_database_itself_refuses_a_charge_twice(ledger: Ledger, engine: Engine) -> None:
+    ledger.reserve([charge()], admit_all)
+    (row,) = ledger.rows(WARD)
+    copied = ", ".join("seq + 1" if name == "seq" else f'"{name}"' for name in ledger_module.COLUMNS)
+    named = ", ".join(f'"{name}"' for name in ledger_module.COLUMNS)
+    with pytest.raises(Exception, match="uq_privacy_rows_charge|append-only"), engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO privacy_rows ({named}) SELECT {copied} FROM privacy_rows"))
+    assert list(ledger.rows(WARD)) == [row]
+
+
+def test_many_units_are_reserved_and_settled_in_one_transaction_each(ledger: Ledger) -> None:
+    units = [unit(f"client-{number}") for number in range(1203)]
+
+    refused = ledger.reserve([charge(one) for one in units], lambda standing, proposed: _refuse_some(standing))
+    assert [refusal.unit for refusal in refused] == [one for one in units if one.client.endswith("7")]
+    ledger.settle(RUN, 1, 1, "COMMITTED")
+    assert len(ledger.summary()) == len(ledger.round_heads(RUN, 1, 1)) == len(units) - len(refused)
+
+
+def _refuse_some(standing: Standing) -> None:
+    if standing.unit.client.endswith("7"):
+        raise BudgetError("sevens are refused")
