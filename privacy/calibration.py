@@ -58,9 +58,10 @@ def calibrated(config: RunConfig, *, size: int, scale_of: ScaleOf) -> RunConfig:
             _accountant_of(worst), GaussianDpEvent, config.dp_epsilon * (1.0 - _SLACK), config.dp_delta,
             LowerEndpointAndGuess(_LEAST, _GUESS), tol=1e-7,
         )  # fmt: skip
-    except NoBracketIntervalFoundError as error:
+    except (NoBracketIntervalFoundError, ConfigError) as error:
         raise ConfigError(
-            f"no noise keeps to epsilon {config.dp_epsilon:g} at delta {config.dp_delta:g}; they must be larger"
+            f"no noise that can be added keeps to epsilon {config.dp_epsilon:g} at delta {config.dp_delta:g}; they "
+            "must be larger"
         ) from error
     return with_noise(config, float(_DIGITS.create_decimal(Decimal(float(found)))))
 

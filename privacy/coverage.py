@@ -5,12 +5,12 @@ An epsilon is always told with its adversary, and withheld where that adversary 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from contract.config import RunConfig
-from contract.privacy_records import ADVERSARIES, Adversary, Channel
+from contract.privacy_records import ADVERSARIES, Adversary, Channel, PricedRelease
 
 How = Literal["not sent", "unpriced", "priced", "post-processing of the wire"]
 
@@ -60,12 +60,20 @@ def withheld(config: RunConfig, adversary: Adversary) -> str | None:
     return unpriced[0].note if unpriced else None
 
 
+def withheld_by_rows(releases: Iterable[PricedRelease], adversary: Adversary) -> str | None:
+    """As `withheld`, where a run's charges are known and its settings are not: what they leave open is withheld."""
+    priced_for_trunk = {release.channel for release in releases if "trunk" in release.views}
+    if {"wire_forward", "wire_backward"} <= priced_for_trunk or adversary == "holder":
+        return None  # a run whose wire is priced tells no losses
+    if adversary == "trunk":
+        return "what it is sent over the wire was not charged for"
+    return "whether losses and counts were told is not in these rows"
+
+
 def uncovered(config: RunConfig) -> tuple[str, ...]:
     """What no mechanism of a run with these settings covers, then what its epsilons assume: plain lines."""
     lines = [] if config.wire_length_bucket == config.max_length else [_lengths(config)]
     lines += [_batches(config), *_ALWAYS_SEEN]
-    if config.metrics == "sum":
-        lines.append("which round's adapter is the best: losses that nothing prices say so")
     return (*lines, *(f"assumed: {line}" for line in _assumed(config)))
 
 
@@ -73,6 +81,8 @@ def _assumed(config: RunConfig) -> list[str]:
     if config.dp == "off":
         return []
     lines = list(ASSUMPTIONS)
+    if config.metrics == "sum":
+        lines.append("which round's adapter is released was not chosen by the losses, which nothing prices")
     if config.dp == "client":
         lines.append(
             f"at most {config.dp_colluders} of a sum's clients tell the orchestrator their noise (dp-colluders)"

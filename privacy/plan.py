@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 from contract.config import RunConfig
 from contract.errors import ConfigError
 from contract.privacy_records import ADVERSARIES, Adjacency, Adversary, Budget, Channel, Level, PricedRelease, View
 from privacy.accountant import Price, count, epsilon, price, spent
+from privacy.filters import require_sound
 from privacy.gaussian import gaussian_event
 from privacy.renyi import SampledGaussian, renyi_allowance
 from privacy.skellam import skellam_event
@@ -69,6 +71,19 @@ def best_order(epsilon: float, delta: float, level: Level, amplified: Iterable[P
         return True, allowed / (sum(one.renyi_at(order) for one in sampled) or order)
 
     return float(max(sorted(orders), key=affords))
+
+
+def operators_budget(epsilon: float, delta: float, level: Level, before: Budget | None) -> Budget:
+    """A budget that an operator sets, for whatever runs come: it has one filter against each adversary.
+
+    The Gaussian filter against the trunk, which sees unamplified releases only, and the Renyi filter against the
+    others, which takes every kind. The order is that of the budget in force, where there is one: it was registered
+    before anything was released. Raises ConfigError for numbers that are no budget.
+    """
+    shares: dict[Adversary, float] = {"holder": 0.0, "orchestrator": 0.0, "trunk": 1.0 if level == "example" else 0.0}
+    found = Budget(epsilon, delta, 2.0 if before is None else before.order, shares)
+    require_sound(found)
+    return found if before is not None else replace(found, order=best_order(epsilon, delta, level))
 
 
 def level_of(config: RunConfig) -> Level:

@@ -15,6 +15,7 @@ from privacy.coverage import (
     told_privacy,
     uncovered,
     withheld,
+    withheld_by_rows,
 )
 from privacy.plan import round_releases
 
@@ -71,6 +72,25 @@ def test_an_epsilon_is_withheld_from_whoever_sees_an_unpriced_channel(
 ) -> None:
     for adversary, why in zip(ADVERSARIES, (holder, orchestrator, trunk), strict=True):
         found = withheld(config(base), adversary)
+        assert (found is None) == (why is None), adversary
+        assert why is None or why in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("base", "orchestrator", "trunk"),
+    [
+        (CLIENT, "whether losses and counts were told", "was not charged for"),
+        (EXAMPLE, "whether losses and counts were told", "was not charged for"),
+        (WIRE, None, None),
+        (TRAINED, None, None),
+    ],
+)
+def test_where_only_charges_are_known_what_they_leave_open_is_withheld(
+    base: dict[str, ConfigValue], orchestrator: str | None, trunk: str | None
+) -> None:
+    releases = round_releases(config(base), scale=1024.0, size=10)
+    for adversary, why in zip(ADVERSARIES, (None, orchestrator, trunk), strict=True):
+        found = withheld_by_rows(releases, adversary)
         assert (found is None) == (why is None), adversary
         assert why is None or why in (found or "")
 

@@ -186,7 +186,7 @@ def test_the_trunk_is_protected_by_the_noise_of_gaussian_dp() -> None:
 
 
 def test_a_budget_that_no_noise_keeps_to_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no noise keeps to epsilon 0.001"):
+    with pytest.raises(ConfigError, match="no noise that can be added keeps to epsilon 0.001"):
         calibrated(config(CLIENT, dp_epsilon=1e-3), size=SIZE, scale_of=scale_of)
 
 
