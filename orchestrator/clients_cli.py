@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import typer
 
 from contract.errors import ConfigError, TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from orchestrator.operators import OperatorOption, operator_name
 from storage.records import IdentityRow
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ app = typer.Typer(
 )
 
 ClientArgument = Annotated[str, typer.Argument(metavar="CLIENT_ID", help="The client's id, as the roster names it.")]
-OperatorOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Who decides this, for the record; default: your login name.")
-]
 RosterOption = Annotated[
     Path | None, typer.Option("--roster", help="Publish the new roster in this file too; needs --signing-key.")
 ]
@@ -75,7 +72,7 @@ def enroll(
 
     Get the line on a way that the server's operator cannot change: who is enrolled is who others trust.
     """
-    line, who = _public_line(public_key), _operator(operator)
+    line, who = _public_line(public_key), operator_name(operator)
     with _change(roster, signing_key) as (store, publication):
         version = store.enroll_client(client_id, line, who)
         _finish(f"client {client_id} is enrolled", client_id, version, store, publication, output)
@@ -116,7 +113,7 @@ def revoke(
 
     Sites learn of it by the next roster that is published: give --roster and --signing-key, or run `clients roster`.
     """
-    who = _operator(operator)
+    who = operator_name(operator)
     if not reason.strip():
         raise ConfigError("--reason is empty; say why, for the record")
     with _change(roster, signing_key) as (store, publication):
@@ -201,18 +198,6 @@ def _public_line(given: str) -> str:
     if len(data) > MAX_PUBLIC_FILE_BYTES:
         raise ConfigError(f"--public-key: {path} is too long; it must hold the one line that keygen printed")
     return data.decode("utf-8", "replace").strip()
-
-
-def _operator(given: str | None) -> str:
-    name = given
-    if name is None:
-        try:
-            name = getpass.getuser()
-        except (OSError, KeyError, ImportError) as error:
-            raise ConfigError("this login has no name; say who you are with --operator") from error
-    if not name.strip():
-        raise ConfigError("--operator is empty; say who decides this, for the record")
-    return name.strip()
 
 
 def _agreed(client_id: str) -> bool:
