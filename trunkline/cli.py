@@ -48,6 +48,7 @@ MOUNTS = {
     "config": Mount("orchestrator.cli:config_app", "A run's settings: show.", WATCH),
     "clients": Mount("orchestrator.clients_cli:app", "Who may take part: keygen, enroll, list, revoke, roster.", WATCH),
     "secagg": Mount("orchestrator.secagg_cli:app", "Secure sums: plan what a number of clients stands.", WATCH),
+    "budget": Mount("orchestrator.budget_cli:app", "Privacy budgets: show, set, plan, verify, export.", WATCH),
     "db": Mount("orchestrator.db_cli:app", "The database: upgrade, current, check.", WATCH),
     "trunk": Mount("server_trunk.cli:app", "The trunk server: serve.", SERVE),
     "model": Mount("server_trunk.cli:model_app", "Checkpoints: split into a client part and a trunk part.", SERVE),

@@ -30,9 +30,9 @@ the same in a terminal. `trunkline --install-completion` sets up completion for 
   `{"schema_version": 1, "status": "error", "error": {"type": ..., "message": ..., "exit_code": ...}}`.
 - Wrong usage (an unknown command or option, a value of the wrong kind) is told on stderr alone, in a few lines that
   begin with `Usage:`, with exit code 2; stdout stays empty, also with `-o json`.
-- A check that fails is no error: `data check`, `doctor` and `adapter verify` then print what they found, in an envelope
-  with status `ok`, and exit with 1. What failed is in its data: `sound` of `data check`, `ok` of `adapter verify`, a
-  `result` of `FAIL` among the findings of `doctor`.
+- A check that fails is no error: `data check`, `doctor`, `adapter verify` and `budget verify` then print what they
+  found, in an envelope with status `ok`, and exit with 1. What failed is in its data: `sound` of `data check`, `ok` of
+  `adapter verify` and `budget verify`, a `result` of `FAIL` among the findings of `doctor`.
 - `--last` names the newest run.
 - `NO_COLOR=1` turns colours off; so does a pipe.
 - `TRUNKLINE_HOME` and `TRUNKLINE_DATABASE_URL` say where runs are kept: see [deployment](deployment.md).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from server_trunk.contributions import Contributions
 from server_trunk.server import ServeOptions
 from storage.artifacts import ArtifactStore
 from storage.store import Store, open_store
+from tests.orchestrator.budget_cases import fill_home, fill_site
 from tests.orchestrator.fakes import FakeClock, FakeGrid, FakeNode, ScriptedClient
 from tests.server_trunk.conftest import RunningTrunk, save_llama
 
@@ -170,3 +173,34 @@ def make_bench(
     yield make
     for bench in made:
         bench.store.close()
+
+
+@pytest.fixture
+def ledger_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of an operator who is called ada."""
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    monkeypatch.setattr(getpass, "getuser", lambda: "ada")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home and a site with what a client-level run left in their ledgers; to be copied, never changed."""
+    made = tmp_path_factory.mktemp("filled")
+    for name, fill in (("home", fill_home), ("site", fill_site)):
+        (made / name).mkdir()
+        fill(made / name)
+    return made
+
+
+@pytest.fixture
+def spent(ledger_home: Path, filled: Path) -> None:
+    """The home has that run in its ledger."""
+    shutil.copytree(filled / "home", ledger_home)
+
+
+@pytest.fixture
+def site(tmp_path: Path, filled: Path) -> Path:
+    """That run's site."""
+    return Path(shutil.copytree(filled / "site", tmp_path / "site"))
