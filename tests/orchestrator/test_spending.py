@@ -15,6 +15,7 @@ from contract.errors import BudgetError
 from contract.identity import public_key_text
 from contract.privacy_records import Budget, Unit
 from orchestrator.membership import Membership
+from orchestrator.protection import told_run_privacy
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
@@ -256,3 +257,37 @@ def test_every_client_keeps_the_signed_head_that_the_run_ends_with(start: Start)
         assert head_fault(head) is None
         rows = list(charged.ledger.rows(charged.unit(number)))
         assert (head.seq, head.hash) == (rows[-1].seq, rows[-1].hash)
+
+
+def test_what_was_spent_is_told_with_its_adversary_and_withheld_from_who_sees_more(start: Start) -> None:
+    charged = start()
+    charged.give(5, 1)
+    for _ in range(2):
+        charged.play()
+    run = charged.desk.store.get_run(charged.desk.run_id)
+    config = charged.bench.config.model_copy(update={"num_rounds": 2})
+    size = int(np.count_nonzero(charged.version.client.trained("B")))
+    expected = expected_spend(config, scale=2.0**20, size=size)["holder"]
+    holder, orchestrator, trunk = told_run_privacy(run, charged.ledger)
+    assert holder.startswith(
+        f"epsilon {expected:.3g} at delta 1e-05 for who holds the released adapter (all of a client's"
+    )
+    assert orchestrator.startswith(f"epsilon {expected:.3g} at delta 1e-05 for the orchestrator and the other clients")
+    assert trunk == "the trunk: no epsilon: the server can read the text"
+
+
+def test_losses_that_nothing_prices_take_the_orchestrators_epsilon(start: Start) -> None:
+    charged = start(metrics="sum")
+    charged.play()
+    told = told_run_privacy(charged.desk.store.get_run(charged.desk.run_id), charged.ledger)
+    assert told[0].startswith("epsilon ")
+    assert told[1] == ("the orchestrator and the other clients: no epsilon: totals of losses and counts have no noise")
+
+
+def test_a_run_without_differential_privacy_has_no_epsilon_and_says_what_the_trunk_can_read(start: Start) -> None:
+    charged = start()
+    row = charged.desk.store.create_run("plain", "flower-2", {"dp": "off"}, "simulation", "f" * 64)
+    assert told_run_privacy(row, charged.ledger) == [
+        "wire privacy is off: the server can read the text",
+        "dp is off: nothing of the run has an epsilon",
+    ]
