@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, case, func, select
+from sqlalchemy import Engine, bindparam, case, func, select
 from sqlalchemy.orm import Session
 
 from contract.errors import BudgetError, LedgerError
@@ -22,7 +22,8 @@ from storage.ledger_report import report_of
 from storage.ledger_rows import COLUMNS, budget_row, reserved_row
 from storage.ledger_settlement import settle_in
 from storage.ledger_standings import Standings, budgets_of
-from storage.ledger_writer import LedgerWriter, chunks, moment, take_turn
+from storage.ledger_tables import NAMED, ROWS, chunks
+from storage.ledger_writer import LedgerWriter, moment, take_turn
 from storage.records import Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead, Spending, Standing
 from storage.revisions import opened_for_writing
 from storage.store import Clock, utc_now
@@ -30,6 +31,13 @@ from storage.store import Clock, utc_now
 Admit = Callable[[Standing, Sequence[PricedRelease]], None]
 """Raises BudgetError where a unit of this standing cannot afford the releases; it may be asked twice."""
 _ROWS_AT_ONCE = 1000
+_RESERVED = select(ROWS.c.unit_id, ROWS.c.channel).where(
+    ROWS.c.run == bindparam("of_run"),
+    ROWS.c.round == bindparam("of_round"),
+    ROWS.c.attempt == bindparam("of_attempt"),
+    ROWS.c.state == "RESERVED",
+    ROWS.c.unit_id.in_(NAMED),
+)
 
 
 def open_ledger(url: str | None = None, clock: Clock = utc_now, signer: HeadSigner | None = None) -> Ledger:
@@ -172,10 +180,11 @@ class Ledger:
         """How often each unit spent each release in each run, counted by one query over the rows themselves."""
         row = schema.PrivacyRow
         change = func.sum(case((row.state == "RESERVED", 1), else_=-1))
-        named = (func.min(row.client), func.min(row.dataset), func.min(row.level))  # each the same in all of a unit's
-        query = select(*named, row.run, row.release, change).where(row.state.in_(("RESERVED", "VOID")))
+        # By the names, which no index has: SQLite then reads the table once in its own order, in half the time.
+        of_each = (row.client, row.dataset, row.level, row.run, row.release)
+        query = select(*of_each, change).where(row.state.in_(("RESERVED", "VOID"))).group_by(*of_each)
         with self._reading() as session:
-            counted = session.execute(query.group_by(row.unit_id, row.run, row.release)).all()
+            counted = session.execute(query).all()
         spent = (Spending(Unit(*names), run, text, int(count)) for *names, run, text, count in counted if count)
         return sorted(spent, key=lambda one: (one.unit.client, one.unit.dataset, one.unit.level, one.run, one.release))
 
@@ -250,12 +259,10 @@ def _refuse_reserved(session: Session, by_unit: Mapping[Unit, Sequence[Charge]])
         for charge in charges:
             key = (charge.run, charge.round, charge.attempt)
             wanted.setdefault(key, {})[unit_id_of(unit), charge.release.channel] = charge
-    row = schema.PrivacyRow
     for (run, number, attempt), named in wanted.items():
-        of_attempt = (row.run == run, row.round == number, row.attempt == attempt, row.state == "RESERVED")
         for some in chunks(dict.fromkeys(unit_id for unit_id, _ in named)):
-            query = select(row.unit_id, row.channel).where(*of_attempt, row.unit_id.in_(some))
-            for found in session.execute(query):
+            of_attempt = {"of_run": run, "of_round": number, "of_attempt": attempt, "named": some}
+            for found in session.execute(_RESERVED, of_attempt):
                 if tuple(found) in named:
                     raise LedgerError(f"{_shown(named[found[0], found[1]])} is in the ledger already")
 

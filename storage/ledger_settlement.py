@@ -13,7 +13,8 @@ from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import unit_id_of
 from storage.ledger_rows import COLUMNS, settled_row
-from storage.ledger_writer import LedgerWriter, chunks, moment, take_turn
+from storage.ledger_tables import chunks
+from storage.ledger_writer import LedgerWriter, moment, take_turn
 from storage.records import HeadSigner, LedgerRow, Settled
 
 Attempt = tuple[str, int, int]

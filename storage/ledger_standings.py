@@ -10,11 +10,26 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from contract.privacy_records import ALL_DATASETS, Budget, Unit
-from storage import schema
 from storage.ledger_chain import unit_id_of
 from storage.ledger_rows import BUDGET_CHANNEL, budget_from
-from storage.ledger_writer import chunks
+from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
 from storage.records import Charge, Standing
+
+_BUDGETS = (
+    select(ROWS.c.unit_id, ROWS.c.parameters)
+    .where(ROWS.c.run == "", ROWS.c.channel == BUDGET_CHANNEL)
+    .order_by(ROWS.c.seq)
+)
+_BUDGETS_OF = _BUDGETS.where(ROWS.c.unit_id.in_(NAMED))
+_SPENT_OF = select(TALLIES.c.unit_id, TALLIES.c.run, TALLIES.c.release, TALLIES.c["count"]).where(
+    TALLIES.c.unit_id.in_(NAMED)
+)
+_SPENT_OF_CLIENTS = (
+    select(UNITS.c.client, UNITS.c.level, TALLIES.c.release, func.sum(TALLIES.c["count"]))
+    .join(TALLIES, TALLIES.c.unit_id == UNITS.c.unit_id)
+    .where(UNITS.c.client.in_(NAMED))
+    .group_by(UNITS.c.client, UNITS.c.level, TALLIES.c.release)
+)
 
 
 def client_wide(unit: Unit) -> Unit:
@@ -24,14 +39,11 @@ def client_wide(unit: Unit) -> Unit:
 
 def budgets_of(session: Session, unit_ids: Iterable[str] | None = None) -> dict[str, Budget]:
     """The budgets in force by unit_id, of all units or of these; raises LedgerError where a row holds none."""
-    row = schema.PrivacyRow
-    query = select(row.unit_id, row.parameters).where(row.run == "", row.channel == BUDGET_CHANNEL).order_by(row.seq)
     if unit_ids is None:
-        return {unit_id: budget_from(text) for unit_id, text in session.execute(query)}
-    newest: dict[str, str] = {}
-    for some in chunks(unit_ids):
-        for unit_id, text in session.execute(query.where(row.unit_id.in_(some))):
-            newest[unit_id] = text
+        found = [tuple(row) for row in session.execute(_BUDGETS)]
+    else:
+        found = [tuple(row) for some in chunks(unit_ids) for row in session.execute(_BUDGETS_OF, {"named": some})]
+    newest = dict(found)
     return {unit_id: budget_from(text) for unit_id, text in newest.items()}
 
 
@@ -64,21 +76,13 @@ class Standings:
             self._of_clients.setdefault((unit.client, unit.level), Counter())[release] += 1
 
     def _read_units(self, session: Session, unit_ids: Sequence[str]) -> None:
-        tally = schema.PrivacyTally
         for some in chunks(unit_ids):
-            query = select(tally.unit_id, tally.run, tally.release, tally.count).where(tally.unit_id.in_(some))
-            for unit_id, run, release, count in session.execute(query):
+            for unit_id, run, release, count in session.execute(_SPENT_OF, {"named": some}):
                 self._spent.setdefault(unit_id, {}).setdefault(run, Counter())[release] = count
 
     def _read_clients(self, session: Session, clients: Sequence[str]) -> None:
-        tally, unit = schema.PrivacyTally, schema.PrivacyUnit
-        query = (
-            select(unit.client, unit.level, tally.release, func.sum(tally.count))
-            .join(tally, tally.unit_id == unit.unit_id)
-            .group_by(unit.client, unit.level, tally.release)
-        )
         for some in chunks(clients):
-            for client, level, release, count in session.execute(query.where(unit.client.in_(some))):
+            for client, level, release, count in session.execute(_SPENT_OF_CLIENTS, {"named": some}):
                 self._of_clients.setdefault((client, level), Counter())[release] = int(count)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from itertools import islice
-from typing import TypeVar
+from typing import Any
 
-from sqlalchemy import Insert, bindparam, insert, select, text, update
+from sqlalchemy import Insert, Table, bindparam, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
@@ -17,29 +16,28 @@ from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import chained, signed_head, unit_id_of
 from storage.ledger_rows import COLUMNS
+from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
 from storage.records import HeadSigner, LedgerRow, SignedHead
 
-CHUNK = 500
-"""How many units one statement names: both databases bound a statement's parameters."""
 HEAD_COLUMNS = ("unit_id", "seq", "hash", "run", "round", "attempt", "signer", "signature")
-_Item = TypeVar("_Item")
 
-# Tables and not their classes: a reservation is to take milliseconds, and half of it was spent in the ORM.
-_UNITS, _ROWS, _TALLIES = (
-    schema.Base.metadata.tables[name] for name in ("privacy_units", "privacy_rows", "privacy_tallies")
-)
+_ENDS = select(UNITS.c.unit_id, UNITS.c.seq, UNITS.c.hash).where(UNITS.c.unit_id.in_(NAMED))
+_BEGIN_UNIT, _APPEND = insert(UNITS), insert(ROWS)
 _END_OF_UNIT = (
-    update(_UNITS)
-    .where(_UNITS.c.unit_id == bindparam("of_unit"))
+    update(UNITS)
+    .where(UNITS.c.unit_id == bindparam("of_unit"))
     .values(seq=bindparam("ends_at"), hash=bindparam("ends_in"))
 )
 
 
-def chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """`items` in lists of at most CHUNK."""
-    left = iter(items)
-    while chunk := list(islice(left, CHUNK)):
-        yield chunk
+def _add_to_tallies(upsert: Callable[[Table], Any]) -> Insert:
+    adding = upsert(TALLIES)
+    changed = {"count": TALLIES.c["count"] + adding.excluded["count"]}
+    added: Insert = adding.on_conflict_do_update(index_elements=list(TALLIES.primary_key), set_=changed)
+    return added
+
+
+_ADD_TO_TALLIES = {"sqlite": _add_to_tallies(sqlite_insert), "postgresql": _add_to_tallies(postgresql_insert)}
 
 
 def moment(at: datetime) -> str:
@@ -65,10 +63,8 @@ class LedgerWriter:
     def __init__(self, session: Session, unit_ids: Iterable[str]) -> None:
         self._session = session
         self._ends: dict[str, tuple[int, str]] = {}
-        unit = schema.PrivacyUnit
         for some in chunks(dict.fromkeys(unit_ids)):
-            query = select(unit.unit_id, unit.seq, unit.hash).where(unit.unit_id.in_(some))
-            for unit_id, seq, row_sha256 in session.execute(query):
+            for unit_id, seq, row_sha256 in session.execute(_ENDS, {"named": some}):
                 self._ends[unit_id] = (seq, row_sha256)
         self._rows: list[LedgerRow] = []
         self._tallied: Counter[tuple[str, str, str]] = Counter()
@@ -94,10 +90,10 @@ class LedgerWriter:
         ]
         rows = [{name: getattr(row, name) for name in COLUMNS} for row in self._rows]
         for statement, parameters in (
-            (insert(_UNITS), began),
+            (_BEGIN_UNIT, began),
             (_END_OF_UNIT, went_on),
-            (insert(_ROWS), rows),
-            (self._adding_tallies(), self._tallies()),
+            (_APPEND, rows),
+            (_ADD_TO_TALLIES[self._session.get_bind().dialect.name], self._tallies()),
         ):
             if parameters:
                 self._session.execute(statement, parameters)
@@ -119,12 +115,6 @@ class LedgerWriter:
             {"unit_id": unit_id, "run": run, "release": release, "count": change}
             for (unit_id, run, release), change in sorted(self._tallied.items())
         ]
-
-    def _adding_tallies(self) -> Insert:
-        postgresql = self._session.get_bind().dialect.name == "postgresql"
-        adding = (postgresql_insert if postgresql else sqlite_insert)(_TALLIES)
-        changed = {"count": _TALLIES.c["count"] + adding.excluded["count"]}
-        return adding.on_conflict_do_update(index_elements=list(_TALLIES.primary_key), set_=changed)
 
 
 def head_columns(head: SignedHead) -> dict[str, str | int]:
