@@ -79,7 +79,7 @@ def settings(workload: Workload, steps: int, side: str) -> RunConfig:
         "dp-sample-rate": 1.0,
         "dp-gradients": side,
     }
-    return RunConfig.from_flower(plain | (private if side != PLAIN else {}))
+    return RunConfig.from_flower(plain if side == PLAIN else plain | private | {"dp-gradients": side})
 
 
 def open_frozen(model_dir: Path, address: str, workload: Workload, side: str) -> PeftModel:

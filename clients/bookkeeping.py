@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clients.example_gradients import Batch, RowGradients, row_losses, trained_anchors
+from clients.row_gradients import Batch, RowGradients, row_losses, trained_anchors
 from contract.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ class _Use(NamedTuple):
 
 
 class BookKeeping:
-    """Notes the trained layers' uses in each forward (see clients.example_gradients.ExampleGradients)."""
+    """Notes the trained layers' uses in each forward (see clients.row_gradients.ExampleGradients)."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         self._model = model

@@ -3,141 +3,29 @@
 Three ways, through a remote trunk as through a whole model: book-keeping (clients/bookkeeping.py), and Opacus's hooks
 and ghost clipping (clients/opacus_gradients.py). Each is tried on made-up rows before it sees one of a site's
 (clients/gradient_proof.py). All of them go over the wire once, forth and back.
-
-A row's loss is the mean over its own predicted tokens, so that it depends on no other row. What a way cannot prove to
-be one row's is refused: LoRA on embeddings and on fused experts, DoRA, layers that take part twice.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from clients.data import IGNORED
-from clients.remote_layers import RemoteLayers
-from contract.adapter import adapter_parameters
-from contract.errors import ConfigError
-from privacy.gaussian import clip_rows
+from clients.bookkeeping import BookKeeping
+from clients.gradient_proof import proved
+from clients.row_gradients import ExampleGradients, trained_layers
 
 Method = Literal["book-keeping", "hooks", "ghost"]
-Batch = Mapping[str, Tensor]
-Vector = npt.NDArray[np.float64]
-
-
-class Microbatch(Protocol):
-    """A forward that waits for its backward; `clipped_sum` may be called once."""
-
-    @property
-    def losses_B(self) -> Tensor:
-        """Each row's mean loss over its own predicted tokens, without a graph."""
-
-    def clipped_sum(self, clip: float) -> Vector:
-        """The sum of the rows' gradients, each cut to an L2 norm of `clip` over all trained parameters together.
-
-        float64, in the order of the sorted names; NaN where a row's gradient is not finite.
-        """
-
-
-class ExampleGradients(Protocol):
-    """A way to get at rows' gradients, installed in a model until it is closed."""
-
-    def forward(self, batch: Batch) -> Microbatch:
-        """Call the model with `batch` (as of clients.data.collate).
-
-        Raises ConfigError where rows' gradients cannot be told apart, or more forwards wait than this way can bear.
-        """
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-
-
-class RowGradients(ABC):
-    """A microbatch whose rows' gradients are all in memory at once: B x d numbers."""
-
-    def __init__(self, losses_B: Tensor) -> None:
-        self._graph_B = losses_B
-        self.losses_B = losses_B.detach()
-
-    @abstractmethod
-    def rows(self) -> npt.NDArray[np.float32]:
-        """[B, d]: each row's gradient over the trained parameters in the order of their sorted names."""
-
-    def clipped_sum(self, clip: float) -> Vector:
-        rows = self.rows()
-        if not np.isfinite(rows).all():
-            return np.full(rows.shape[1], np.nan)
-        total: Vector = clip_rows(rows, clip).sum(axis=0, dtype=np.float64)
-        return total
-
-
-def row_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """losses_B of `model` on `batch`, each the mean over the row's own predicted tokens, as the model's own loss is."""
-    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    logits_BTV, targets_BT = output.logits[:, :-1], batch["labels"][:, 1:]
-    losses_BT = F.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets_BT.shape)
-    return losses_BT.sum(dim=1) / (targets_BT != IGNORED).sum(dim=1)
-
-
-def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layer of each trained LoRA parameter, by the parameter's canonical name, sorted.
-
-    Raises ConfigError where something is trained of which rows' gradients are not proved, or nothing is.
-    """
-    _refuse_kinds(model)
-    trained = {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
-    owners = {id(module.weight): module for module in model.modules() if type(module) is nn.Linear}
-    known = {id(parameter) for parameter in (*trained.values(), *trained_anchors(model))}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known:
-            raise ConfigError(f"{name} is trained and no part of the adapter; it would be released without DP-SGD")
-    for name, parameter in trained.items():
-        if id(parameter) not in owners:
-            raise ConfigError(f"{name} is no linear layer's weight; rows' gradients are proved for those alone")
-    if not trained:
-        raise ConfigError(
-            "the client's layers hold nothing that is trained, so that DP-SGD would protect nothing: choose "
-            "head-layers, tail-layers and target-modules so that they do"
-        )
-    return {name: owners[id(parameter)] for name, parameter in trained.items()}
-
-
-def _refuse_kinds(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or not any(part.requires_grad for part in module.parameters()):
-            continue
-        if isinstance(module, ParamWrapper):
-            kind = "a bare parameter, as fused experts are,"
-        elif module.lora_embedding_A:
-            kind = "an embedding"
-        elif any(module.use_dora.values()):
-            kind = "DoRA"
-        else:
-            continue
-        raise ConfigError(f"{name}: LoRA on {kind} cannot be trained by DP-SGD; choose other target-modules")
-
-
-def trained_anchors(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that stand for the trunk's half where that is trained (see clients.remote_layers)."""
-    layers = [module for module in model.modules() if isinstance(module, RemoteLayers)]
-    return [each.anchor for each in layers if each.anchor.requires_grad]
 
 
 @contextmanager
 def example_gradients(model: nn.Module, method: Method) -> Iterator[ExampleGradients]:
-    """Rows' gradients of `model` by `method`, proved on made-up rows first. Raises ConfigError where that fails."""
-    from clients.bookkeeping import BookKeeping
-    from clients.gradient_proof import proved
+    """Rows' gradients of `model` by `method`, proved on made-up rows first.
 
+    Raises ConfigError where that fails, and where the model holds what rows' gradients are not proved for.
+    """
     layers = trained_layers(model)
     if method == "book-keeping":
         gradients = proved(model, layers, lambda: BookKeeping(model, layers))

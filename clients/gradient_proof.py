@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from clients.data import IGNORED
-from clients.example_gradients import ExampleGradients, Vector
 from clients.remote_layers import RemoteLayers
+from clients.row_gradients import ExampleGradients, Vector
 from contract.adapter import adapter_parameters
 from contract.architecture import unwrap
 from contract.errors import ConfigError

@@ -21,8 +21,8 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from clients.example_gradients import Batch, RowGradients, Vector, row_losses, trained_anchors
 from clients.remote_layers import RemoteLayers
+from clients.row_gradients import Batch, RowGradients, Vector, row_losses, trained_anchors
 from contract.errors import ConfigError
 
 _REDUCTION = "sum"  # of the rows' losses; "mean" would have Opacus multiply each row's gradient by their number
@@ -51,7 +51,7 @@ class _OneWaiting:
 
 
 class Hooks:
-    """Opacus's per-sample gradients (see clients.example_gradients.ExampleGradients)."""
+    """Opacus's per-sample gradients (see clients.row_gradients.ExampleGradients)."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         self._model = model

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from clients.data import TokenRow
-from clients.example_gradients import ExampleGradients, Vector, example_gradients, trained_anchors, trained_layers
+from clients.example_gradients import example_gradients
+from clients.row_gradients import ExampleGradients, Vector, trained_anchors, trained_layers
 from clients.sampling import RowSampler
 from clients.trainer import Announce, Training, adamw, announced, schedule
 from contract.architecture import unwrap
@@ -39,7 +40,7 @@ def train_privately(
     joins is a step all the same. `loss` in the answer is 0 where no row joined at all.
 
     Of clients.trainer.train's settings, max-grad-norm and gradient-accumulation-steps have no part here. Raises
-    ConfigError where rows' gradients cannot be proved (see clients.example_gradients), and NonFiniteError when a loss
+    ConfigError where rows' gradients cannot be proved (see clients.row_gradients), and NonFiniteError when a loss
     or a gradient is not finite.
     """
     started = time.monotonic()

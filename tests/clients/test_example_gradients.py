@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from clients import bookkeeping, opacus_gradients
-from clients.example_gradients import Method, RowGradients, example_gradients, row_losses, trained_layers
+from clients.example_gradients import Method, example_gradients
+from clients.row_gradients import RowGradients, row_losses, trained_layers
 from clients.split_model import remote_layers, trunk_state
 from contract.adapter import adapter_parameters
 from contract.errors import ConfigError
