@@ -31,9 +31,9 @@ class Planned:
 
     def for_people(self) -> dict[str, object]:
         """The same as one table: a line for each number, and the verdicts in words."""
-        lines: dict[str, object] = {"dp-noise-multiplier": self.noise_multiplier}
+        lines: dict[str, object] = {"dp-noise-multiplier": f"{self.noise_multiplier:g}"}
         if self.wire_noise_multiplier is not None:
-            lines["wire-noise-multiplier"] = self.wire_noise_multiplier
+            lines["wire-noise-multiplier"] = f"{self.wire_noise_multiplier:g}"
         for adversary, words in IN_WORDS.items():
             if adversary in self.epsilon:
                 told = f"epsilon {self.epsilon[adversary]:.4g}"
