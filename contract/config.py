@@ -12,29 +12,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from contract.errors import ConfigError
 from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers
-
-ConfigValue = str | int | float | bool
-"""What Flower can carry as a run config's value."""
+from contract.setting import ConfigValue as ConfigValue
+from contract.setting import key_of, setting, wanted
 
 MODEL_SECTION, SPLIT_SECTION, ROUNDS_SECTION = "Model and data", "The split", "Rounds"
 AGGREGATION_SECTION, TRAINING_SECTION, LORA_SECTION = "Averaging", "Training on a client", "The adapter"
 PRIVACY_SECTION = "Privacy"
-
-
-def _key(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _setting(default: ConfigValue, section: str, meaning: str, **limits: Any) -> Any:
-    # Any, as of pydantic's own Field: the annotation beside each setting is what counts.
-    return Field(default, description=meaning, json_schema_extra={"section": section}, **limits)
 
 
 class RunConfig(BaseModel):
@@ -45,111 +35,109 @@ class RunConfig(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        alias_generator=_key,
+        alias_generator=key_of,
         validate_by_name=True,
         protected_namespaces=(),
     )
 
-    model: str = _setting(
+    model: str = setting(
         "",
         MODEL_SECTION,
         "Checkpoint directory as the orchestrator sees it; it needs no more than config.json. "
         "Clients take theirs from the node config, and in a simulation from here.",
     )
-    data: str = _setting(
+    data: str = setting(
         "",
         MODEL_SECTION,
         "A simulation's training text: a file whose `{partition}` becomes the client's number, or `stdlib:NAME`. "
         "Real clients take theirs from the node config.",
     )
-    max_length: int = _setting(128, MODEL_SECTION, "Tokens per row; longer rows are cut.", ge=2)
-    eval_fraction: float = _setting(
+    max_length: int = setting(128, MODEL_SECTION, "Tokens per row; longer rows are cut.", ge=2)
+    eval_fraction: float = setting(
         0.1, MODEL_SECTION, "Share of a client's rows held out to judge adapters; 0 judges nothing.", ge=0.0, lt=1.0
     )
-    eval_batches: int = _setting(0, MODEL_SECTION, "Most held-out batches judged per round; 0 means all.", ge=0)
+    eval_batches: int = setting(0, MODEL_SECTION, "Most held-out batches judged per round; 0 means all.", ge=0)
 
-    trunk_address: str = _setting(
+    trunk_address: str = setting(
         "127.0.0.1:50051",
         SPLIT_SECTION,
         "HOST:PORT of the trunk as the orchestrator reaches it; a deployed client's node config names its own way.",
     )
-    head_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client before the trunk.", ge=0)
-    tail_layers: int = _setting(1, SPLIT_SECTION, "Decoder layers on the client after the trunk.", ge=0)
-    dtype: Literal["float32", "bfloat16"] = _setting(
+    head_layers: int = setting(1, SPLIT_SECTION, "Decoder layers on the client before the trunk.", ge=0)
+    tail_layers: int = setting(1, SPLIT_SECTION, "Decoder layers on the client after the trunk.", ge=0)
+    dtype: Literal["float32", "bfloat16"] = setting(
         "float32", SPLIT_SECTION, "Type of the frozen weights on both sides; adapters are always float32."
     )
-    attn_implementation: Literal["sdpa", "eager"] = _setting(
+    attn_implementation: Literal["sdpa", "eager"] = setting(
         "sdpa", SPLIT_SECTION, "Attention on both sides; another one gives other bits."
     )
-    codec: Literal["identity", "bf16"] = _setting(
+    codec: Literal["identity", "bf16"] = setting(
         "identity", SPLIT_SECTION, "Encoding of activations and gradients on the wire; `identity` loses nothing."
     )
 
-    num_rounds: int = _setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
-    cohort_size: int = _setting(
+    num_rounds: int = setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
+    cohort_size: int = setting(
         0, ROUNDS_SECTION, "Clients asked in a round, drawn from those connected; 0 asks all.", ge=0
     )
-    quorum: int = _setting(
+    quorum: int = setting(
         2,
         ROUNDS_SECTION,
         "Fewest clients whose updates make a round; a run also waits for this many before it starts.",
         ge=1,
     )
-    node_wait_s: float = _setting(
+    node_wait_s: float = setting(
         120.0, ROUNDS_SECTION, "Seconds to wait for enough connected clients before the run fails.", gt=0.0
     )
-    round_timeout_s: float = _setting(
+    round_timeout_s: float = setting(
         600.0,
         ROUNDS_SECTION,
         "Seconds without progress (a reply, or work seen by the trunk) after which missing clients count as late.",
         gt=0.0,
     )
-    early_stopping_patience: int = _setting(
+    early_stopping_patience: int = setting(
         0, ROUNDS_SECTION, "Rounds without a lower held-out loss before the run stops; 0 never stops early.", ge=0
     )
-    seed: int = _setting(
-        0, ROUNDS_SECTION, "Seed of the first adapter, the cohorts and the data order.", ge=0, lt=2**32
-    )
+    seed: int = setting(0, ROUNDS_SECTION, "Seed of the first adapter, the cohorts and the data order.", ge=0, lt=2**32)
 
-    aggregation: Literal["ffa", "fedavg", "rolora"] = _setting(
+    aggregation: Literal["ffa", "fedavg", "rolora"] = setting(
         "ffa",
         AGGREGATION_SECTION,
         "`ffa` freezes A and averages B (exact); `rolora` alternates, B first (exact); "
         "`fedavg` averages A and B apart (biased: the mean of products is not the product of means).",
     )
-    secagg: Literal["on", "off"] = _setting(
+    secagg: Literal["on", "off"] = setting(
         "on",
         AGGREGATION_SECTION,
         "`on`: secure sums, of which the orchestrator learns totals over at least a threshold of clients and no "
         "client's update, loss or count; `off`, for debugging: it sees each client's.",
     )
-    secagg_threshold: int = _setting(
+    secagg_threshold: int = setting(
         0,
         AGGREGATION_SECTION,
         "Clients that a secure sum over N needs to its end; 0 takes floor(2N/3) + 1, and above 128 clients what "
         "`trunkline secagg plan` prints.",
         ge=0,
     )
-    secagg_aborts: int = _setting(
+    secagg_aborts: int = setting(
         3,
         AGGREGATION_SECTION,
         "Attempts at one round that may be aborted in a row under `secagg`, each tried again with fresh secrets; one "
         "more ends the run.",
         ge=0,
     )
-    secagg_stage_timeout_s: float = _setting(
+    secagg_stage_timeout_s: float = setting(
         60.0,
         AGGREGATION_SECTION,
         "Seconds without any reply after which clients count as gone in a secure sum's stages, its training aside.",
         gt=0.0,
     )
-    update_clip: float = _setting(
+    update_clip: float = setting(
         1.0,
         AGGREGATION_SECTION,
         "Largest change of one adapter value in a round; a client whose update exceeds it sends nothing and says so.",
         gt=0.0,
     )
-    max_tokens: int = _setting(
+    max_tokens: int = setting(
         0,
         AGGREGATION_SECTION,
         "Most tokens one client trains on in a round; fixes the scale of the fixed point. 0 takes "
@@ -158,131 +146,131 @@ class RunConfig(BaseModel):
         ge=0,
     )
 
-    dp: Literal["off", "client", "example"] = _setting(
+    dp: Literal["off", "client", "example"] = setting(
         "off",
         PRIVACY_SECTION,
         "Differential privacy of what is averaged: `client` hides whether all of a client's text was there, by noise "
         "shares in the secure sum; `example` whether one row was, by DP-SGD at the client; `off` hides neither.",
     )
-    dp_epsilon: float = _setting(
+    dp_epsilon: float = setting(
         8.0, PRIVACY_SECTION, "What a unit may spend in this run, against each adversary by itself.", gt=0.0
     )
-    dp_delta: float = _setting(1e-5, PRIVACY_SECTION, "The chance at which epsilon may not hold.", gt=0.0, lt=1.0)
-    dp_noise_multiplier: float = _setting(
+    dp_delta: float = setting(1e-5, PRIVACY_SECTION, "The chance at which epsilon may not hold.", gt=0.0, lt=1.0)
+    dp_noise_multiplier: float = setting(
         1.0,
         PRIVACY_SECTION,
         "Standard deviation of the noise over `dp-clip`: in a round's sum for `client`, in each step's for `example`. "
         "`trunkline budget plan` calibrates it.",
         gt=0.0,
     )
-    dp_clip: float = _setting(
+    dp_clip: float = setting(
         1.0,
         PRIVACY_SECTION,
         "L2 norm that a client's update (`client`) or a row's gradient (`example`) is cut to.",
         gt=0.0,
     )
-    dp_colluders: int = _setting(
+    dp_colluders: int = setting(
         1,
         PRIVACY_SECTION,
         "For `client`: how many clients may tell the orchestrator their noise. Each share is made larger for it.",
         ge=0,
     )
-    dp_sample_rate: float = _setting(
+    dp_sample_rate: float = setting(
         0.05,
         PRIVACY_SECTION,
         "For `example`: the chance with which each row takes part in a step, drawn in secret at the client.",
         gt=0.0,
         le=1.0,
     )
-    dp_gradients: Literal["book-keeping", "hooks", "ghost"] = _setting(
+    dp_gradients: Literal["book-keeping", "hooks", "ghost"] = setting(
         "book-keeping",
         PRIVACY_SECTION,
         "For `example`: how a row's gradient is got at. `hooks` and `ghost` are Opacus's; "
         "`book-keeping` needs neither the memory of `hooks` nor the second backward of `ghost`.",
     )
-    trunk_adapter: Literal["trained", "frozen"] = _setting(
+    trunk_adapter: Literal["trained", "frozen"] = setting(
         "trained",
         PRIVACY_SECTION,
         "`frozen`: the trunk's half of the adapter stays as it began. Under `dp` it must, unless `wire` is `dp` too.",
     )
-    metrics: Literal["sum", "off"] = _setting(
+    metrics: Literal["sum", "off"] = setting(
         "sum",
         PRIVACY_SECTION,
         "`sum`: losses and counts are told as totals, without noise: the orchestrator then gets no epsilon; `off`: "
         "nobody judges, and none are told.",
     )
-    wire: Literal["off", "empirical", "dp"] = _setting(
+    wire: Literal["off", "empirical", "dp"] = setting(
         "off",
         PRIVACY_SECTION,
         "What the trunk can read: `off`, the text; `empirical`, noise or masking that `trunkline audit run` measures, "
         'without an epsilon; `dp`, clipped and noised rows with an epsilon (needs `dp="example"`).',
     )
-    wire_clip_forward: float = _setting(
+    wire_clip_forward: float = setting(
         1.0, PRIVACY_SECTION, 'For `wire="dp"`: norm that a row\'s activations are cut to.', gt=0.0
     )
-    wire_clip_backward: float = _setting(
+    wire_clip_backward: float = setting(
         0.01, PRIVACY_SECTION, 'For `wire="dp"`: norm that a row\'s gradient at the tail cut is cut to.', gt=0.0
     )
-    wire_noise_multiplier: float = _setting(
+    wire_noise_multiplier: float = setting(
         5.0, PRIVACY_SECTION, 'For `wire="dp"`: standard deviation of the noise over each of the two clips.', gt=0.0
     )
-    wire_releases: int = _setting(
+    wire_releases: int = setting(
         1, PRIVACY_SECTION, 'For `wire="dp"`: how often a row may be sent in a round; the client keeps to it.', ge=1
     )
-    wire_noise: float = _setting(
+    wire_noise: float = setting(
         0.0,
         PRIVACY_SECTION,
         'For `wire="empirical"`: standard deviation of the noise over a row\'s root mean square.',
         ge=0.0,
     )
-    gradient_mask: Literal["none", "random", "top-k"] = _setting(
+    gradient_mask: Literal["none", "random", "top-k"] = setting(
         "none",
         PRIVACY_SECTION,
         'For `wire="empirical"`: which values of the gradient at the tail cut are sent; what is held back is added '
         "to the same row's next gradient.",
     )
-    gradient_mask_keep: float = _setting(
+    gradient_mask_keep: float = setting(
         0.1, PRIVACY_SECTION, "Share of the values that `gradient-mask` lets pass.", gt=0.0, le=1.0
     )
-    wire_length_bucket: int = _setting(
+    wire_length_bucket: int = setting(
         0,
         PRIVACY_SECTION,
         "Rows are sent as long as the next multiple of this many tokens; `max-length` hides lengths; 0 shows them.",
         ge=0,
     )
 
-    local_steps: int = _setting(
+    local_steps: int = setting(
         10, TRAINING_SECTION, "Optimiser steps of a client in a round; 0 counts epochs instead.", ge=0
     )
-    local_epochs: int = _setting(
+    local_epochs: int = setting(
         1, TRAINING_SECTION, "Passes over a client's rows in a round when `local-steps` is 0.", ge=1
     )
-    per_device_train_batch_size: int = _setting(8, TRAINING_SECTION, "Rows per microbatch.", ge=1)
-    gradient_accumulation_steps: int = _setting(1, TRAINING_SECTION, "Microbatches per optimiser step.", ge=1)
-    learning_rate: float = _setting(2e-4, TRAINING_SECTION, "Peak learning rate of AdamW on both sides.", gt=0.0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _setting(
+    per_device_train_batch_size: int = setting(8, TRAINING_SECTION, "Rows per microbatch.", ge=1)
+    gradient_accumulation_steps: int = setting(1, TRAINING_SECTION, "Microbatches per optimiser step.", ge=1)
+    learning_rate: float = setting(2e-4, TRAINING_SECTION, "Peak learning rate of AdamW on both sides.", gt=0.0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
         "constant", TRAINING_SECTION, "Learning rate over the steps of one round, after the warm-up."
     )
-    warmup_ratio: float = _setting(
+    warmup_ratio: float = setting(
         0.0, TRAINING_SECTION, "Share of a round's steps that warm the learning rate up.", ge=0.0, lt=1.0
     )
-    weight_decay: float = _setting(0.0, TRAINING_SECTION, "AdamW's weight decay.", ge=0.0)
-    adam_beta1: float = _setting(0.9, TRAINING_SECTION, "AdamW's first moment decay.", ge=0.0, lt=1.0)
-    adam_beta2: float = _setting(0.999, TRAINING_SECTION, "AdamW's second moment decay.", ge=0.0, lt=1.0)
-    adam_epsilon: float = _setting(1e-8, TRAINING_SECTION, "AdamW's term against division by zero.", gt=0.0)
-    max_grad_norm: float = _setting(
+    weight_decay: float = setting(0.0, TRAINING_SECTION, "AdamW's weight decay.", ge=0.0)
+    adam_beta1: float = setting(0.9, TRAINING_SECTION, "AdamW's first moment decay.", ge=0.0, lt=1.0)
+    adam_beta2: float = setting(0.999, TRAINING_SECTION, "AdamW's second moment decay.", ge=0.0, lt=1.0)
+    adam_epsilon: float = setting(1e-8, TRAINING_SECTION, "AdamW's term against division by zero.", gt=0.0)
+    max_grad_norm: float = setting(
         1.0,
         TRAINING_SECTION,
         "Gradient norm over client and trunk together is clipped to this; 0: never.",
         ge=0.0,
     )
-    threads: int = _setting(0, TRAINING_SECTION, "Torch threads of a client; 0 leaves torch's own choice.", ge=0)
+    threads: int = setting(0, TRAINING_SECTION, "Torch threads of a client; 0 leaves torch's own choice.", ge=0)
 
-    lora_r: int = _setting(8, LORA_SECTION, "Rank of the adapter.", ge=1)
-    lora_alpha: float = _setting(16.0, LORA_SECTION, "Scale of the adapter, divided by its rank.", gt=0.0)
-    lora_dropout: float = _setting(0.0, LORA_SECTION, "Dropout on the adapter's input.", ge=0.0, lt=1.0)
-    use_rslora: bool = _setting(False, LORA_SECTION, "Divide the scale by the root of the rank instead.")
-    target_modules: str = _setting(
+    lora_r: int = setting(8, LORA_SECTION, "Rank of the adapter.", ge=1)
+    lora_alpha: float = setting(16.0, LORA_SECTION, "Scale of the adapter, divided by its rank.", gt=0.0)
+    lora_dropout: float = setting(0.0, LORA_SECTION, "Dropout on the adapter's input.", ge=0.0, lt=1.0)
+    use_rslora: bool = setting(False, LORA_SECTION, "Divide the scale by the root of the rank instead.")
+    target_modules: str = setting(
         "all-linear", LORA_SECTION, "`all-linear`, or names of modules to adapt, parted by commas."
     )
 
@@ -382,7 +370,7 @@ class RunConfig(BaseModel):
     @classmethod
     def keys(cls) -> tuple[str, ...]:
         """Every key as a user writes it, in the order of the documentation."""
-        return tuple(_key(name) for name in cls.model_fields)
+        return tuple(key_of(name) for name in cls.model_fields)
 
     def to_flower(self) -> dict[str, ConfigValue]:
         """Every setting with its kebab-case key; `from_flower` reads it back unchanged."""
@@ -429,30 +417,16 @@ def schema_rows() -> tuple[SchemaRow, ...]:
     for name, field in RunConfig.model_fields.items():
         extra = field.json_schema_extra
         section = str(extra["section"]) if isinstance(extra, dict) else ""
-        wanted = _wanted(field.annotation, field.metadata)
-        rows.append(SchemaRow(section, _key(name), wanted, field.default, field.description or ""))
+        takes = wanted(field.annotation, field.metadata)
+        rows.append(SchemaRow(section, key_of(name), takes, field.default, field.description or ""))
     return tuple(rows)
-
-
-_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def _wanted(annotation: object, metadata: list[object]) -> str:
-    """What a field takes, in words: `a whole number, >= 1`."""
-    if get_origin(annotation) is Literal:
-        return " or ".join(str(choice) for choice in get_args(annotation))
-    words = [_TYPE_NAMES[annotation]] if isinstance(annotation, type) else []
-    for limit in metadata:
-        words += [f"{sign} {getattr(limit, kind)}" for kind, sign in _LIMIT_SIGNS.items() if hasattr(limit, kind)]
-    return ", ".join(words)
 
 
 def _describe(problem: ErrorDetails) -> str:
     """One line for pydantic's first complaint: key, what it got, what it wants."""
     key = str(problem["loc"][0])
     field = RunConfig.model_fields[key.replace("-", "_")]
-    return f"{key} is {problem['input']!r}; it must be {_wanted(field.annotation, field.metadata)}"
+    return f"{key} is {problem['input']!r}; it must be {wanted(field.annotation, field.metadata)}"
 
 
 def _nearest(key: str, known: tuple[str, ...]) -> str:
