@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clients.data import TokenRow
 from clients.example_gradients import example_gradients
-from clients.row_gradients import ExampleGradients, Vector, trained_anchors, trained_layers
+from clients.row_gradients import Microbatch, Vector, trained_anchors, trained_layers
 from clients.sampling import RowSampler
 from clients.trainer import Announce, Training, adamw, announced, schedule
 from contract.architecture import unwrap
@@ -58,8 +58,12 @@ def train_privately(
         model.train()
         for step in range(config.local_steps):
             joined = [rows[place] for place in sampler.draw()]
-            clipped_sum, step_nats = _clipped_sum(model, gradients, joined, config, announce, step)
-            noised, _ = noise.apply(clipped_sum)
+            sum_d: Vector = np.zeros(sum(weight.numel() for weight in weights))
+            for start in range(0, len(joined), config.per_device_train_batch_size):
+                microbatch = joined[start : start + config.per_device_train_batch_size]
+                batch = announced(microbatch, model, config, announce)
+                nats += _add_clipped(sum_d, gradients.forward(batch), microbatch, config.dp_clip, step)
+            noised, _ = noise.apply(sum_d)
             _set_gradients(weights, noised / expected_rows)
             for anchor in anchors:
                 if anchor.grad is not None:
@@ -67,33 +71,20 @@ def train_privately(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            nats, tokens = nats + step_nats, tokens + sum(row.targets for row in joined)
+            tokens += sum(row.targets for row in joined)
     model.eval()
     return Training(nats / max(tokens, 1), tokens, config.local_steps, time.monotonic() - started)
 
 
-def _clipped_sum(
-    model: nn.Module,
-    gradients: ExampleGradients,
-    joined: Sequence[TokenRow],
-    config: RunConfig,
-    announce: Announce,
-    step: int,
-) -> tuple[Vector, float]:
-    """The sum of the rows' clipped gradients, and of their tokens' losses, microbatch by microbatch."""
-    total: Vector = np.zeros(sum(layer.weight.numel() for layer in trained_layers(model).values()))
-    nats = 0.0
-    for start in range(0, len(joined), config.per_device_train_batch_size):
-        rows = joined[start : start + config.per_device_train_batch_size]
-        microbatch = gradients.forward(announced(rows, model, config, announce))
-        losses = microbatch.losses_B.tolist()
-        if not np.isfinite(losses).all():
-            raise NonFiniteError(f"a row's loss in training step {step + 1} is not finite: lower learning-rate")
-        total += microbatch.clipped_sum(config.dp_clip)
-        if not np.isfinite(total).all():
-            raise NonFiniteError(f"a row's gradient in training step {step + 1} is not finite: lower learning-rate")
-        nats += sum(loss * row.targets for loss, row in zip(losses, rows, strict=True))
-    return total, nats
+def _add_clipped(sum_d: Vector, microbatch: Microbatch, rows: Sequence[TokenRow], clip: float, step: int) -> float:
+    """Adds the rows' clipped gradients in place; answers the sum of their tokens' losses."""
+    losses = microbatch.losses_B.tolist()
+    if not np.isfinite(losses).all():
+        raise NonFiniteError(f"a row's loss in training step {step + 1} is not finite: lower learning-rate")
+    sum_d += microbatch.clipped_sum(clip)
+    if not np.isfinite(sum_d).all():
+        raise NonFiniteError(f"a row's gradient in training step {step + 1} is not finite: lower learning-rate")
+    return float(sum(loss * row.targets for loss, row in zip(losses, rows, strict=True)))
 
 
 def _set_gradients(weights: Sequence[Tensor], gradient_d: Vector) -> None:

@@ -17,6 +17,7 @@ from contract import adapter
 from contract.architecture import probe
 from contract.records import CutLayers, Factor, RoundKey
 from orchestrator.trunk import Trunk
+from privacy.wire import WireMechanism
 from tests.clients.sites import save_site_model
 from tests.conftest import TrunkProcess
 from tests.contract.parity import Tensors
@@ -58,6 +59,7 @@ def opened(
     client_id: str = "client-1",
     trainable: Factor = "AB",
     trunk_frozen: bool = False,
+    mechanism: WireMechanism | None = None,
 ) -> Iterator[PeftModel]:
     """A split model in a round that starts from `tensors`, as a client app opens it."""
     spec = adapter.resolve_lora(model_dir, lora)
@@ -73,7 +75,7 @@ def opened(
         trunk_frozen=trunk_frozen,
     )
     orchestrator.close()
-    settings = SplitSettings(model_dir, cut, attn_implementation=attn_implementation)
+    settings = SplitSettings(model_dir, cut, attn_implementation=attn_implementation, mechanism=mechanism)
     model = open_split_model(settings, spec, TrunkConnection(address), start)
     with closing_session(model):
         yield model

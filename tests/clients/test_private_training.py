@@ -27,6 +27,7 @@ from contract.config import RunConfig
 from contract.errors import ConfigError, NonFiniteError
 from privacy.gaussian import GaussianSum
 from privacy.stream import SecretStream
+from privacy.wire import WireDp
 from tests.clients.conftest import ALL_LINEAR, CUT, opened
 from tests.clients.test_trainer import restore, state, token_rows
 from tests.conftest import TrunkProcess
@@ -264,6 +265,20 @@ def test_a_trained_trunk_steps_on_the_mean_over_the_expected_batch(llama_dir: Pa
     for name, value in state(whole).items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=2e-6), name
         assert not torch.equal(got[name], start[name]), name
+
+
+@pytest.mark.parametrize("method", ["book-keeping", "hooks", "ghost"])
+def test_a_noised_wire_gets_every_row_as_often_as_it_may_and_not_once_more(
+    llama_dir: Path, trunk: TrunkProcess, method: str
+) -> None:
+    """The mechanism itself counts, each way, and would end the round."""
+    rows, start = token_rows(4), trained_adapter(llama_dir, ALL_LINEAR)
+    settings = wire_dp(dp_gradients=method, local_steps=4, wire_releases=2, dp_clip=1.0, dp_noise_multiplier=1.0)
+    mechanism = WireDp(1.0, 0.01, 1.0, settings.wire_releases, secret())
+    with opened(llama_dir, trunk.address, CUT, start, mechanism=mechanism) as split:
+        train_privately(split, rows, settings, secret(), remote_layers(split).trunk.announce)
+    numbers = {row.number: 2 for row in rows}
+    assert mechanism._sent == {"wire_forward": numbers, "wire_backward": numbers}
 
 
 def test_lengths_are_shown_as_the_bucket_says(model: PeftModel) -> None:
