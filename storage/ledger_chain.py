@@ -19,6 +19,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from operator import attrgetter
 from sys import intern
 
@@ -61,13 +62,18 @@ def signed_head(
 def head_fault(head: SignedHead) -> str | None:
     """Why a head's signature is none of its signer, or None."""
     try:
-        key = Ed25519PublicKey.from_public_bytes(parse_public_key(head.signer, "the signer"))
-        key.verify(bytes.fromhex(head.signature), _head_message(head))
+        _key_of(head.signer).verify(bytes.fromhex(head.signature), _head_message(head))
     except InvalidSignature:
         return f"its signature is not made by {head.signer}"
     except (ConfigError, ValueError) as error:
         return f"it is not signed: {error}"
     return None
+
+
+@lru_cache(maxsize=64)
+def _key_of(signer: str) -> Ed25519PublicKey:
+    """Kept, because to prove that a key is one takes longer than a signature's check, and few keys sign all heads."""
+    return Ed25519PublicKey.from_public_bytes(parse_public_key(signer, "the signer"))
 
 
 def head_shown(head: SignedHead) -> str:
