@@ -196,6 +196,12 @@ def test_what_is_wrong_in_the_node_config_is_named(tmp_path: Path, node: dict[st
         pass
 
 
+def test_a_site_with_a_budget_takes_part_in_no_run_that_prices_nothing(tmp_path: Path) -> None:
+    budget: dict[str, ConfigValue] = {"privacy-epsilon": 3.0, "privacy-delta": 1e-6, "state-dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match="the run's dp is off, and this site's node config gives its data a privacy"):
+        read_site({**NODE, **budget}, RunConfig.from_flower({}), "7", "1", simulated=False)
+
+
 def test_a_dataset_without_a_name_is_known_by_where_it_lies_and_not_by_that_path(tmp_path: Path) -> None:
     config = RunConfig.from_flower(SETTINGS)
     told = {key: value for key, value in NODE.items() if key != "dataset"} | {"state-dir": str(tmp_path)}
