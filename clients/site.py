@@ -102,8 +102,8 @@ def read_site(
         _require_lasting(told, config, simulated=simulated)
     elif any(key in node_config for key in _BUDGET_KEYS):
         raise ConfigError(
-            "the run's dp is off, and this site's node config gives its data a privacy budget (privacy-epsilon): it takes "
-            "part in no run that releases without a price"
+            "the run's dp is off, and this site's node config gives its data a privacy budget (privacy-epsilon): it "
+            "takes part in no run that releases without a price"
         )
     state_dir, identity_key = _places(told, node_id, flower_run_id, simulated=simulated)
     return Site(
