@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from contract.config import ConfigValue
+from contract.privacy_records import Adversary
 from privacy.audits.intervals import Interval
 
 Attack = Literal["enumeration", "inversion", "labels", "membership", "canaries"]
@@ -49,13 +51,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ModeSettings:
-    """One audited mode: its name, the settings apart from the defaults, how often each row was sent, and its epsilon.
+    """One audited mode: its name, its settings where they are not the defaults, how often each row was sent.
 
-    `epsilon` is that against the trunk over the whole run by those settings; None where it has none, and `why` then.
+    `epsilon` is what a whole run by those settings comes to, by adversary; `withheld` says why others have none.
     """
 
     name: str
-    settings: dict[str, ConfigValue]
+    settings: Mapping[str, ConfigValue]
     passes: int
-    epsilon: float | None
-    why: str
+    epsilon: Mapping[Adversary, float]
+    withheld: Mapping[Adversary, str]

@@ -100,20 +100,21 @@ def _readers(fitted: HiddenSamples, channel: Channel, embedding_VC: Floats) -> I
     if channel.noise_D.any():
         views.append((fitted.sent_ND, np.zeros_like(views[0][1])))
     for hidden_ND, noise_DD in views:
-        for pull in _PULLS:
-            whitening, means_VD = _fit(fitted.tokens_N, hidden_ND, embedding_VC, pull, noise_DD)
+        for whitening, means_VD in _fits(fitted.tokens_N, hidden_ND, embedding_VC, noise_DD):
             for weight in _PRIOR_WEIGHTS:
                 yield TokenReader(whitening, means_VD, weight)
 
 
-def _fit(
-    tokens_N: Tokens, hidden_ND: Floats, embedding_VC: Floats, pull: float, noise_DD: Floats
-) -> tuple[Whitening, Floats]:
-    linear = fit_linear(embedding_VC[tokens_N], hidden_ND)
-    sums_VD = np.zeros((len(embedding_VC), hidden_ND.shape[1]))
+def _fits(
+    tokens_N: Tokens, hidden_ND: Floats, embedding_VC: Floats, noise_DD: Floats
+) -> Iterator[tuple[Whitening, Floats]]:
+    """What each token looks like in the mean, whitened: where it was seen seldom, by the linear fit."""
+    by_fit_VD = fit_linear(embedding_VC[tokens_N], hidden_ND).means(embedding_VC)
+    sums_VD = np.zeros_like(by_fit_VD)
     np.add.at(sums_VD, tokens_N, hidden_ND)
     counts_V = np.bincount(tokens_N, minlength=len(embedding_VC))[:, None]
-    means_VD = (sums_VD + pull * linear.means(embedding_VC)) / (counts_V + pull)
-    rest_ND = hidden_ND - means_VD[tokens_N]
-    whitening = Whitening.of(rest_ND.T @ rest_ND / len(rest_ND) + noise_DD)
-    return whitening, whitening.apply(means_VD)
+    for pull in _PULLS:
+        means_VD = (sums_VD + pull * by_fit_VD) / (counts_V + pull)
+        rest_ND = hidden_ND - means_VD[tokens_N]
+        whitening = Whitening.of(rest_ND.T @ rest_ND / len(rest_ND) + noise_DD)
+        yield whitening, whitening.apply(means_VD)

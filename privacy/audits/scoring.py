@@ -14,9 +14,10 @@ import numpy.typing as npt
 from privacy.audits.intervals import Interval, bootstrap_pairs, percentile_interval, wilson
 
 Floats = npt.NDArray[np.float64]
+Scores = Sequence[float] | Floats
 
 
-def auc(members: Sequence[float], others: Sequence[float], seed: int) -> Interval:
+def auc(members: Scores, others: Scores, seed: int) -> Interval:
     """The chance that a random member scores above a random other one, ties by half: 0.5 is guessing, 1 is certainty.
 
     The interval draws both groups anew. Raises ValueError where either is empty or a score is not finite.
@@ -28,7 +29,7 @@ def auc(members: Sequence[float], others: Sequence[float], seed: int) -> Interva
     return percentile_interval(float(wins_MN.mean()), drawn)
 
 
-def caught_at(members: Sequence[float], others: Sequence[float], false_alarms: float, seed: int) -> Interval:
+def caught_at(members: Scores, others: Scores, false_alarms: float, seed: int) -> Interval:
     """Share of members scored above a threshold that at most a share `false_alarms` of the others pass.
 
     The interval draws both groups anew, each draw with its own threshold, and is at least Wilson's. With fewer others
@@ -47,7 +48,7 @@ def caught_at(members: Sequence[float], others: Sequence[float], false_alarms: f
     return Interval(drawn.value, min(drawn.lower, least.lower), max(drawn.upper, least.upper))
 
 
-def exposures(canaries: Sequence[float], unseen: Sequence[float]) -> Floats:
+def exposures(canaries: Scores, unseen: Scores) -> Floats:
     """Bits by which each canary stands out: log2 of (unseen + 1) less log2 of its rank among them, 1 being the highest.
 
     After Carlini et al., "The Secret Sharer" (USENIX Security 2019), section 4. A tie counts against the attacker.
@@ -65,7 +66,7 @@ def guessed_exposure(unseen: int) -> float:
     return float(math.log2(unseen + 1) - np.log2(ranks).mean())
 
 
-def mean_exposure(canaries: Sequence[float], unseen: Sequence[float], seed: int) -> Interval:
+def mean_exposure(canaries: Scores, unseen: Scores, seed: int) -> Interval:
     """The mean of `exposures`; the interval draws the canaries anew."""
     bits = exposures(canaries, unseen)
     drawn_M, _ = bootstrap_pairs(bits, bits, seed)
@@ -78,7 +79,7 @@ def _threshold(ascending_N: Floats, false_alarms: float) -> float:
     return float(ascending_N[-1 - allowed])
 
 
-def _scores(values: Sequence[float]) -> Floats:
+def _scores(values: Scores) -> Floats:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
         raise ValueError(f"scores must be finite numbers, at least one: {scores.size} of shape {scores.shape}")
