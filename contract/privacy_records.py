@@ -111,8 +111,8 @@ class Budget:
     """What one unit may spend, against each adversary by itself.
 
     `gaussian_share` says, by adversary, which part of (epsilon, delta) the filter of unamplified Gaussian releases has;
-    the rest is the Renyi filter's at the pre-registered `order`. 1 is all of it, 0 nothing: unamplified Gaussian releases
-    are then the Renyi filter's too, so that a budget refuses none for its kind.
+    the rest is the Renyi filter's at the pre-registered `order`. 1 is all of it, 0 nothing: unamplified Gaussian
+    releases are then the Renyi filter's too, so that a budget refuses none for its kind.
     """
 
     epsilon: float

@@ -72,7 +72,8 @@ def withheld_by_rows(releases: Iterable[PricedRelease], adversary: Adversary) ->
 
 def uncovered(config: RunConfig) -> tuple[str, ...]:
     """What no mechanism of a run with these settings covers, then what its epsilons assume: plain lines."""
-    lines = [] if config.wire_length_bucket == config.max_length else [_lengths(config)]
+    padded = config.wire == "dp" and config.wire_length_bucket == config.max_length
+    lines = [] if padded else [_lengths(config)]
     lines += [_batches(config), *_ALWAYS_SEEN]
     return (*lines, *(f"assumed: {line}" for line in _assumed(config)))
 
@@ -89,6 +90,8 @@ def _assumed(config: RunConfig) -> list[str]:
         )
     elif config.wire != "dp":
         lines.append("the trunk computes rows apart: one that mixes them lets a row reach another's gradient")
+    if config.dp == "example" and config.dp_gradients == "ghost":
+        lines.append("no row's tokens all but cancel in its gradient: ghost norms are float32 sums of products")
     return lines
 
 
@@ -164,6 +167,8 @@ def _metrics(config: RunConfig) -> Covered:
 
 
 def _lengths(config: RunConfig) -> str:
+    if config.wire_length_bucket and config.wire != "dp":
+        return "how long each row is: in hidden states that are not noised, padding can be told from text"
     if config.wire_length_bucket:
         return f"how long each row is, in steps of {config.wire_length_bucket} tokens: the trunk sees it"
     return "how long each row is: the trunk sees it"

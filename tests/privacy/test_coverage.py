@@ -115,9 +115,15 @@ def test_with_the_wire_off_the_summary_says_that_the_server_can_read_the_text(ba
 
 def test_lengths_are_uncovered_unless_they_are_all_the_same() -> None:
     assert any("how long each row is: the trunk" in line for line in uncovered(config(OFF)))
-    assert any("in steps of 32 tokens" in line for line in uncovered(config(OFF, wire_length_bucket=32)))
-    hidden = uncovered(config(OFF, wire_length_bucket=128, max_length=128))
-    assert not any("how long each row is" in line for line in hidden)
+    assert any("in steps of 32 tokens" in line for line in uncovered(config(WIRE, wire_length_bucket=32)))
+    padded = {"wire_length_bucket": 128, "max_length": 128}
+    assert not any("how long each row is" in line for line in uncovered(config(WIRE, **padded)))
+    assert any("padding can be told from text" in line for line in uncovered(config(OFF, **padded)))
+
+
+def test_what_ghost_norms_assume_is_said() -> None:
+    assert any("ghost norms" in line for line in uncovered(config(EXAMPLE, dp_gradients="ghost")))
+    assert not any("ghost norms" in line for line in uncovered(config(EXAMPLE)))
 
 
 def test_what_is_never_covered_is_listed_always() -> None:
