@@ -52,8 +52,11 @@ class AuditedMechanism:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What a release passes after its mechanism: the wire's codec for activations [B, T, D], the secure sum for one
-    client's codes (d,), at `scale` steps per unit. Both are there and back again."""
+    """What a release passes after its mechanism, there and back again: the wire's codec for activations [B, T, D], and
+    the ring of a noisy sum at `scale` steps per unit for one client's codes (d,).
+
+    The audited share is all of the noise, so that the noisy sum must have been planned for a `fewest` of 1.
+    """
 
     codec: Callable[[Singles], Singles]
     ring: Callable[[Codes], Codes]
