@@ -29,7 +29,6 @@ from contract.errors import (
     ConnectionFailedError,
     DeadlineError,
     ModelError,
-    PrivacyError,
     SecureSumError,
     StorageError,
     TrunklineError,
@@ -77,7 +76,7 @@ def open_secure_site(site: Site, client_id: str) -> SecureSite:
 
 
 _TOLD = (
-    *(SecureSumError, ConfigError, ModelError, StorageError, PrivacyError),
+    *(SecureSumError, ConfigError, ModelError, StorageError),
     *(ConnectionFailedError, DeadlineError, AgreementError),
 )
 """Whose texts, under masked sums, the orchestrator is told. They MUST quote no figure of a site's text or training."""

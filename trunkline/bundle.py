@@ -89,10 +89,13 @@ def _package_dir(package: str) -> Path:
 
 
 def _all_but_python(directory: str, names: list[str]) -> set[str]:
-    """What `copytree` leaves out: everything but Python sources and the folders that hold them."""
+    """What `copytree` leaves out: everything but Python sources and the folders that hold them, and the audits.
+
+    Attacks on what a run sends are no part of a run.
+    """
     here = Path(directory)
     return {
         name
         for name in names
-        if name == "__pycache__" or not (name.endswith(".py") or any((here / name).glob("**/*.py")))
+        if name in ("__pycache__", "audits") or not (name.endswith(".py") or any((here / name).glob("**/*.py")))
     }

@@ -21,12 +21,12 @@ orders = st.builds(
     run=st.text(min_size=1, max_size=20),
     **{field.name: _BYTES for field in fields(SecureOrder) if field.name != "run"},
 )
+_TEXTS = ("name", "dataset", "refusal", "failure")
 _WORDS = st.lists(st.text("abcdef", min_size=1, max_size=5), max_size=4).map(" ".join)
 replies = st.builds(
     SecureReply,
-    refusal=_WORDS,
-    failure=_WORDS,
-    **{field.name: _BYTES for field in fields(SecureReply) if field.name not in ("refusal", "failure")},
+    **dict.fromkeys(_TEXTS, _WORDS),
+    **{field.name: _BYTES for field in fields(SecureReply) if field.name not in _TEXTS},
 )
 BOTH = pytest.mark.parametrize("read", [order_from, reply_from])
 

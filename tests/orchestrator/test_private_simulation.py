@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -88,13 +90,18 @@ def rounds_of(config: RunConfig, number: int, row: RunRow) -> list[int]:
 
 def verify(home: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "trunkline", "budget", "verify"]
-    done = subprocess.run(command, cwd=home.parent, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "TRUNKLINE_HOME": str(home)}
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
-def changed(home: Path, statement: str) -> None:
-    """What somebody does who can write to the database and knows of its triggers."""
+def tampered(home: Path, place: Path, statement: str) -> Path:
+    """A copy of a home, after somebody who can write to its database, and knows of its triggers, ran `statement`."""
+    place.mkdir()
+    shutil.copy(home / "ledger-key.pem", place)
     with closing(sqlite3.connect(home / "trunkline.db")) as connection:
+        connection.execute("VACUUM INTO ?", (str(place / "trunkline.db"),))
+    with closing(sqlite3.connect(place / "trunkline.db")) as connection:
         triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             connection.execute(f"DROP TRIGGER {name}")
@@ -102,12 +109,13 @@ def changed(home: Path, statement: str) -> None:
         for _, sql in triggers:
             connection.execute(sql)
         connection.commit()
+    return place
 
 
 @pytest.mark.simulation
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_budgets_run_out_a_second_run_goes_on_with_them_and_tampering_is_found(
-    workplace: Workplace, superlink: SuperLinkAddress, config: RunConfig, home: Path
+    workplace: Workplace, superlink: SuperLinkAddress, config: RunConfig, home: Path, tmp_path: Path
 ) -> None:
     own = register_budget(config)
     one, two = (
@@ -148,16 +156,14 @@ def test_budgets_run_out_a_second_run_goes_on_with_them_and_tampering_is_found(
 
     assert verify(home)[0] == 0
     last = "SELECT max(rowid) FROM privacy_rows"
-    kept = (home / "trunkline.db").read_bytes()
-    for statement in (
-        f"DELETE FROM privacy_rows WHERE rowid = ({last})",
-        f"UPDATE privacy_rows SET state = 'VOID' WHERE rowid = ({last})",
-        "UPDATE privacy_rows SET round = 7 WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
-        "DELETE FROM privacy_rows WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
+    for number, statement in enumerate(
+        (
+            f"DELETE FROM privacy_rows WHERE rowid = ({last})",
+            f"UPDATE privacy_rows SET state = 'VOID' WHERE rowid = ({last})",
+            "UPDATE privacy_rows SET round = 7 WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
+            "DELETE FROM privacy_rows WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
+        )
     ):
-        changed(home, statement)
-        code, said = verify(home)
+        code, said = verify(tampered(home, tmp_path / str(number), statement))
         assert code == 1, said
         assert "client-" in said
-        (home / "trunkline.db").write_bytes(kept)
-    assert verify(home)[0] == 0
