@@ -86,7 +86,7 @@ def compare(
     }
     spec = resolve_lora(config.model, run_lora(config))
     first = initial_adapter(adapter_shapes(config.model, spec), config.seed)
-    model = add_lora(_whole_model(config), spec)
+    model = add_lora(whole_model(config), spec)
     before = _judge_each(model, first, sites, config)
     after = _judge_each(model, federated, sites, config)
     alone: dict[str, float] = {}
@@ -111,7 +111,8 @@ def _exported(directory: Path) -> dict[str, Tensor]:
         raise ModelError(f"{directory}: no exported adapter can be read: {error.strerror or error}") from error
 
 
-def _whole_model(config: RunConfig) -> torch.nn.Module:
+def whole_model(config: RunConfig) -> torch.nn.Module:
+    """The un-split base model of a run; none of its weights is trained."""
     with quiet_loading():
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, use_safetensors=True
