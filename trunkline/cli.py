@@ -53,6 +53,7 @@ MOUNTS = {
     "trunk": Mount("server_trunk.cli:app", "The trunk server: serve.", SERVE),
     "model": Mount("server_trunk.cli:model_app", "Checkpoints: split into a client part and a trunk part.", SERVE),
     "data": Mount("clients.cli:data_app", "A site's text: check it before anyone joins a run.", SERVE),
+    "audit": Mount("trunkline.audit:app", "Attack a site's own text, and see what gets out: run.", SERVE),
 }
 
 

@@ -156,12 +156,13 @@ def test_budgets_run_out_a_second_run_goes_on_with_them_and_tampering_is_found(
 
     assert verify(home)[0] == 0
     last = "SELECT max(rowid) FROM privacy_rows"
+    first_charge = "SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge'"
     for number, statement in enumerate(
         (
             f"DELETE FROM privacy_rows WHERE rowid = ({last})",
             f"UPDATE privacy_rows SET state = 'VOID' WHERE rowid = ({last})",
-            "UPDATE privacy_rows SET round = 7 WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
-            "DELETE FROM privacy_rows WHERE rowid = (SELECT min(rowid) FROM privacy_rows WHERE kind = 'charge')",
+            f"UPDATE privacy_rows SET round = 7 WHERE rowid = ({first_charge})",
+            f"DELETE FROM privacy_rows WHERE rowid = ({first_charge})",
         )
     ):
         code, said = verify(tampered(home, tmp_path / str(number), statement))

@@ -67,7 +67,7 @@ def test_noise_of_epsilon_8_leaves_nothing_above_guessing(bench: WireBench) -> N
 
 def test_little_noise_is_seen_through_and_more_passes_see_further(bench: WireBench) -> None:
     """What the Bayesian attack is for: where the nearest state is often another token's, frequency helps."""
-    noisy: dict[str, ConfigValue] = {"wire": "empirical", "wire-noise": 2.5}
+    noisy: dict[str, ConfigValue] = {"wire": "empirical", "wire-noise": 2.0}
     once = found_in(bench, "noise", noisy, ["enumeration", "inversion"])
     assert once["enumeration", "nearest state"].above.lower > 0.1
     assert once["enumeration", "with a prior"].value.value > once["enumeration", "nearest state"].value.value
