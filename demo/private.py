@@ -57,7 +57,7 @@ SETTINGS: dict[str, ConfigValue] = {
     "max-grad-norm": 0.0,
     "update-clip": 8.0,
 }
-CLIENTS, SEEDS = (4, 20, 100), (0, 1, 2)
+CLIENTS, SEEDS = (4, 20, 100), (0, 1)
 QUICK: dict[str, ConfigValue] = {"num-rounds": 1, "local-steps": 1, "eval-batches": 4}
 QUICK_CLIENTS, QUICK_SEEDS = (4, 8), (0, 1)
 

@@ -102,7 +102,8 @@ def whole_model(model_dir: str | Path, config: RunConfig) -> torch.nn.Module:
 def released_model(model_dir: str | Path, adapter_dir: str | Path, config: RunConfig) -> PeftModel:
     """The base model under an exported adapter. Raises ModelError where `adapter_dir` holds none for this model."""
     try:
-        return PeftModel.from_pretrained(whole_model(model_dir, config), str(adapter_dir)).eval()
+        with adapter.peft_refusals():
+            return PeftModel.from_pretrained(whole_model(model_dir, config), str(adapter_dir)).eval()
     # PEFT says with errors of many classes that a directory is no adapter, or none for this model.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -12,7 +12,7 @@ import numpy as np
 
 from clients.data import TokenRow
 
-INSERTED, UNSEEN = 16, 500
+INSERTED, UNSEEN = 32, 500
 _TOKENS = 32
 _NUMBERS_FROM = 1 << 40
 """Canaries' row numbers start above those of any data."""

@@ -2,13 +2,12 @@
 
 The attacker sends public text through the base head and the same mechanism, fits hidden state on token embedding, and
 asks of each state that it is sent under which token it is likeliest (a linear form of He, Zhang and Lee, "Model
-Inversion Attacks Against Collaborative Inference", ACSAC 2019). Public text lacks most tokens: in further copies of its
-rows some are swapped for tokens drawn at random, which the attacker may do with text of its own.
+Inversion Attacks Against Collaborative Inference", ACSAC 2019). Where public text lacks tokens, the
+attacker puts them in (clients/audits/public_text.py).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from privacy.audits.linear import Whitening, fit_linear, log_likelihoods
 Floats = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int64]
 
-_SWAPPED = 0.3
-_SIGHTINGS, _MOST_TOKENS = 8, 200_000
 _PULLS = (1.0, 1e9)
 """How many sightings of a token the linear fit counts for; the last trusts the fit alone."""
 _PRIOR_WEIGHTS = (0.0, 1.0)
@@ -54,21 +51,6 @@ class HiddenSamples:
     tokens_N: Tokens
     sent_ND: Floats
     clear_ND: Floats
-
-
-def swap_tokens(rows: Sequence[TokenRow], vocabulary: int, seed: int) -> list[TokenRow]:
-    """`rows` again and again with some of their tokens drawn anew, until each token was drawn about 8 times."""
-    generator = np.random.default_rng(seed)
-    wanted = min(_SIGHTINGS * vocabulary / _SWAPPED, _MOST_TOKENS)
-    swapped: list[TokenRow] = []
-    for row in itertools.cycle(rows):
-        if wanted <= 0:
-            break
-        wanted -= len(row.tokens_T)
-        drawn_T = generator.integers(vocabulary, size=len(row.tokens_T), dtype=np.int32)
-        tokens_T = np.where(generator.random(len(row.tokens_T)) < _SWAPPED, drawn_T, row.tokens_T)
-        swapped.append(TokenRow(row.number, tokens_T, tokens_T, row.truncated))
-    return swapped
 
 
 def samples(rows: Sequence[TokenRow], states: Sequence[tuple[Singles, Singles]], channel: Channel) -> HiddenSamples:

@@ -50,7 +50,7 @@ def _attacks(findings: Sequence[Finding]) -> list[str]:
 
 
 def _label(finding: Finding) -> str:
-    return f"{finding.attack}\n{finding.variant.partition(':')[0]}"
+    return f"{finding.attack}:\n{finding.variant.partition(':')[0]}"
 
 
 def _draw_panel(axis: Axes, title: str, findings: Sequence[Finding], modes: Sequence[str]) -> None:
@@ -79,4 +79,5 @@ def _draw_panel(axis: Axes, title: str, findings: Sequence[Finding], modes: Sequ
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_bounds(0, 100)
     axis.tick_params(axis="y", length=0)

@@ -1,4 +1,4 @@
-"""What everybody has who has the base model: its head, its language model, and how often tokens occur in public text.
+"""What everybody has who has the base model: its head and its language model.
 
 Both models go token by token with cached keys and values, so that a guess costs one token's work, not its prefix's.
 """
@@ -24,8 +24,6 @@ from contract.config import RunConfig
 from contract.model_files import resolve_model
 from contract.partition import DTYPES, load_part, quiet_loading
 from contract.records import CutLayers
-
-_FOLLOWED = 0.5  # a token that public text lacks counts as half a one
 
 
 class PublicHead:
@@ -122,11 +120,3 @@ class PublicLanguageModel:
             for place, odds_TV in zip(places, logits_BTV.float().log_softmax(-1).numpy(), strict=True):
                 found[place] = odds_TV
         return found
-
-
-def token_odds(rows: Sequence[TokenRow], vocabulary: int) -> npt.NDArray[np.float64]:
-    """Log probability of each token by how often it occurs in `rows`; of those that never do as half a time, [V]."""
-    counts_V = np.full(vocabulary, _FOLLOWED)
-    for row in rows:
-        np.add.at(counts_V, row.tokens_T, 1.0)
-    return np.asarray(np.log(counts_V / counts_V.sum()))

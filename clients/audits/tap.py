@@ -1,7 +1,8 @@
 """What a trunk gets of rows: head, wire mechanism and codec as in a run, then the trunk's answer, loss and gradient.
 
 The trunk runs in this process and nothing is sent. The site's adapter is left out: a fresh one changes nothing, and an
-attacker who knows the head exactly is the stronger one.
+attacker who knows the head exactly is the stronger one. So are buckets of lengths: the attacker is told how long each
+row is.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from clients.audits import enumeration, inversion, labels
 from clients.audits.channel import Channel, backward_channel, forward_channel, hidden_states
 from clients.audits.findings import CONTROL, Attack, Finding
 from clients.audits.guessers import BlindGuesser, best_blind_guesser
-from clients.audits.public_model import PublicHead, PublicLanguageModel, token_odds
+from clients.audits.public_model import PublicHead, PublicLanguageModel
+from clients.audits.public_text import swap_tokens, token_odds
 from clients.audits.tap import Crossed, MechanismOf, Singles, Tap
 from clients.data import TokenRow
 from clients.wire_privacy import wire_mechanism
@@ -43,11 +44,12 @@ class AuditRows:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What crossed in one mode; the public rows carry what they were before."""
+    """What crossed in one mode; the attacker's own rows carry what they were before. `swapped` are some of those."""
 
     audited: list[Crossed]
     fitted: list[Crossed]
     judged: list[Crossed]
+    swapped: list[Crossed]
 
 
 class WireBench:
@@ -73,16 +75,18 @@ class WireBench:
         """The wire attacks among `attacks`, each in its variants."""
         tap = self._tap.with_config(config)
         self._tell(f"{mode}: sending {len(self._rows.audited)} rows, and public text to learn from")
+        swapped = swap_tokens(self._rows.fitted, len(self._odds_V), self._seed)
+        both_ways = len(self._rows.fitted)
         sent = _Sent(
             audited=tap.cross(self._rows.audited, passes),
             fitted=tap.simulate(self._rows.fitted, passes),
             judged=tap.simulate(self._rows.judged, passes),
+            swapped=tap.simulate(swapped[:both_ways], passes),
         )
         found: list[Finding] = []
         if {"enumeration", "inversion"} & set(attacks):
             channel = forward_channel([*sent.fitted, *sent.judged], config)
-            swapped = inversion.swap_tokens(self._rows.fitted, len(self._odds_V), self._seed)
-            reader = self._reader(channel, sent, swapped, tap.simulate_hidden(swapped, passes))
+            reader = self._reader(channel, sent, swapped, tap.simulate_hidden(swapped[both_ways:], passes))
             found += self._smashed(mode, sent, attacks, channel, reader)
         if "labels" in attacks:
             found += self._labels(mode, config, sent, tap)
@@ -91,7 +95,8 @@ class WireBench:
     def _reader(
         self, channel: Channel, sent: _Sent, swapped: Sequence[TokenRow], states: Sequence[tuple[Singles, Singles]]
     ) -> inversion.TokenReader:
-        fitted = inversion.samples([*self._rows.fitted, *swapped], [*map(hidden_states, sent.fitted), *states], channel)
+        simulated = [*map(hidden_states, sent.fitted), *map(hidden_states, sent.swapped), *states]
+        fitted = inversion.samples([*self._rows.fitted, *swapped], simulated, channel)
         judged = inversion.samples(self._rows.judged, [*map(hidden_states, sent.judged)], channel)
         embedding_VC = self._tap.input_VD.double().numpy()
         return inversion.best_reader(fitted, judged, channel, embedding_VC, self._odds_V)
@@ -137,7 +142,7 @@ class WireBench:
     def _labels(self, mode: str, config: RunConfig, sent: _Sent, tap: Tap) -> list[Finding]:
         self._tell(f"{mode}: inferring labels")
         channel = backward_channel([*sent.fitted, *sent.judged], config)
-        readers = labels.label_readers(sent.fitted, channel, self._tap.output_VD.double().numpy())
+        readers = labels.label_readers([*sent.fitted, *sent.swapped], channel, self._tap.output_VD.double().numpy())
         everywhere = [np.broadcast_to(self._odds_V, (len(one.row.tokens_T), len(self._odds_V))) for one in sent.judged]
         reader, place = labels.best_reader(
             readers, sent.judged, channel, [everywhere, tap.log_odds_of_next(sent.judged)]

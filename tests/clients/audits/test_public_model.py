@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from clients.audits.public_model import PublicHead, PublicLanguageModel, token_odds
+from clients.audits.public_model import PublicHead, PublicLanguageModel
 from clients.data import TokenRow
 from contract.config import RunConfig
 from tests.contract.families import VOCAB, attention, batch, save_model
@@ -55,10 +55,3 @@ def test_the_language_model_says_the_same_step_by_step_and_at_once(tmp_path: Pat
         for row in range(2):
             np.testing.assert_allclose(odds_RV[row], at_once[row][place], atol=1e-4)
     np.testing.assert_allclose(at_once[2], at_once[0][:4], atol=1e-5)
-
-
-def test_tokens_that_were_never_seen_count_as_half_a_time() -> None:
-    tokens_T = np.array([2, 2, 0], dtype=np.int32)
-    assert np.exp(token_odds([TokenRow(0, tokens_T, tokens_T, False)], 4)) == pytest.approx(
-        np.array([1.5, 0.5, 2.5, 0.5]) / 5
-    )
