@@ -28,6 +28,11 @@ def noisy_encoding(config: RunConfig, clients: int, threshold: int) -> NoisySum:
     return plan_noisy_sum(clients, fewest, config.dp_clip, config.dp_noise_multiplier)
 
 
+def noise_scale(config: RunConfig, clients: int, threshold: int) -> float | None:
+    """The steps per unit of a noisy sum over `clients`, which its price depends on; None in a run without one."""
+    return noisy_encoding(config, clients, threshold).scale if config.dp == "client" else None
+
+
 def encoding(config: RunConfig, clients: int, threshold: int) -> FixedPoint | NoisySum:
     """The encoding of a session over `clients` with this threshold. Raises ConfigError for impossible numbers."""
     if config.dp == "client":

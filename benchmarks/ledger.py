@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from benchmarks.report import Cell, Report, Spread, Target
 from contract.identity import public_key_text
-from contract.privacy_records import Budget, PricedRelease, PrivacyEvent, Unit, View
+from contract.privacy_records import Budget, PricedRelease, PrivacyEvent, Standing, Unit, View
 from privacy.accountant import ACCOUNTANT
 from privacy.filters import admit
 from storage.ledger import Ledger, open_ledger
-from storage.records import Charge, Standing
+from storage.records import Charge
 
 UNITS = 1000
 RESERVE_LIMIT_MS = 5.0

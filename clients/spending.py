@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
-from aggregation.encoding import noisy_encoding
+from aggregation.encoding import noise_scale
 from clients.site import Site
 from contract.config import RunConfig
 from contract.errors import BudgetError, LedgerError
-from contract.privacy_records import Channel, Level, PricedRelease, PrivacyEvent, Unit
+from contract.privacy_records import Channel, PricedRelease, PrivacyEvent, Standing, Unit
 from contract.records import RoundKey
 from privacy.accountant import ACCOUNTANT
-from privacy.filters import admit
-from privacy.plan import register_budget, round_releases
+from privacy.filters import admit_standing
+from privacy.plan import level_of, register_budget, round_releases
 from storage.ledger import Ledger, open_ledger
-from storage.records import Charge, SignedHead, Standing
+from storage.ledger_rows import NODE_CONFIG
+from storage.records import Charge, SignedHead
 
 logger = logging.getLogger("trunkline.clients")
 
@@ -40,8 +40,7 @@ class SiteSpending:
 
     @property
     def unit(self) -> Unit:
-        level: Level = "client" if self.config.dp == "client" else "example"
-        return Unit(self.site.name, self.site.dataset, level)
+        return Unit(self.site.name, self.site.dataset, level_of(self.config))
 
     def reserve(
         self, key: RoundKey, clients: int, threshold: int, size: int, events: Mapping[Channel, PrivacyEvent]
@@ -51,7 +50,7 @@ class SiteSpending:
         `events` are what the wire's mechanism says that its passes cost: they must be what is charged. Raises
         BudgetError, and charges nothing, where there is no room.
         """
-        scale = noisy_encoding(self.config, clients, threshold).scale if self.config.dp == "client" else None
+        scale = noise_scale(self.config, clients, threshold)
         releases = round_releases(self.config, scale=scale, size=size)
         charged = {release.channel: release.event for release in releases}
         for channel, event in events.items():
@@ -89,16 +88,11 @@ class SiteSpending:
         standing = self.ledger.standing(self.unit)
         if standing.budget is None or (standing.budget.epsilon, standing.budget.delta) != self.site.budget:
             own = register_budget(self.config.model_copy(update={"dp_epsilon": epsilon, "dp_delta": delta}))
-            self.ledger.set_budget(self.unit, own, "node config", "privacy-epsilon, privacy-delta of the node config")
+            self.ledger.set_budget(self.unit, own, NODE_CONFIG, "privacy-epsilon, privacy-delta of the node config")
             logger.info("privacy budget of dataset %s: epsilon %g at delta %g", self.unit.dataset, epsilon, delta)
 
     def _admit(self, run: str, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
-        own = register_budget(self.config)
-        admit(own, standing.unit, standing.spent.get(run, {}), proposed)
-        total: Counter[str] = Counter()
-        for counts in standing.spent.values():
-            total.update(counts)
-        admit(standing.budget or own, standing.unit, total, proposed)
+        admit_standing(register_budget(self.config), run, standing, proposed)
 
 
 @contextmanager

@@ -155,7 +155,13 @@ class RunConfig(BaseModel):
     dp_epsilon: float = setting(
         8.0, PRIVACY_SECTION, "What a unit may spend in this run, against each adversary by itself.", gt=0.0
     )
-    dp_delta: float = setting(1e-5, PRIVACY_SECTION, "The chance at which epsilon may not hold.", gt=0.0, lt=1.0)
+    dp_delta: float = setting(
+        1e-5,
+        PRIVACY_SECTION,
+        "The chance at which epsilon may not hold; one of a hundredth could lay every hundredth unit open.",
+        gt=0.0,
+        lt=0.01,
+    )
     dp_noise_multiplier: float = setting(
         1.0,
         PRIVACY_SECTION,
@@ -172,8 +178,9 @@ class RunConfig(BaseModel):
     dp_colluders: int = setting(
         1,
         PRIVACY_SECTION,
-        "For `client`: how many clients may tell the orchestrator their noise. Each share is made larger for it.",
-        ge=0,
+        "For `client`: how many clients may tell the orchestrator their noise. Each share is made larger for it. One "
+        "at least: every client knows its own.",
+        ge=1,
     )
     dp_sample_rate: float = setting(
         0.05,
@@ -351,6 +358,11 @@ class RunConfig(BaseModel):
             )
         if self.dp == "example" and not self.local_steps:
             raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")
+        if self.dp == "example" and self.dtype == "bfloat16":
+            raise ConfigError(
+                "dp is example and dtype is bfloat16; rows' gradients in bfloat16 are too coarse for their norms, and so "
+                "for what they are cut to, to be trusted: dtype must be float32"
+            )
 
     @classmethod
     def from_flower(cls, values: Mapping[str, ConfigValue]) -> RunConfig:

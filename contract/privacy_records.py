@@ -119,3 +119,22 @@ class Budget:
     delta: float
     order: float
     gaussian_share: Mapping[Adversary, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a unit may spend and has spent, RESERVED or COMMITTED: counts of releases by their canonical text.
+
+    `budget` is the unit's own, `client_budget` that of all of its client's datasets together, at the unit's level; None
+    where none was ever set. `spent` is the unit's own spending by run, `client_spent` that of all the client's units of
+    this level. `chosen` says that a person set `budget`, knowing what was spent; `other_level` that the same dataset of
+    the client has spent at the other level.
+    """
+
+    unit: Unit
+    budget: Budget | None
+    client_budget: Budget | None
+    spent: Mapping[str, Mapping[str, int]]
+    client_spent: Mapping[str, int]
+    chosen: bool = False
+    other_level: bool = False

@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from aggregation.encoding import fewest_honest, noisy_encoding
+from aggregation.encoding import fewest_honest, noise_scale
 from aggregation.graph import full_threshold
 from clients.data import SiteData, TokenRow, load_dataset, load_tokenizer
 from clients.stdlib_text import DOMAINS
@@ -140,7 +140,9 @@ class Measurement:
         config, fewest_rows = self._config(mode), min(map(len, clients))
         size, privacy = self._model.start(config).size, None
         if config.dp != "off":
-            config = calibrated(config, size=size, scale_of=lambda tried: _scale(tried, len(clients)))
+            config = calibrated(
+                config, size=size, scale_of=lambda tried: noise_scale(tried, len(clients), full_threshold(len(clients)))
+            )
             privacy = _privacy(config, size, len(clients), fewest_rows)
         losses = []
         for seed in seeds:
@@ -153,16 +155,14 @@ class Measurement:
         return RunConfig.from_flower({**self._settings, **MODES[mode]})
 
 
-def _scale(config: RunConfig, clients: int) -> float | None:
-    return noisy_encoding(config, clients, full_threshold(clients)).scale if config.dp == "client" else None
-
-
 def _privacy(config: RunConfig, size: int, clients: int, rows: int) -> Privacy:
     """What the whole run costs, and how noisy it is, where each of `clients` has `rows`."""
     floor = fewest_honest(config, full_threshold(clients)) if config.dp == "client" else None
     noise = usability(config, size=size, clients=clients, fewest=floor or clients, rows=rows)[0]
     return Privacy(
-        epsilon=expected_spend(config, scale=_scale(config, clients), size=size)["holder"],
+        epsilon=expected_spend(config, scale=noise_scale(config, clients, full_threshold(clients)), size=size)[
+            "holder"
+        ],
         noise_multiplier=config.dp_noise_multiplier,
         clip=config.dp_clip,
         survivors_floor=floor,

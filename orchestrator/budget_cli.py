@@ -140,7 +140,7 @@ def plan(
     ),
     clients: Annotated[int, typer.Option(min=2, help="Clients of a round.")] = 10,
     threshold: Annotated[int, typer.Option(min=0, help="secagg-threshold; 0: floor(2N/3) + 1.")] = 0,
-    colluders: Annotated[int, typer.Option(min=0, help="dp-colluders, at client level.")] = 1,
+    colluders: Annotated[int, typer.Option(min=1, help="dp-colluders, at client level.")] = 1,
     size: Annotated[int, typer.Option(min=1, help="Values that a round trains.")] = 100_000,
     clip: Annotated[float, typer.Option(help="dp-clip.")] = 1.0,
     sample_rate: Annotated[float, typer.Option(help="dp-sample-rate, at example level.")] = 0.05,

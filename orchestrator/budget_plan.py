@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aggregation.encoding import noisy_encoding
+from aggregation.encoding import noise_scale
 from aggregation.graph import plan_graph
 from aggregation.terms import Policy
 from contract.config import ConfigValue, RunConfig
@@ -55,12 +55,10 @@ def planned(values: Mapping[str, ConfigValue], *, clients: int, threshold: int, 
     Raises ConfigError for settings that cannot be, and for a budget that no noise keeps to.
     """
     needed = _threshold(clients, threshold)
-
-    def scale_of(config: RunConfig) -> float | None:
-        return noisy_encoding(config, clients, needed).scale if config.dp == "client" else None
-
-    config = calibrated(RunConfig.from_flower(values), size=size, scale_of=scale_of)
-    scale = scale_of(config)
+    config = calibrated(
+        RunConfig.from_flower(values), size=size, scale_of=lambda tried: noise_scale(tried, clients, needed)
+    )
+    scale = noise_scale(config, clients, needed)
     pld = pld_epsilons(config, scale=scale, size=size)
     wired = config.wire == "dp"
     settings = {**values, "dp-noise-multiplier": config.dp_noise_multiplier}

@@ -71,19 +71,22 @@ class Membership:
     def units(self, members: Mapping[str, Member], level: Level) -> dict[str, Unit]:
         """Whose privacy each node's part is charged to: the enrolled client, or else the name that it declared.
 
-        A second node that declares the same client and dataset is left out: one budget pays for one part in a round.
+        One budget pays for one part in a round: a second node that declares the same client and dataset is left out,
+        and at client level every second node of a client, whose text is protected as a whole.
         """
         names = self._enrolled_names()
-        found: dict[Unit, str] = {}
+        found: dict[str, Unit] = {}
+        parts: dict[tuple[str, ...], str] = {}
         for node_id in sorted(members):
             greeting = self._greetings[node_id]
             client = greeting.name if names is None else members[node_id].client_id
-            unit = Unit(client, greeting.dataset, level)
-            if unit in found:
-                self.exclude(node_id, f"node {found[unit]} has the same name {client} and dataset {unit.dataset}")
+            part, shown = ((client,), "") if level == "client" else ((client, greeting.dataset), " and dataset")
+            first = parts.setdefault(part, node_id)
+            if first != node_id:
+                self.exclude(node_id, f"node {first} has the same name{shown}: {', '.join(part)}")
                 continue
-            found[unit] = node_id
-        return {node_id: unit for unit, node_id in found.items()}
+            found[node_id] = Unit(client, greeting.dataset, level)
+        return found
 
     def shut_out(self, node_id: str, reason: str) -> None:
         """Leave a node out for the rest of the run."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from contract.errors import ConfigError
+from storage.ledger_rows import chosen_by_person
 
 OperatorOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Who decides this, for the record; default: your login name.")
@@ -24,4 +25,6 @@ def operator_name(given: str | None) -> str:
             raise ConfigError("this login has no name; say who you are with --operator") from error
     if not name.strip():
         raise ConfigError("--operator is empty; say who decides this, for the record")
+    if not chosen_by_person(name.strip()):
+        raise ConfigError(f"--operator is {name.strip()!r}, which stands for settings; say which person decides this")
     return name.strip()

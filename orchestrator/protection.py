@@ -16,6 +16,8 @@ from storage.ledger import Ledger
 from storage.reader import Reader
 from storage.records import RunRow, Spending
 
+SPENT_BY_ONE_RUN = "that is by this run alone: `trunkline budget show` has what each client spent in all"
+
 
 def told_protection(reader: Reader, run: RunRow) -> str:
     """`OFF`, or the smallest secure sum of the run, with a warning where it is below a site's own default floors."""
@@ -60,7 +62,8 @@ def told_spent(config: RunConfig, run_id: str, spending: Iterable[Spending]) -> 
             for adversary in ADVERSARIES:
                 found = epsilon(spent(releases, adversary, budget.order), budget, adversary)
                 most[adversary] = max(most.get(adversary, 0.0), found)
-    return told_privacy(config, most)
+    lines = told_privacy(config, most)
+    return lines if config.dp == "off" else [*lines, SPENT_BY_ONE_RUN]
 
 
 def told_run_privacy(run: RunRow, ledger: Ledger) -> list[str]:

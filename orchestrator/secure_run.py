@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from aggregation.terms import Member
@@ -14,6 +15,7 @@ from orchestrator.membership import Membership
 from orchestrator.secure_session import SecureSession, new_session, session_graph
 from orchestrator.spending import Spending
 from orchestrator.telling import told_failures
+from privacy.plan import level_of
 
 log = logging.getLogger("trunkline.orchestrator")
 
@@ -57,7 +59,7 @@ class SecureRun:
     def draw_from(self, connected: list[str], number: int, values: int) -> SecureSession:
         """A session over the `connected` nodes that may take part. Raises QuorumError where they are too few."""
         desk, config = self.desk, self.desk.config
-        members = self._affordable(self.membership.known(connected), values)
+        members = self._affordable(connected, values)
         cohort = draw_cohort(sorted(members), desk.exchange.busy(), config, number)
         if len(cohort) < (wanted := self._wanted):
             told = "".join(f"; node {one}: {why}" for one, why in self.membership.excluded(connected))
@@ -71,35 +73,47 @@ class SecureRun:
     def _wanted(self) -> int:
         return max(2, self.desk.config.quorum, self.desk.config.secagg_threshold)
 
-    def _affordable(self, members: dict[str, Member], values: int) -> dict[str, Member]:
-        """Those of `members` whose privacy budgets have room for a round that trains `values` values.
+    def _affordable(self, connected: Collection[str], values: int) -> dict[str, Member]:
+        """Those of `connected` that may take part, with room in their budgets for a round that trains `values` values.
 
-        Raises BudgetError, with the reasons, where it is for their budgets alone that too few are left.
+        Raises BudgetError, with the reasons, where it is for budgets alone, the sites' own too, that too few are left.
         """
-        spending = self.spending
-        if spending is None or not values or len(members) < self._wanted:
+        members, spending, config = self.membership.known(connected), self.spending, self.desk.config
+        if spending is None or not values:
             return members
-        units = self.membership.units(members, spending.level)
+        units = self.membership.units(members, level_of(config))
         spending.units.update(units)
-        threshold = session_graph(self.desk.config, len(units)).threshold
-        over = spending.unaffordable(units, spending.releases(len(units), threshold, values))
-        for node_id, reason in over.items():
-            self.membership.exclude(node_id, reason)
+        over = {node: why for node, why in self.membership.shut_out_nodes.items() if node in connected}
+        if len(units) >= self._wanted:
+            clients = min(len(units), config.cohort_size or len(units))
+            releases = spending.releases(clients, session_graph(config, clients).threshold, values)
+            poor = spending.unaffordable(units, releases)
+            for node_id, reason in poor.items():
+                self.membership.exclude(node_id, reason)
+            over |= poor
         left = {node_id: members[node_id] for node_id in units if node_id not in over}
-        if len(left) < self._wanted <= len(units):
+        together = len(units.keys() | over.keys())
+        if len(left) < self._wanted <= together:
             raise BudgetError(
-                f"{len(left)} of {len(units)} clients can still pay for a round, {self._wanted} are needed; "
+                f"{len(left)} of {together} clients can still pay for a round, {self._wanted} are needed; "
                 f"{told_failures(over)}"
             )
         return left
 
     def charge(self, key: RoundKey, session: SecureSession) -> None:
-        """Charge the round to those who are about to train; who cannot pay sits it out. Durable on return."""
-        if self.spending is None:
+        """Charge the round to those who are about to train; who cannot pay sits it out. Durable on return.
+
+        Raises QuorumError where too few are left; nobody was asked for anything then, and nobody has paid.
+        """
+        spending, config = self.spending, self.desk.config
+        if spending is None:
             return
         gone = {node: why for node, why in self.membership.shut_out_nodes.items() if node in session.shared}
         session.leave_out(gone)
-        session.leave_out(self.spending.reserve(key, session))
+        session.leave_out(spending.reserve(key, session))
+        if len(session.shared) < (wanted := max(config.quorum, session.terms.threshold)):
+            spending.give_back(key, session.shared)
+            raise QuorumError(f"{len(session.shared)} clients are left to pay for the round, {wanted} are needed")
 
     def close_charges(self, key: RoundKey, session: SecureSession) -> None:
         """Give back what nobody was asked for; ask no more of sites whose own budgets are spent."""

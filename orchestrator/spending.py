@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 
-from aggregation.encoding import noisy_encoding
+from aggregation.encoding import noise_scale
 from contract.config import RunConfig
 from contract.errors import BudgetError
-from contract.privacy_records import ALL_DATASETS, Level, PricedRelease, Unit
+from contract.privacy_records import PricedRelease, Standing, Unit
 from contract.records import RoundKey
 from orchestrator.secure_session import SecureSession
 from privacy.accountant import ACCOUNTANT
-from privacy.filters import admit
+from privacy.filters import admit_standing
 from privacy.plan import register_budget, round_releases
 from storage.ledger import Ledger
-from storage.records import Charge, Standing
+from storage.records import Charge
 
 log = logging.getLogger("trunkline.orchestrator")
 
@@ -35,23 +34,17 @@ class Spending:
     ledger: Ledger
     units: dict[str, Unit] = field(default_factory=dict)
 
-    @property
-    def level(self) -> Level:
-        """What one unit of this run is; the run has differential privacy."""
-        return "client" if self.config.dp == "client" else "example"
-
     def releases(self, clients: int, threshold: int, size: int) -> tuple[PricedRelease, ...]:
         """What a round over `clients` that trains `size` values costs each of them."""
-        scale = noisy_encoding(self.config, clients, threshold).scale if self.config.dp == "client" else None
-        return round_releases(self.config, scale=scale, size=size)
+        return round_releases(self.config, scale=noise_scale(self.config, clients, threshold), size=size)
 
     def unaffordable(self, nodes: Collection[str], releases: Sequence[PricedRelease]) -> dict[str, str]:
         """Those of `nodes` whose budgets have no room for `releases`, with the reason; nothing is charged."""
         found = {}
+        standings = self.ledger.standings([self.units[node_id] for node_id in nodes])
         for node_id in nodes:
-            standing = self.ledger.standing(self.units[node_id])
             try:
-                self._admit(standing, releases)
+                self._admit(standings[self.units[node_id]], releases)
             except BudgetError as error:
                 found[node_id] = str(error)
         return found
@@ -78,30 +71,14 @@ class Spending:
 
     def heads(self, nodes: Collection[str]) -> dict[str, bytes]:
         """The newest signed head of each node's chain, for the node to keep; as JSON, with whose chain it is."""
+        newest = self.ledger.newest_heads([self.units[node_id] for node_id in nodes])
         told = {}
         for node_id in nodes:
-            signed = self.ledger.heads(self.units[node_id])
-            if signed:
-                whole = {"unit": asdict(self.units[node_id]), "head": asdict(signed[-1])}
+            unit = self.units[node_id]
+            if unit in newest:
+                whole = {"unit": asdict(unit), "head": asdict(newest[unit])}
                 told[node_id] = json.dumps(whole, sort_keys=True).encode()
         return told
 
     def _admit(self, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
-        """Every budget in force must have room: the run's own, the dataset's over all runs, the client's in all."""
-        own, unit = register_budget(self.config), standing.unit
-        try:
-            admit(own, unit, standing.spent.get(self.run_id, {}), proposed)
-        except BudgetError as error:
-            raise BudgetError(f"in this run (dp-epsilon, dp-delta): {error}") from error
-        admit(standing.budget or own, unit, over_runs(standing.spent), proposed)
-        if standing.client_budget is not None:
-            whole = Unit(unit.client, ALL_DATASETS, unit.level)
-            admit(standing.client_budget, whole, standing.client_spent, proposed)
-
-
-def over_runs(spent: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """How often each release was charged in all runs together, from the counts of each run."""
-    total: Counter[str] = Counter()
-    for counts in spent.values():
-        total.update(counts)
-    return dict(total)
+        admit_standing(register_budget(self.config), self.run_id, standing, proposed)

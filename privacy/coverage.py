@@ -88,11 +88,25 @@ def _assumed(config: RunConfig) -> list[str]:
         lines.append(
             f"at most {config.dp_colluders} of a sum's clients tell the orchestrator their noise (dp-colluders)"
         )
-    elif config.wire != "dp":
-        lines.append("the trunk computes rows apart: one that mixes them lets a row reach another's gradient")
+    elif _trunk_is_trusted(config):
+        lines.append(
+            "the trunk computes rows apart and keeps no memory between batches: one that mixes them lets a row reach "
+            "another's gradient"
+        )
     if config.dp == "example" and config.dp_gradients == "ghost":
         lines.append("no row's tokens all but cancel in its gradient: ghost norms are float32 sums of products")
     return lines
+
+
+def _trunk_is_trusted(config: RunConfig) -> bool:
+    """Whether an epsilon at example level rests on a trunk that answers each row from that row alone.
+
+    Noise on the wire does not make it needless: the price of a row in the adapters' sum is that of its own gradient,
+    drawn in secret, and a trunk that mixes carries it, noised, into the others'. Only where everybody is charged for
+    the noised rows as the trunk sees them (a trained trunk behind a noised wire) is all that such a trunk can do
+    post-processing of what was paid for.
+    """
+    return config.wire != "dp" or config.trunk_adapter == "frozen"
 
 
 def adjacency_in_words(config: RunConfig, adversary: Adversary) -> str:

@@ -9,15 +9,43 @@ when it was registered (Feldman and Zrnic 2021).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from contract.errors import BudgetError, ConfigError
-from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Adversary, Budget, PricedRelease, Unit
+from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Adversary, Budget, PricedRelease, Standing, Unit
 from privacy.accountant import Spent, count, divided, epsilon, gaussian_share, spent
 from privacy.coverage import IN_WORDS
 from privacy.gaussian_curve import gaussian_allowance
 from privacy.renyi import SMALLEST_ORDER, renyi_allowance
+
+
+def admit_standing(own: Budget, run: str, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
+    """Raise BudgetError unless `proposed` fits in every budget in force.
+
+    Those are `own`, the run's for a unit in this run; the dataset's over all runs, and where none was set yet `own` for
+    that too; the client's over all datasets. Budgets at two levels over the same data are not one: a dataset that spent
+    at the other level is refused, unless a person set a budget at this one.
+    """
+    unit = standing.unit
+    if standing.other_level and not standing.chosen:
+        other = "example" if unit.level == "client" else "client"
+        raise BudgetError(
+            f"dataset {unit.dataset} of client {unit.client} has spent at {other} level, and budgets at two levels "
+            f"over the same text do not make one; `trunkline budget set --level {unit.level}` sets one all the same"
+        )
+    try:
+        admit(own, unit, standing.spent.get(run, {}), proposed)
+    except BudgetError as error:
+        raise BudgetError(f"in this run (dp-epsilon, dp-delta): {error}") from error
+    total: Counter[str] = Counter()
+    for counts in standing.spent.values():
+        total.update(counts)
+    admit(standing.budget or own, unit, total, proposed)
+    if standing.client_budget is not None:
+        admit(standing.client_budget, replace(unit, dataset=ALL_DATASETS), standing.client_spent, proposed)
 
 
 def admit(budget: Budget, unit: Unit, charged: Mapping[str, int], proposed: Sequence[PricedRelease]) -> None:

@@ -39,21 +39,27 @@ def round_releases(config: RunConfig, *, scale: float | None, size: int) -> tupl
 
 @lru_cache(maxsize=256)
 def register_budget(config: RunConfig) -> Budget:
-    """`dp-epsilon` and `dp-delta` as a budget for what the run needs: the Renyi filter's order, and the two's shares.
-
-    Against an adversary who sees releases for both filters each gets half; for one alone, all. The order is the one of
-    a fixed grid that affords the most rounds. Raises ConfigError where `dp` is off.
-    """
+    """`dp-epsilon` and `dp-delta` as a budget for what the run needs. Raises ConfigError where `dp` is off."""
     if config.dp == "off":
         raise ConfigError("dp is off: nothing of the run has a price, so it has no budget")
     # A Skellam sum's price has the shape of a Gaussian's at every scale, so that any scale finds its order.
     releases = round_releases(config, scale=1.0, size=1)
+    return budget_for(releases, config.dp_epsilon, config.dp_delta, level_of(config))
+
+
+def budget_for(releases: Iterable[PricedRelease], epsilon: float, delta: float, level: Level) -> Budget:
+    """A budget for more of such releases: the Renyi filter's order, and the two filters' shares.
+
+    Against an adversary who sees releases for both filters each gets half; for one alone, all. The order is the one of
+    a fixed grid that affords the most rounds.
+    """
+    releases = list(releases)
     seen = {adversary: _prices(releases, adversary) for adversary in ADVERSARIES}
     shares = {adversary: _share(prices) for adversary, prices in seen.items()}
     amplified = [one for prices in seen.values() for one in prices if isinstance(one.renyi, SampledGaussian)]
     rest = min((1.0 - share for share in shares.values() if share < 1.0), default=1.0)
-    order = best_order(config.dp_epsilon * rest, config.dp_delta * rest, level_of(config), amplified[:1])
-    return Budget(config.dp_epsilon, config.dp_delta, order, shares)
+    order = best_order(epsilon * rest, delta * rest, level, amplified[:1])
+    return Budget(epsilon, delta, order, shares)
 
 
 def best_order(epsilon: float, delta: float, level: Level, amplified: Iterable[Price] = ()) -> float:
@@ -127,10 +133,15 @@ def _noisy_sum(config: RunConfig, scale: float | None, size: int) -> PricedRelea
 
 
 def _dp_sgd(config: RunConfig) -> PricedRelease:
-    """A row takes part in each step by a chance that the trunk alone sees, as far as rows reach it."""
+    """A row takes part in each step by a chance, secret from whoever gets nothing of what the trunk is sent.
+
+    A trained trunk's half comes of the very rows that were drawn, so that it may tell who was: where it is released
+    too, nobody is charged less for the draw.
+    """
+    drawn_in_secret = config.wire != "dp" or config.trunk_adapter == "frozen"
     rate = "1" if config.dp_sample_rate == 1.0 else config.dp_sample_rate.hex()
-    secret = View(config.local_steps, rate, "zero-out")
-    views: dict[Adversary, View] = {"holder": secret, "orchestrator": secret}
+    seen = View(config.local_steps, rate, "zero-out") if drawn_in_secret else _visible(config, "zero-out")
+    views: dict[Adversary, View] = {"holder": seen, "orchestrator": seen}
     if config.wire == "dp":
         views["trunk"] = _visible(config, "replace")
     return PricedRelease("adapter_sum", gaussian_event(config.dp_noise_multiplier, config.dp_clip), views)

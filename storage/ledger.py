@@ -13,18 +13,18 @@ from sqlalchemy import Engine, bindparam, case, func, select
 from sqlalchemy.orm import Session
 
 from contract.errors import BudgetError, LedgerError
-from contract.privacy_records import Budget, PricedRelease, Unit
+from contract.privacy_records import Budget, PricedRelease, Standing, Unit
 from storage import ledger_heads, schema
 from storage.engine import in_turn, storable, storage_errors
 from storage.ledger_audit import audit
 from storage.ledger_chain import unit_id_of
 from storage.ledger_report import report_of
-from storage.ledger_rows import COLUMNS, budget_row, reserved_row
+from storage.ledger_rows import COLUMNS, RUN_PREFIX, budget_row, reserved_row
 from storage.ledger_settlement import settle_in
-from storage.ledger_standings import Standings, budgets_of
+from storage.ledger_standings import Standings, all_budgets
 from storage.ledger_tables import NAMED, ROWS, chunks
 from storage.ledger_writer import LedgerWriter, moment, take_turn
-from storage.records import Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead, Spending, Standing
+from storage.records import Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead, Spending
 from storage.revisions import opened_for_writing
 from storage.store import Clock, utc_now
 
@@ -118,7 +118,7 @@ class Ledger:
 
     def register_budgets(self, units: Iterable[Unit], budget: Budget, run_id: str) -> None:
         """Set the budget of those units that never had one, as a run does when it is created."""
-        named, operator = list(units), f"run {run_id}"
+        named, operator = list(units), f"{RUN_PREFIX}{run_id}"
         reason = "the budget that the run was created with"
         in_turn(self._engine, lambda session: self._set_budgets(session, named, budget, operator, reason, anew=False))
 
@@ -145,8 +145,13 @@ class Ledger:
 
     def standing(self, unit: Unit) -> Standing:
         """What a unit may spend and has spent; a unit that the ledger does not know has spent nothing."""
+        return self.standings([unit])[unit]
+
+    def standings(self, units: Collection[Unit]) -> dict[Unit, Standing]:
+        """What each of `units` may spend and has spent, read at once."""
         with self._reading() as session:
-            return Standings(session, [unit]).of(unit)
+            found = Standings(session, list(units))
+            return {unit: found.of(unit) for unit in units}
 
     def units(self) -> list[Unit]:
         """Every unit that was charged or given a budget, by client, dataset and level."""
@@ -159,7 +164,7 @@ class Ledger:
     def budgets(self) -> dict[Unit, Budget]:
         """The budgets in force."""
         with self._reading() as session:
-            units, budgets = self._units_by_id(session), budgets_of(session)
+            units, budgets = self._units_by_id(session), all_budgets(session)
             return {units[unit_id]: budget for unit_id, budget in budgets.items()}
 
     def rows(self, unit: Unit) -> Iterator[LedgerRow]:
@@ -193,10 +198,12 @@ class Ledger:
         with self._reading() as session:
             return ledger_heads.read_heads(session, "own", None if unit is None else unit_id_of(unit))
 
-    def round_heads(self, run: str, round: int, attempt: int) -> list[SignedHead]:
-        """The heads that were signed when an attempt was settled: what its clients are to be sent."""
+    def newest_heads(self, units: Iterable[Unit]) -> dict[Unit, SignedHead]:
+        """The last signed head of each chain, read at once; a unit whose chain has none is left out."""
+        named = {unit_id_of(unit): unit for unit in units}
         with self._reading() as session:
-            return ledger_heads.read_heads(session, "own", attempt=(run, round, attempt))
+            found = ledger_heads.newest_heads(session, named)
+        return {named[head.unit_id]: head for head in found}
 
     def peer_heads(self, unit: Unit | None = None) -> list[SignedHead]:
         """The newest head that each peer sent of its chain of one unit, or of each."""

@@ -5,30 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from contract.errors import LedgerError
 from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import head_fault, unit_id_of
+from storage.ledger_tables import chunks
 from storage.ledger_writer import HEAD_COLUMNS, head_columns, moment, take_turn
 from storage.records import HeadSource, SignedHead
 
 _INTEGERS = frozenset({"seq", "round", "attempt"})
 
 
-def read_heads(
-    session: Session, source: HeadSource, unit_id: str | None = None, attempt: tuple[str, int, int] | None = None
-) -> list[SignedHead]:
-    """The heads of a source, of one unit or attempt (run, round, attempt) or of all, oldest first in each unit."""
+def read_heads(session: Session, source: HeadSource, unit_id: str | None = None) -> list[SignedHead]:
+    """The heads of a source, of one unit or of all, oldest first in each unit."""
     head = schema.PrivacyHead
     query = select(*(getattr(head, name) for name in HEAD_COLUMNS)).where(head.source == source)
     if unit_id is not None:
         query = query.where(head.unit_id == unit_id)
-    if attempt is not None:
-        query = query.where(head.run == attempt[0], head.round == attempt[1], head.attempt == attempt[2])
     return [SignedHead(*found) for found in session.execute(query.order_by(head.unit_id, head.seq, head.at))]
+
+
+def newest_heads(session: Session, unit_ids: Iterable[str]) -> list[SignedHead]:
+    """The last head that this ledger signed of each of these chains."""
+    head, found = schema.PrivacyHead, []
+    for some in chunks(unit_ids):
+        own = (head.source == "own", head.unit_id.in_(some))
+        last = select(head.unit_id, func.max(head.seq)).where(*own).group_by(head.unit_id)
+        query = select(*(getattr(head, name) for name in HEAD_COLUMNS)).where(*own)
+        ends = tuple_(head.unit_id, head.seq).in_(last)
+        found += [SignedHead(*columns) for columns in session.execute(query.where(ends).order_by(head.at))]
+    return list({one.unit_id: one for one in found}.values())
 
 
 def newest_of_each(heads: Iterable[SignedHead]) -> list[SignedHead]:

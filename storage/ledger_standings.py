@@ -9,14 +9,14 @@ from dataclasses import replace
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from contract.privacy_records import ALL_DATASETS, Budget, Unit
+from contract.privacy_records import ALL_DATASETS, Budget, Standing, Unit
 from storage.ledger_chain import unit_id_of
-from storage.ledger_rows import BUDGET_CHANNEL, budget_from
+from storage.ledger_rows import BUDGET_CHANNEL, budget_from, chosen_by_person
 from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
-from storage.records import Charge, Standing
+from storage.records import Charge
 
 _BUDGETS = (
-    select(ROWS.c.unit_id, ROWS.c.parameters)
+    select(ROWS.c.unit_id, ROWS.c.parameters, ROWS.c.operator)
     .where(ROWS.c.run == "", ROWS.c.channel == BUDGET_CHANNEL)
     .order_by(ROWS.c.seq)
 )
@@ -37,13 +37,14 @@ def client_wide(unit: Unit) -> Unit:
     return replace(unit, dataset=ALL_DATASETS)
 
 
-def budgets_of(session: Session, unit_ids: Iterable[str] | None = None) -> dict[str, Budget]:
-    """The budgets in force by unit_id, of all units or of these; raises LedgerError where a row holds none."""
-    if unit_ids is None:
-        found = [tuple(row) for row in session.execute(_BUDGETS)]
-    else:
-        found = [tuple(row) for some in chunks(unit_ids) for row in session.execute(_BUDGETS_OF, {"named": some})]
-    newest = dict(found)
+def at_other_level(unit: Unit) -> Unit:
+    """The same dataset of the same client, protected as what `unit` does not protect it as."""
+    return replace(unit, level="example" if unit.level == "client" else "client")
+
+
+def all_budgets(session: Session) -> dict[str, Budget]:
+    """The budgets in force by unit_id; raises LedgerError where a row holds none."""
+    newest = {unit_id: text for unit_id, text, _ in session.execute(_BUDGETS)}
     return {unit_id: budget_from(text) for unit_id, text in newest.items()}
 
 
@@ -51,11 +52,14 @@ class Standings:
     """The standings of some units as they are now, and as they become with what `spend` adds."""
 
     def __init__(self, session: Session, units: Sequence[Unit]) -> None:
-        self._ids = {unit: unit_id_of(unit) for unit in (*units, *map(client_wide, units))}
-        self._budgets = budgets_of(session, dict.fromkeys(self._ids.values()))
+        others = [*map(at_other_level, units)]
+        self._ids = {unit: unit_id_of(unit) for unit in (*units, *others, *map(client_wide, units))}
+        self._budgets: dict[str, Budget] = {}
+        self._chosen: dict[str, bool] = {}
         self._spent: dict[str, dict[str, Counter[str]]] = {}
         self._of_clients: dict[tuple[str, str], Counter[str]] = {}
-        self._read_units(session, [self._ids[unit] for unit in units])
+        self._read_budgets(session)
+        self._read_units(session, list(dict.fromkeys(self._ids[unit] for unit in (*units, *others))))
         self._read_clients(session, sorted({unit.client for unit in units}))
 
     def of(self, unit: Unit) -> Standing:
@@ -66,6 +70,8 @@ class Standings:
             client_budget=self._budgets.get(self._ids[client_wide(unit)]),
             spent=_positive_by_run(self._spent.get(self._ids[unit], {})),
             client_spent=dict(+self._of_clients.get((unit.client, unit.level), Counter())),
+            chosen=self._chosen.get(self._ids[unit], False),
+            other_level=bool(_positive_by_run(self._spent.get(self._ids[at_other_level(unit)], {}))),
         )
 
     def spend(self, charges: Iterable[Charge]) -> None:
@@ -74,6 +80,14 @@ class Standings:
             unit, release = charge.unit, charge.release.canonical()
             self._spent.setdefault(self._ids[unit], {}).setdefault(charge.run, Counter())[release] += 1
             self._of_clients.setdefault((unit.client, unit.level), Counter())[release] += 1
+
+    def _read_budgets(self, session: Session) -> None:
+        newest = {}
+        for some in chunks(dict.fromkeys(self._ids.values())):
+            for unit_id, text, operator in session.execute(_BUDGETS_OF, {"named": some}):
+                newest[unit_id] = text, operator
+        for unit_id, (text, operator) in newest.items():
+            self._budgets[unit_id], self._chosen[unit_id] = budget_from(text), chosen_by_person(operator)
 
     def _read_units(self, session: Session, unit_ids: Sequence[str]) -> None:
         for some in chunks(unit_ids):

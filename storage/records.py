@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
-from contract.privacy_records import Budget, PricedRelease, Unit
+from contract.privacy_records import PricedRelease, Unit
 
 RunMode = Literal["simulation", "deployment", "unknown"]
 RunStatus = Literal["running", "finished", "failed", "stopped"]
@@ -185,22 +185,6 @@ class Charge:
     attempt: int
     release: PricedRelease
     accountant: str
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What a unit may spend and has spent, RESERVED or COMMITTED: counts of releases by their canonical text.
-
-    `budget` is the unit's own, `client_budget` that of all of its client's datasets together, at the unit's level; None
-    where none was ever set. `spent` is the unit's own spending by run, `client_spent` that of all the client's units of
-    this level.
-    """
-
-    unit: Unit
-    budget: Budget | None
-    client_budget: Budget | None
-    spent: Mapping[str, Mapping[str, int]]
-    client_spent: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

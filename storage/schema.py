@@ -290,8 +290,6 @@ class PrivacyHead(Base):
     """A signed head of a chain of this ledger, or, from a peer, of the chain that the peer keeps. Append-only."""
 
     __tablename__ = "privacy_heads"
-    __table_args__ = (Index("ix_privacy_heads_run_round_attempt", "run", "round", "attempt"),)  # what an attempt signed
-
     source: Mapped[HeadSource] = mapped_column(Text, primary_key=True)
     unit_id: Mapped[str] = mapped_column(primary_key=True)  # of a peer's chain: no unit of this ledger, perhaps
     signer: Mapped[str] = mapped_column(primary_key=True)

@@ -156,6 +156,7 @@ def test_an_example_level_budget_holds_the_trunk_to_the_gaussian_filter_and_keep
         (("north", "--dataset", "a", "--all-datasets", *EIGHT, "--reason", "x"), "give either --dataset or"),
         (("north", "--dataset", "a", *EIGHT, "--reason", " "), "--reason is empty"),
         (("north", "--dataset", "a", *EIGHT, "--reason", "x", "--operator", ""), "--operator is empty"),
+        (("north", "--dataset", "a", *EIGHT, "--reason", "x", "--operator", "run 7"), "which stands for settings"),
         (("no/rth", "--dataset", "a", *EIGHT, "--reason", "x"), "client id is 'no/rth'"),
         (
             ("north", "--dataset", "a", "--level", "client", "--epsilon", "-1", "--delta", "1e-5", "--reason", "x"),

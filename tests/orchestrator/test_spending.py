@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
 from privacy.plan import expected_spend, register_budget
-from storage.ledger import Ledger, open_ledger
+from storage.ledger import Admit, Ledger, open_ledger
 from storage.ledger_chain import head_fault
-from storage.records import SignedHead
+from storage.records import Charge, Refusal, SignedHead
 from storage.store import Store
 from tests.orchestrator.conftest import Bench
 from tests.orchestrator.fakes import FakeNode
@@ -246,6 +246,60 @@ def test_two_nodes_that_name_one_dataset_do_not_spend_it_twice_in_a_round(start:
     assert not any("train" in stages for stages in charged.clients[5].asked)
 
 
+def test_at_client_level_a_client_is_asked_through_one_node_whatever_its_datasets(start: Start) -> None:
+    charged = start()
+    charged.clients[5].name, charged.clients[5].dataset = "client-4", "other-texts"
+    charged.play()
+    assert charged.states(4) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
+    assert not any("train" in stages for stages in charged.clients[5].asked)
+    ((_, reason),) = charged.run.membership.excluded(["5"])
+    assert reason == "node 4 has the same name: client-4"
+
+
+def test_a_dataset_that_spent_at_one_level_is_asked_at_the_other_only_where_a_person_says_so(start: Start) -> None:
+    charged = start()
+    rows = Unit("client-5", "texts", "example")
+    release = charged.run.spending.releases(5, 4, 10)[0]  # type: ignore[union-attr]
+    charged.ledger.reserve([Charge(rows, "before", 1, 1, release, "x")], lambda standing, proposed: None)
+    charged.play()
+    assert charged.states(5) == []
+    ((_, reason),) = charged.run.membership.excluded(["5"])
+    assert "has spent at example level, and budgets at two levels" in reason
+    charged.give(5, 4)
+    charged.play()  # was set up before
+    charged.play()
+    assert charged.states(5) == [(3, 1, "RESERVED"), (3, 1, "COMMITTED")]
+
+
+def test_sites_whose_own_ledgers_are_spent_end_the_run_for_budgets_too(start: Start) -> None:
+    charged = start()
+    charged.clients[2].own_budget_is_spent = True
+    charged.play()
+    charged.clients[3].own_budget_is_spent = True
+    with pytest.raises(BudgetError, match="3 of 5 clients can still pay for a round, 4 are needed; client 2: Budget"):
+        charged.play()
+
+
+def test_too_few_who_can_pay_when_it_is_charged_are_not_asked_and_get_it_back(start: Start) -> None:
+    charged = start()
+    charged.play()
+    reserve = charged.run.spending.ledger.reserve  # type: ignore[union-attr]
+
+    def spent_meanwhile(charges: Sequence[Charge], admit: Admit) -> list[Refusal]:
+        """Another run over the same datasets was quicker, after this round was set up."""
+        for number in (4, 5):
+            charged.give(number, 1)
+        return reserve(charges, admit)
+
+    charged.run.spending.ledger.reserve = spent_meanwhile  # type: ignore[union-attr,method-assign]
+    asked = len(charged.bench.grid.sent)
+    with pytest.raises(BudgetError, match="3 of 5 clients can still pay for a round, 4 are needed"):
+        charged.play()
+    assert not any("train" in asked_of(message) for message in charged.bench.grid.sent[asked:])
+    assert charged.states(1)[2:] == [(2, 1, "RESERVED"), (2, 1, "VOID")]
+    assert charged.ledger.verify() == []
+
+
 def test_every_client_keeps_the_signed_head_that_the_run_ends_with(start: Start) -> None:
     charged = start()
     charged.play()
@@ -268,7 +322,8 @@ def test_what_was_spent_is_told_with_its_adversary_and_withheld_from_who_sees_mo
     config = charged.bench.config.model_copy(update={"num_rounds": 2})
     size = int(np.count_nonzero(charged.version.client.trained("B")))
     expected = expected_spend(config, scale=2.0**20, size=size)["holder"]
-    holder, orchestrator, trunk = told_run_privacy(run, charged.ledger)
+    holder, orchestrator, trunk, whole = told_run_privacy(run, charged.ledger)
+    assert "by this run alone" in whole
     assert holder.startswith(
         f"epsilon {expected:.3g} at delta 1e-05 for who holds the released adapter (all of a client's"
     )

@@ -20,11 +20,12 @@ from contract.privacy_records import (
     Budget,
     PricedRelease,
     PrivacyEvent,
+    Standing,
     Unit,
     View,
 )
 from privacy.accountant import Spent, count, epsilon
-from privacy.filters import admit, require_affordable, require_sound, used
+from privacy.filters import admit, admit_standing, require_affordable, require_sound, used
 from privacy.gaussian import gaussian_event
 from privacy.gaussian_curve import gaussian_allowance
 from privacy.renyi import renyi_allowance
@@ -206,3 +207,48 @@ def test_what_is_no_budget_is_refused(wrong: Budget, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         require_sound(wrong)
     require_sound(budget(0.5))
+
+
+# ---- all budgets of a standing ---------------------------------------------------------------------------------------
+
+
+def standing(**told: object) -> Standing:
+    blank: dict[str, object] = {"budget": None, "client_budget": None, "spent": {}, "client_spent": {}}
+    return Standing(unit=UNIT, **{**blank, **told})  # type: ignore[arg-type]
+
+
+ONE = release(2.0, holder=SECRET)
+
+
+def rounds_that_fit(of: Budget) -> int:
+    """How many times ONE fits in a budget by itself."""
+    for times in range(1000):
+        try:
+            admit(of, UNIT, {ONE.canonical(): times}, [ONE])
+        except BudgetError:
+            return times
+    raise AssertionError("the budget never ends")
+
+
+def test_the_run_the_dataset_and_the_client_each_have_a_budget_that_binds() -> None:
+    own, small = budget(0.0), budget(0.0, epsilon=6.0)
+    most, fewer = rounds_that_fit(own), rounds_that_fit(small)
+    assert 0 < fewer < most
+    text = ONE.canonical()
+    admit_standing(own, "now", standing(spent={"now": {text: most - 1}}), [ONE])
+    with pytest.raises(BudgetError, match=r"in this run \(dp-epsilon, dp-delta\): dataset letters"):
+        admit_standing(own, "now", standing(spent={"now": {text: most}}), [ONE])
+    two_runs = {"before": {text: fewer - 1}, "now": {text: 1}}
+    with pytest.raises(BudgetError, match="^dataset letters of client north"):
+        admit_standing(own, "now", standing(spent=two_runs, budget=small), [ONE])
+    with pytest.raises(BudgetError, match="^dataset letters of client north"):
+        admit_standing(own, "now", standing(spent={"before": {text: most}}), [ONE])
+    with pytest.raises(BudgetError, match="^all datasets of client north"):
+        admit_standing(own, "now", standing(client_budget=small, client_spent={text: fewer}), [ONE])
+    admit_standing(own, "now", standing(client_budget=small, client_spent={text: fewer - 1}), [ONE])
+
+
+def test_a_dataset_spends_at_one_level_unless_a_person_gave_it_a_budget_at_another() -> None:
+    with pytest.raises(BudgetError, match="has spent at client level, .* --level example` sets one all the same"):
+        admit_standing(budget(0.0), "now", standing(budget=budget(0.0), other_level=True), [ONE])
+    admit_standing(budget(0.0), "now", standing(budget=budget(0.0), other_level=True, chosen=True), [ONE])

@@ -19,6 +19,7 @@ from privacy.plan import (
     FRACTIONAL_ORDERS,
     WHOLE_ORDERS,
     best_order,
+    budget_for,
     expected_spend,
     level_of,
     register_budget,
@@ -89,6 +90,14 @@ def test_under_wire_dp_the_holder_sees_of_the_wire_only_what_the_trunks_half_lea
         assert trained[channel]["trunk"] == View(2, "1", "replace")
 
 
+def test_a_trained_trunks_half_tells_who_was_drawn_so_that_no_draw_is_believed() -> None:
+    frozen, trained = ({one.channel: one.views for one in releases(config(base))} for base in (WIRE, TRAINED))
+    drawn, told = View(10, (0.05).hex(), "zero-out"), View(2, "1", "zero-out")
+    assert frozen["adapter_sum"]["holder"] == frozen["adapter_sum"]["orchestrator"] == drawn
+    assert trained["adapter_sum"]["holder"] == trained["adapter_sum"]["orchestrator"] == told
+    assert trained["adapter_sum"]["trunk"] == frozen["adapter_sum"]["trunk"] == View(2, "1", "replace")
+
+
 # ---- the budget ------------------------------------------------------------------------------------------------------
 
 
@@ -99,15 +108,23 @@ def test_under_wire_dp_the_holder_sees_of_the_wire_only_what_the_trunks_half_lea
         (EXAMPLE, (0.0, 0.0, 0.0)),
         ({**EXAMPLE, "dp-sample-rate": 1.0}, (1.0, 1.0, 0.0)),
         (WIRE, (0.0, 0.0, 1.0)),
-        (TRAINED, (0.5, 0.5, 1.0)),
+        (TRAINED, (1.0, 1.0, 1.0)),
     ],
 )
-def test_a_budget_is_divided_only_where_both_filters_are_needed(
+def test_no_run_needs_both_filters_against_one_adversary(
     base: dict[str, ConfigValue], shares: tuple[float, ...]
 ) -> None:
     found = register_budget(config(base, dp_epsilon=5.0, dp_delta=1e-6))
     assert tuple(found.gaussian_share[name] for name in ADVERSARIES) == shares
     assert (found.epsilon, found.delta) == (5.0, 1e-6)
+    require_sound(found)
+
+
+def test_a_budget_is_divided_where_both_filters_are_needed() -> None:
+    both = [*releases(config(EXAMPLE)), *releases(config({**EXAMPLE, "dp-sample-rate": 1.0}))]
+    found = budget_for(both, 5.0, 1e-6, "example")
+    assert tuple(found.gaussian_share[name] for name in ADVERSARIES) == (0.5, 0.5, 0.0)
+    assert found.order == register_budget(config(EXAMPLE, dp_epsilon=2.5, dp_delta=5e-7)).order
     require_sound(found)
 
 

@@ -8,8 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from contract.errors import BudgetError
 from contract.identity import public_key_text
-from contract.privacy_records import Budget, Channel, Level, PricedRelease, PrivacyEvent, Unit, View
-from storage.records import Charge, Standing
+from contract.privacy_records import Budget, Channel, Level, PricedRelease, PrivacyEvent, Standing, Unit, View
+from storage.records import Charge
 
 BUDGET = Budget(epsilon=8.0, delta=1e-5, order=12.5, gaussian_share={"holder": 0.1, "trunk": 1.0})
 RUN = "r1"

@@ -11,12 +11,13 @@ import pytest
 from sqlalchemy import Engine, text
 
 from contract.errors import BudgetError, LedgerError, StorageError, UnpricedError
-from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Unit
+from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Standing, Unit
 from storage import ledger as ledger_module
 from storage.engine import make_engine
 from storage.ledger import Admit, Ledger, open_ledger
 from storage.ledger_chain import head_fault, signed_head, unit_id_of
-from storage.records import Refusal, Settled, Standing
+from storage.ledger_rows import NODE_CONFIG
+from storage.records import Refusal, Settled
 from tests.storage.conftest import Clock
 from tests.storage.ledger_cases import BUDGET, RUN, Key, admit_all, cap, charge, release, spent_of, unit
 
@@ -90,7 +91,8 @@ def test_admission_sees_budgets_and_spending_by_run_and_over_all_of_the_clients_
     cheap, dear = release(2.0).canonical(), release().canonical()
     assert seen == [
         Standing(
-            WARD, replace(BUDGET, epsilon=1.0), BUDGET, {RUN: {dear: 2}, "r2": {cheap: 1}}, {dear: 3, cheap: 1}
+            WARD, replace(BUDGET, epsilon=1.0), BUDGET, {RUN: {dear: 2}, "r2": {cheap: 1}}, {dear: 3, cheap: 1},
+            chosen=True, other_level=True,
         ),
         # What was just admitted for one dataset is spent when the next one is asked for.
         Standing(other, None, BUDGET, {RUN: {dear: 1}}, {dear: 4, cheap: 1}),
@@ -98,7 +100,26 @@ def test_admission_sees_budgets_and_spending_by_run_and_over_all_of_the_clients_
     assert ledger.standing(rows).client_spent == {dear: 1}
     assert ledger.standing(everything).budget == ledger.standing(everything).client_budget == BUDGET
     assert ledger.standing(unit("nobody")) == Standing(unit("nobody"), None, None, {}, {})
+    assert ledger.standings([rows, other]) == {one: ledger.standing(one) for one in (rows, other)}
     assert ledger.budgets() == {everything: BUDGET, WARD: replace(BUDGET, epsilon=1.0)}
+
+
+def test_a_budget_that_settings_or_a_run_brought_was_chosen_by_nobody(ledger: Ledger) -> None:
+    ledger.register_budgets([WARD], BUDGET, "r7")
+    assert not ledger.standing(WARD).chosen
+    ledger.set_budget(WARD, BUDGET, "ops", "agreed")
+    assert ledger.standing(WARD).chosen
+    ledger.set_budget(WARD, BUDGET, NODE_CONFIG, "the site's settings")
+    assert not ledger.standing(WARD).chosen
+
+
+def test_what_was_given_back_at_the_other_level_counts_no_more(ledger: Ledger) -> None:
+    rows = replace(WARD, level="example")
+    ledger.reserve([charge(rows)], admit_all)
+    assert ledger.standing(WARD).other_level
+    assert not ledger.standing(rows).other_level
+    ledger.settle(RUN, 1, 1, "VOID")
+    assert not ledger.standing(WARD).other_level
 
 
 def test_any_other_error_of_admission_reserves_nothing_for_anybody(ledger: Ledger) -> None:
@@ -271,8 +292,9 @@ def test_heads_are_signed_when_an_attempt_is_settled_and_when_a_budget_changes(l
     found = ledger.heads(WARD)
     assert [(head.seq, head.run, head.round, head.attempt) for head in found] == [(1, "", 1, 0), (3, RUN, 1, 1)]
     assert [head.hash for head in found] == [row.hash for row in ledger.rows(WARD) if row.state != "RESERVED"]
-    assert [head.unit_id for head in ledger.round_heads(RUN, 1, 1)] == sorted(map(unit_id_of, (WARD, CLINIC)))
     assert {head.seq for head in ledger.heads(CLINIC)} == {4}
+    newest = ledger.newest_heads([WARD, unit("nobody"), CLINIC])
+    assert newest == {WARD: found[-1], CLINIC: ledger.heads(CLINIC)[-1]}
     assert [head_fault(head) for head in ledger.heads()] == [None] * 3
     assert {head.signer for head in ledger.heads()} == {Key().public_key_text}
 
@@ -374,7 +396,7 @@ def test_many_units_are_reserved_and_settled_in_one_transaction_each(ledger: Led
     refused = ledger.reserve([charge(one) for one in units], lambda standing, proposed: _refuse_some(standing))
     assert [refusal.unit for refusal in refused] == [one for one in units if one.client.endswith("7")]
     ledger.settle(RUN, 1, 1, "COMMITTED")
-    assert len(ledger.summary()) == len(ledger.round_heads(RUN, 1, 1)) == len(units) - len(refused)
+    assert len(ledger.summary()) == len(ledger.newest_heads(units)) == len(units) - len(refused)
 
 
 def _refuse_some(standing: Standing) -> None:

@@ -47,7 +47,7 @@ def test_a_commit_commits_what_its_attempt_reserved_and_signs_the_heads(store: S
     store.commit_round(commit_of(["11"]))
     assert states(ledger, WARD) == ["RESERVED", "RESERVED", "RESERVED", "COMMITTED"]
     assert states(ledger, CLINIC) == ["RESERVED", "VOID"]
-    (head,) = ledger.round_heads(RUN, 1, 1)
+    (head,) = ledger.heads()
     assert (head.unit_id, head.seq, head.signer) == (unit_id_of(WARD), 4, Key().public_key_text)
     assert (head_fault(head), ledger.verify()) == (None, [])
 

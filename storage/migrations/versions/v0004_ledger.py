@@ -109,7 +109,6 @@ def _create_heads() -> None:
             "source", "unit_id", "signer", "seq", "run", "round", "attempt", name="pk_privacy_heads"
         ),
     )  # fmt: skip
-    op.create_index("ix_privacy_heads_run_round_attempt", "privacy_heads", ["run", "round", "attempt"])
 
 
 def _guard_on_sqlite() -> None:
