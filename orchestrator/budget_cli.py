@@ -19,8 +19,8 @@ from orchestrator.operators import OperatorOption, operator_name
 if TYPE_CHECKING:
     from contract.config import RunConfig
     from contract.privacy_records import Budget, Unit
-    from storage.ledger_reader import Account, LedgerReader
-    from storage.records import SignedHead
+    from storage.ledger import Ledger
+    from storage.records import Account, SignedHead
 
 SITE_LEDGER, SITE_KEY = "ledger.db", "ledger-key.pem"
 SHOW_COLUMNS = (
@@ -237,12 +237,12 @@ def export(
 
 
 @contextmanager
-def _reading(site: Path | None) -> Iterator[LedgerReader]:
-    from storage.ledger_reader import open_ledger_reader
+def _reading(site: Path | None) -> Iterator[Ledger]:
+    from storage.ledger import open_ledger_to_read
 
     if site is not None and not _in(site, SITE_LEDGER).exists():
         raise ConfigError(f"there is no ledger {_in(site, SITE_LEDGER)}; --site is a site's state directory")
-    ledger = open_ledger_reader(_url(site))
+    ledger = open_ledger_to_read(_url(site))
     try:
         yield ledger
     finally:

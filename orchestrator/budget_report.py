@@ -31,7 +31,7 @@ from orchestrator.ledger_key import LedgerKey
 from orchestrator.ledger_replay import Replay
 from orchestrator.spending_view import Settings, spending_rows
 from privacy.accountant import ACCOUNTANT
-from storage.ledger_reader import LedgerReader
+from storage.ledger import Ledger
 from storage.ledger_report import peer_heads_in, verify_report
 from storage.ledger_rows import COLUMNS
 from storage.records import LedgerRow, SignedHead
@@ -45,7 +45,7 @@ _LAST_DIGITS = 1e-9
 """Another machine's mathematical library may round an epsilon's last digits otherwise."""
 
 
-def report_body(ledger: LedgerReader, settings: Settings, client: str | None, key: LedgerKey, now: datetime) -> Any:
+def report_body(ledger: Ledger, settings: Settings, client: str | None, key: LedgerKey, now: datetime) -> Any:
     """What a report says, as JSON's own types; of one client or of all."""
     held = ledger.report(client)
     replay = _replayed(held)

@@ -14,9 +14,8 @@ from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Budget, Unit
 from privacy.accountant import epsilon, spent
 from privacy.coverage import IN_WORDS
 from privacy.filters import used
-from storage.ledger_reader import Account
 from storage.ledger_rows import budget_from, unit_of
-from storage.records import LedgerRow
+from storage.records import Account, LedgerRow
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from privacy.coverage import IN_WORDS, READS_TEXT, coverage, told_privacy, uncov
 from privacy.plan import register_budget
 from storage.ledger import Ledger
 from storage.reader import Reader
-from storage.records import RunRow, Spending
+from storage.records import Account, RunRow
 
 SPENT_BY_ONE_RUN = "that is by this run alone: `trunkline budget show` has what each client spent in all"
 
@@ -49,12 +49,11 @@ def told_coverage(config: RunConfig) -> list[str]:
     return lines + [f"not covered: {line}" for line in uncovered(config)]
 
 
-def told_spent(config: RunConfig, run_id: str, spending: Iterable[Spending]) -> list[str]:
-    """The most that any unit spent in a run, against each adversary, or why no epsilon is told: a line each."""
+def told_spent(config: RunConfig, accounts: Iterable[Account]) -> list[str]:
+    """The most that any unit spent in the run that `accounts` are of, by adversary, or why none is told: a line each."""
     counted: defaultdict[Unit, dict[str, int]] = defaultdict(dict)
-    for one in spending:
-        if one.run == run_id:
-            counted[one.unit][one.release] = one.count
+    for one in accounts:
+        counted[one.unit][one.release] = one.count
     most: dict[Adversary, float] = {}
     if config.dp != "off":
         budget = register_budget(config)
@@ -73,7 +72,7 @@ def told_run_privacy(run: RunRow, ledger: Ledger) -> list[str]:
         said = READS_TEXT if wire == "off" else "no epsilon; `trunkline audit run` measures what the server can read"
         return [f"wire privacy is {wire}: {said}", "dp is off: nothing of the run has an epsilon"]
     config = RunConfig.from_flower(run.config)
-    return told_spent(config, run.run_id, ledger.summary())
+    return told_spent(config, ledger.accounts(run.run_id))
 
 
 def _default_threshold(members: int) -> int:

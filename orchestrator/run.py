@@ -97,7 +97,7 @@ def conduct(start: Start) -> Export:
         export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
         end(version)
         if config.dp != "off" and start.ledger is not None:
-            for line in told_spent(config, run_id, start.ledger.summary()):
+            for line in told_spent(config, start.ledger.accounts(run_id)):
                 log.info("privacy: %s", line)
         ending.reason = spent or _told_end(desk, version)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)

@@ -16,7 +16,7 @@ from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Adversary, Budge
 from privacy.accountant import epsilon, price, spent
 from privacy.coverage import IN_WORDS, withheld, withheld_by_rows
 from privacy.filters import used
-from storage.ledger_reader import Account
+from storage.records import Account
 
 ALL_CHANNELS = "all"
 

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from contract.errors import BudgetError, LedgerError
 from contract.privacy_records import Budget, PricedRelease, Standing, Unit
 from storage import ledger_heads, schema
-from storage.engine import in_turn, storable, storage_errors
+from storage.engine import in_turn, make_engine, storable, storage_errors
+from storage.home import database_url
 from storage.ledger_audit import audit
 from storage.ledger_chain import unit_id_of
 from storage.ledger_report import report_of
@@ -24,8 +25,8 @@ from storage.ledger_settlement import settle_in
 from storage.ledger_standings import Standings, all_budgets
 from storage.ledger_tables import NAMED, ROWS, chunks
 from storage.ledger_writer import LedgerWriter, moment, take_turn
-from storage.records import Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead, Spending
-from storage.revisions import opened_for_writing
+from storage.records import Account, Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead
+from storage.revisions import opened_for_writing, require_current
 from storage.store import Clock, utc_now
 
 Admit = Callable[[Standing, Sequence[PricedRelease]], None]
@@ -43,6 +44,17 @@ _RESERVED = select(ROWS.c.unit_id, ROWS.c.channel).where(
 def open_ledger(url: str | None = None, clock: Clock = utc_now, signer: HeadSigner | None = None) -> Ledger:
     """Open the ledger in the database at `url`; storage.revisions.opened_for_writing says which, and what it raises."""
     return Ledger(opened_for_writing(url), clock, signer)
+
+
+def open_ledger_to_read(url: str | None = None) -> Ledger:
+    """The ledger in the database at `url` (default as in open_store), which is neither made nor changed.
+
+    Raises SchemaError where the database is absent or not of this code's schema, else as open_store.
+    """
+    engine = make_engine(url or database_url())
+    with storage_errors(engine):
+        require_current(engine)
+    return Ledger(engine)
 
 
 class Ledger:
@@ -181,17 +193,26 @@ class Ledger:
                 yield taken
                 seq = taken.seq
 
-    def summary(self) -> list[Spending]:
-        """How often each unit spent each release in each run, counted by one query over the rows themselves."""
+    def accounts(self, run: str | None = None) -> list[Account]:
+        """How often each unit spent each release in each run, or in one, counted by one query over the rows themselves.
+
+        In no order; what was all given back is left out.
+        """
         row = schema.PrivacyRow
-        change = func.sum(case((row.state == "RESERVED", 1), else_=-1))
-        # By the names, which no index has: SQLite then reads the table once in its own order, in half the time.
-        of_each = (row.client, row.dataset, row.level, row.run, row.release)
-        query = select(*of_each, change).where(row.state.in_(("RESERVED", "VOID"))).group_by(*of_each)
+        # As an expression no index serves the grouping: SQLite then reads the table once, in its own order, rather
+        # than every row through the index, which takes twice as long.
+        unit_id = row.unit_id.concat("")
+        count = func.sum(case((row.state == "RESERVED", 1), else_=-1))
+        query = select(unit_id, row.run, row.release, count, func.max(row.round))
+        query = query.where(row.state.in_(("RESERVED", "VOID"))).group_by(unit_id, row.run, row.release)
+        if run is not None:
+            query = query.where(row.run == run)
         with self._reading() as session:
-            counted = session.execute(query).all()
-        spent = (Spending(Unit(*names), run, text, int(count)) for *names, run, text, count in counted if count)
-        return sorted(spent, key=lambda one: (one.unit.client, one.unit.dataset, one.unit.level, one.run, one.release))
+            units = self._units_by_id(session)
+            found = session.execute(query).all()
+        if strangers := {unit_id for unit_id, *_ in found} - units.keys():
+            raise LedgerError(f"unit {min(strangers)[:16]} has rows but is none: `trunkline budget verify` tells more")
+        return [Account(units[name], of, text, int(times), last) for name, of, text, times, last in found if times]
 
     def heads(self, unit: Unit | None = None) -> list[SignedHead]:
         """The signed heads of one chain or of all, oldest first in each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 
 from sqlalchemy import func, select, tuple_
@@ -17,6 +17,9 @@ from storage.ledger_writer import HEAD_COLUMNS, head_columns, moment, take_turn
 from storage.records import HeadSource, SignedHead
 
 _INTEGERS = frozenset({"seq", "round", "attempt"})
+MOST_SIGNERS = 16
+MOST_PEER_CHAINS = 1024
+"""Bounds on what strangers can have kept for ever: any key can sign a head, and a peer names its units itself."""
 
 
 def read_heads(session: Session, source: HeadSource, unit_id: str | None = None) -> list[SignedHead]:
@@ -49,7 +52,8 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
     """Keep a head that a peer signed of its own chain of `unit`; the newest that is here already changes nothing.
 
     Raises LedgerError for a head of another unit, a signature that is not its signer's, and a chain that went back: a
-    row before the newest that this signer showed, or another row in its place.
+    row before the newest that this signer showed, or another row in its place; and for one more signer, or one more
+    unit, than there may be.
     """
     if head.unit_id != unit_id_of(unit):
         raise LedgerError(f"a head of unit {head.unit_id[:16]} came for client {unit.client}, dataset {unit.dataset}")
@@ -57,8 +61,11 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
     if fault is not None:
         raise LedgerError(f"the head of client {unit.client}, dataset {unit.dataset} cannot be kept: {fault}")
     take_turn(session)
-    known = [one for one in read_heads(session, "peer", head.unit_id) if one.signer == head.signer]
-    if known:
+    of_unit = read_heads(session, "peer", head.unit_id)
+    known = [one for one in of_unit if one.signer == head.signer]
+    if not known:
+        _require_room(session, unit, {one.signer for one in of_unit})
+    else:
         newest = known[-1]
         if head.seq < newest.seq or (head.seq == newest.seq and head.hash != newest.hash):
             raise LedgerError(
@@ -68,6 +75,22 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
         if head.seq == newest.seq:
             return
     session.add(schema.PrivacyHead(source="peer", at=moment(at), **head_columns(head)))
+
+
+def _require_room(session: Session, unit: Unit, signers: Collection[str]) -> None:
+    """Raise LedgerError unless a head of `unit` by another than `signers`, whose heads are kept, may be kept too."""
+    if len(signers) >= MOST_SIGNERS:
+        raise LedgerError(
+            f"heads of client {unit.client}, dataset {unit.dataset} by {len(signers)} keys are kept, and another key "
+            f"signed this one; a ledger keeps those of {MOST_SIGNERS} keys for a unit"
+        )
+    head = schema.PrivacyHead
+    of_peers = select(func.count(head.unit_id.distinct())).where(head.source == "peer")
+    if not signers and (units := session.scalar(of_peers) or 0) >= MOST_PEER_CHAINS:
+        raise LedgerError(
+            f"peers' heads of {units} units are kept, and this one is of another, client {unit.client}, dataset "
+            f"{unit.dataset}; a ledger keeps those of {MOST_PEER_CHAINS} units"
+        )
 
 
 def head_from(columns: Mapping[str, object]) -> SignedHead | str:

@@ -196,13 +196,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Spending:
-    """How often a unit spent one release (its canonical text) in a run, counted from the ledger's rows."""
+class Account:
+    """How often a unit spent one release (its canonical text) in a run, counted from the rows; in which round last."""
 
     unit: Unit
     run: str
     release: str
     count: int
+    last_round: int
 
 
 @dataclass(frozen=True, slots=True)

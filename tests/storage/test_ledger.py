@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from contract.errors import BudgetError, LedgerError, StorageError, UnpricedErro
 from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Standing, Unit
 from storage import ledger as ledger_module
 from storage.engine import make_engine
-from storage.ledger import Admit, Ledger, open_ledger
+from storage.ledger import Admit, Ledger, open_ledger, open_ledger_to_read
 from storage.ledger_chain import head_fault, signed_head, unit_id_of
 from storage.ledger_rows import NODE_CONFIG
-from storage.records import Refusal, Settled
+from storage.records import Account, Refusal, Settled
 from tests.storage.conftest import Clock
 from tests.storage.ledger_cases import BUDGET, RUN, Key, admit_all, cap, charge, release, spent_of, unit
 
@@ -262,7 +263,7 @@ def test_the_summary_counts_over_all_units_what_standings_say_of_each(ledger: Le
     ledger.settle("r2", 2, 1, "VOID", units[:1])
     ledger.settle("r1", 2, 1, "COMMITTED")
     ledger.set_budget(units[0], BUDGET, "ops", "not a charge")
-    counted = {(one.unit, one.run, one.release): one.count for one in ledger.summary()}
+    counted = {(one.unit, one.run, one.release): one.count for one in ledger.accounts()}
     assert counted == {
         (one, run, text): count
         for one in units
@@ -273,7 +274,28 @@ def test_the_summary_counts_over_all_units_what_standings_say_of_each(ledger: Le
     ledger.settle("r1", 1, 1, "VOID", units[2:])
     ledger.reserve([charge(unit("c"), 1)], admit_all)
     ledger.settle("r1", 1, 1, "VOID", [unit("c")])
-    assert unit("c") not in {one.unit for one in ledger.summary()}
+    assert unit("c") not in {one.unit for one in ledger.accounts()}
+
+
+def test_an_account_has_the_last_round_of_a_release_in_a_run(ledger: Ledger, database_url: str) -> None:
+    dear, cheap = release(1.0), release(2.0, "wire_forward")
+    for number in (1, 2, 5):
+        ledger.reserve([charge(WARD, number, paid=dear), charge(WARD, number, paid=cheap)], admit_all)
+    ledger.reserve([charge(CLINIC, 3, paid=dear), charge(WARD, 1, paid=dear, run="r2")], admit_all)
+    ledger.settle(RUN, 5, 1, "VOID")
+    reader = open_ledger_to_read(database_url)
+    accounts = reader.accounts()
+    assert Account(WARD, RUN, dear.canonical(), 2, 5) in accounts
+    assert Account(CLINIC, RUN, dear.canonical(), 1, 3) in accounts
+    assert len(accounts) == 4
+    assert reader.accounts("r2") == [Account(WARD, "r2", dear.canonical(), 1, 1)]
+    reader.close()
+
+
+def test_looking_makes_no_database(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="there is no Trunkline database"):
+        open_ledger_to_read(f"sqlite:///{tmp_path / 'none.db'}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_are_read_a_few_at_a_time_while_others_write(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +418,7 @@ def test_many_units_are_reserved_and_settled_in_one_transaction_each(ledger: Led
     refused = ledger.reserve([charge(one) for one in units], lambda standing, proposed: _refuse_some(standing))
     assert [refusal.unit for refusal in refused] == [one for one in units if one.client.endswith("7")]
     ledger.settle(RUN, 1, 1, "COMMITTED")
-    assert len(ledger.summary()) == len(ledger.newest_heads(units)) == len(units) - len(refused)
+    assert len(ledger.accounts()) == len(ledger.newest_heads(units)) == len(units) - len(refused)
 
 
 def _refuse_some(standing: Standing) -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from contract.errors import LedgerError
 from contract.privacy_records import ALL_DATASETS, PricedRelease, Unit
 from storage.ledger import Ledger, open_ledger
-from storage.records import Charge, Settled, Spending
+from storage.records import Charge, Settled
 from tests.storage.conftest import Clock
 from tests.storage.ledger_cases import BUDGET, Key, cap, charge, release, unit
 
@@ -119,11 +119,11 @@ class LedgerStates(RuleBasedStateMachine):
         for (of, *_), (state, paid) in self.charges.items():
             rows[of] += 1 if state == "RESERVED" else 2
             counted[of, paid.canonical()] += state != "VOID"
-        expected = {Spending(of, self.run, text, count) for (of, text), count in counted.items() if count}
-        assert {one for one in self.ledger.summary() if one.run == self.run} == expected
+        expected = {(of, text, count) for (of, text), count in counted.items() if count}
+        assert {(one.unit, one.release, one.count) for one in self.ledger.accounts(self.run)} == expected
         for of, length in rows.items():
             standing = self.ledger.standing(of)
-            own = {one.release: one.count for one in expected if one.unit == of}
+            own = {text: count for one, text, count in expected if one == of}
             assert standing.spent == ({self.run: own} if own else {})
             assert sum(standing.client_spent.values()) == self.spent(None, of.client)
             assert (standing.budget == BUDGET) is (self.budgets[of] > 0)
