@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,7 @@ def trunk_spec(spec: LoraSpec, found: LayerProbe, cut: CutLayers) -> LoraSpec:
     def held(target: str) -> bool:
         return target.startswith(start) and int(target.removeprefix(start).partition(".")[0]) in kept
 
-    return replace(
-        spec,
-        target_modules=tuple(filter(held, spec.target_modules)),
-        target_parameters=tuple(filter(held, spec.target_parameters)),
-        rank_pattern={name: rank for name, rank in spec.rank_pattern.items() if held(name)},
-        alpha_pattern={name: alpha for name, alpha in spec.alpha_pattern.items() if held(name)},
-    )
+    return spec.only(held)
 
 
 def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from contract.errors import ConfigError
@@ -59,6 +59,16 @@ class LoraSpec:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+
+    def only(self, held: Callable[[str], bool]) -> LoraSpec:
+        """What of it is on the modules that `held` says yes to."""
+        return replace(
+            self,
+            target_modules=tuple(filter(held, self.target_modules)),
+            target_parameters=tuple(filter(held, self.target_parameters)),
+            rank_pattern={name: rank for name, rank in self.rank_pattern.items() if held(name)},
+            alpha_pattern={name: alpha for name, alpha in self.alpha_pattern.items() if held(name)},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -131,14 +130,4 @@ def _client_spec(spec: LoraSpec, model_dir: str | Path, config: RunConfig) -> Lo
     """What of `spec` lies on the client's side: the trunk's half stays as it began."""
     found = probe(model_dir)
     trunk = {f"{found.layers_path}.{index}." for index in config.cut.kept(found.layers, "trunk")}
-
-    def held(target: str) -> bool:
-        return not any(target.startswith(layer) for layer in trunk)
-
-    return replace(
-        spec,
-        target_modules=tuple(filter(held, spec.target_modules)),
-        target_parameters=tuple(filter(held, spec.target_parameters)),
-        rank_pattern={name: rank for name, rank in spec.rank_pattern.items() if held(name)},
-        alpha_pattern={name: alpha for name, alpha in spec.alpha_pattern.items() if held(name)},
-    )
+    return spec.only(lambda target: not any(target.startswith(layer) for layer in trunk))

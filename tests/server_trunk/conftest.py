@@ -50,17 +50,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trunk_only(spec: LoraSpec, layers: int = LAYERS, cut: CutLayers = CUT) -> LoraSpec:
     """The part of a whole model's spec that lies in the trunk."""
-
-    def kept(name: str) -> bool:
-        return any(f".{index}." in name for index in cut.kept(layers, "trunk"))
-
-    return replace(
-        spec,
-        target_modules=tuple(filter(kept, spec.target_modules)),
-        target_parameters=tuple(filter(kept, spec.target_parameters)),
-        rank_pattern={name: rank for name, rank in spec.rank_pattern.items() if kept(name)},
-        alpha_pattern={name: alpha for name, alpha in spec.alpha_pattern.items() if kept(name)},
-    )
+    return spec.only(lambda name: any(f".{index}." in name for index in cut.kept(layers, "trunk")))
 
 
 @pytest.fixture(scope="session")
