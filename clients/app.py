@@ -91,6 +91,7 @@ def _reason(error: TrunklineError, *, masked: bool) -> str:
 
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
     config, site = _settings(context)
+    _refuse_unpriced(config, site)
     os.environ.update(waiting(os.environ))
     if config.secagg == "off":
         site.require_clear_allowed()
@@ -98,7 +99,7 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
 
         done = take_part(_read_order(message.content), config, site, training=training)
         return _content(done.upload, done.metrics)
-    asked = _secure_order(message.content)
+    asked = _secure_order(message.content, config)
     with Vault(site.state_dir).alone():
         secure = open_secure_site(site, str(context.node_id))
         from clients.participation import take_part
@@ -124,12 +125,22 @@ def _content(upload: bytes | None, metrics: Mapping[str, float]) -> RecordDict:
 
 def _talk(message: Message, context: Context) -> RecordDict:
     config, site = _settings(context)
-    asked = _secure_order(message.content)
+    asked = _secure_order(message.content, config)
+    if asked.greet:  # the stages after it release nothing: what does is asked again before it does
+        _refuse_unpriced(config, site)
     with Vault(site.state_dir).alone():
         if asked.head:
             _keep_head(asked.head, config, site)
         secure = open_secure_site(site, str(context.node_id))
         return RecordDict({"secure": _secure_record(secure, asked, config, site)})
+
+
+def _refuse_unpriced(config: RunConfig, site: Site) -> None:
+    """Raise ConfigError where the run prices nothing and the site's own ledger holds a budget for its data."""
+    if config.dp == "off" and site.ledger.exists():
+        from clients.spending import refuse_unpriced  # with SQL, which a site without a ledger never needs
+
+        refuse_unpriced(site)
 
 
 def _keep_head(head: bytes, config: RunConfig, site: Site) -> None:
@@ -150,11 +161,16 @@ def _secure_record(
     return ConfigRecord(dict(record))
 
 
-def _secure_order(content: RecordDict) -> SecureOrder:
+def _secure_order(content: RecordDict, config: RunConfig) -> SecureOrder:
     record = content.get("secure")
     if not isinstance(record, ConfigRecord):
         raise SecureSumError("the message holds no config record 'secure', but secagg is on: nothing is sent in clear")
-    return order_from(record)
+    asked = order_from(record)
+    if asked.head and config.dp == "off":
+        raise SecureSumError(
+            "the message brings the head of a privacy ledger, but the run's dp is off: it charges nothing"
+        )
+    return asked
 
 
 def _settings(context: Context) -> tuple[RunConfig, Site]:

@@ -101,5 +101,6 @@ class KeptMicrobatch(RowGradients):
 def _by_row(values: Tensor, batch: int, name: str) -> Tensor:
     """[B, T, D] of [B, ..., D], or of [B T, D] as some models flatten it, row after row."""
     if values.shape[0] % batch:
-        raise ConfigError(f"the layer of {name} saw {list(values.shape)} for {batch} rows, which cannot be told apart")
+        # No figure: an orchestrator is told this text, and how many rows a step drew is the site's secret.
+        raise ConfigError(f"the layer of {name} did not see as much of each row: its rows cannot be told apart")
     return values.reshape(batch, -1, values.shape[-1])

@@ -7,7 +7,7 @@ and ghost clipping (clients/opacus_gradients.py). Each is tried on made-up rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from clients.bookkeeping import BookKeeping
 from clients.gradient_proof import proved
-from clients.row_gradients import ExampleGradients, trained_layers
+from clients.row_gradients import ExampleGradients, sound_crossing, trained_layers
 
 Method = Literal["book-keeping", "hooks", "ghost"]
 
@@ -27,14 +27,18 @@ def example_gradients(model: nn.Module, method: Method) -> Iterator[ExampleGradi
     Raises ConfigError where that fails, and where the model holds what rows' gradients are not proved for.
     """
     layers = trained_layers(model)
-    if method == "book-keeping":
-        gradients = proved(model, layers, lambda: BookKeeping(model, layers))
-    else:
-        from clients.opacus_gradients import Ghost, Hooks  # Opacus takes half a second to import
+    with sound_crossing(model):
+        gradients = _proved(model, layers, method)
+        try:
+            yield gradients
+        finally:
+            gradients.close()
 
-        way = Hooks if method == "hooks" else Ghost
-        gradients = proved(model, layers, lambda: way(model, layers))
-    try:
-        yield gradients
-    finally:
-        gradients.close()
+
+def _proved(model: nn.Module, layers: Mapping[str, nn.Linear], method: Method) -> ExampleGradients:
+    if method == "book-keeping":
+        return proved(model, layers, lambda: BookKeeping(model, layers))
+    from clients.opacus_gradients import Ghost, Hooks  # Opacus takes half a second to import
+
+    way = Hooks if method == "hooks" else Ghost
+    return proved(model, layers, lambda: way(model, layers))

@@ -22,7 +22,15 @@ from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipp
 from torch import Tensor, nn
 
 from clients.remote_layers import RemoteLayers
-from clients.row_gradients import Batch, RowGradients, Vector, row_losses, trained_anchors
+from clients.row_gradients import (
+    Batch,
+    RowGradients,
+    Vector,
+    row_losses,
+    trained_anchors,
+    without_bad_rows,
+    zero_bad_gradients,
+)
 from contract.errors import ConfigError
 
 _REDUCTION = "sum"  # of the rows' losses; "mean" would have Opacus multiply each row's gradient by their number
@@ -107,7 +115,9 @@ class Ghost:
         with _anchors_aside(model):
             self._opacus = GradSampleHooksFastGradientClipping(model, loss_reduction=_REDUCTION)
         remotes = [module for module in model.modules() if isinstance(module, RemoteLayers)]
-        self._part = [remote.register_forward_hook(self._cut_here) for remote in remotes]
+        self._hooks = [remote.register_forward_hook(self._cut_here) for remote in remotes]
+        for layer in layers.values():
+            self._hooks += [layer.register_forward_pre_hook(_sound_input), layer.register_forward_hook(_sound_gradient)]
 
     def forward(self, batch: Batch) -> GhostMicrobatch:
         self._turn.begin()
@@ -117,7 +127,7 @@ class Ghost:
         return GhostMicrobatch(losses_B, self._layers, self._opacus, self._turn, cut)
 
     def close(self) -> None:
-        for hook in self._part:
+        for hook in self._hooks:
             hook.remove()
         self._opacus.cleanup()
 
@@ -162,6 +172,7 @@ class GhostMicrobatch:
     ) -> None:
         self._graph_B = losses_B
         self.losses_B = losses_B.detach()
+        self.left_out = 0
         self._parameters: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
         self._opacus = opacus
         self._turn = turn
@@ -196,18 +207,31 @@ class GhostMicrobatch:
         self._forget()
         self._opacus.max_grad_norm = clip
         factors_B: Tensor = self._opacus.get_clipping_coef().to(self.losses_B)
-        return factors_B
+        norms_B = self._opacus.get_norm_sample().to(self.losses_B)
+        sound_B = torch.isfinite(norms_B) & torch.isfinite(self.losses_B)
+        self.left_out = int((~sound_B).sum())
+        return torch.where(sound_B, factors_B, torch.zeros_like(factors_B))
 
     def _forget(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
 
 
+def _sound_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A second pass forms all rows' sum at once, in which a NaN times the factor 0 would still be one."""
+    return (without_bad_rows(args[0]), *args[1:])
+
+
+def _sound_gradient(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """See _sound_input. Opacus's hook comes before this one on the way back, and finds what is not finite."""
+    zero_bad_gradients(output)
+
+
 def _require_rows(name: str, found: Tensor, batch: int) -> None:
     if found.shape[0] != batch:
         raise ConfigError(
-            f"the layer of {name} sees rows and tokens as one, {found.shape[0]} for {batch} rows, and Opacus cannot "
-            "tell them apart: use dp-gradients=book-keeping"
+            f"the layer of {name} sees rows and tokens as one, and Opacus cannot tell them apart: use "
+            "dp-gradients=book-keeping"
         )
 
 

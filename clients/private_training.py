@@ -5,14 +5,17 @@ together, is cut to `dp-clip`; noise is added to the sum once. All that follows 
 be expected, AdamW, what is averaged) is post-processing of that one noised vector.
 
 A row's gradient must depend on no other row. What the client's own layers do is proved before training
-(clients/gradient_proof.py); that the trunk answers row by row is taken on trust unless the wire is noised too.
+(clients/gradient_proof.py); that the trunk answers row by row is taken on trust (privacy/coverage.py says when).
 Opacus's optimizer is not used: its noise comes from no cryptographic source.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,9 +28,11 @@ from clients.sampling import RowSampler
 from clients.trainer import Announce, Training, adamw, announced, schedule
 from contract.architecture import unwrap
 from contract.config import RunConfig
-from contract.errors import ConfigError, NonFiniteError
+from contract.errors import ConfigError
 from privacy.gaussian import GaussianSum
 from privacy.stream import SecretStream
+
+logger = logging.getLogger("trunkline.clients")
 
 
 def train_privately(
@@ -37,11 +42,12 @@ def train_privately(
 
     Everything that is left to chance comes from `stream`. `announce` is told the numbers of each microbatch's rows
     before its forward; where the wire is private, no row is sent oftener than `wire-releases` times. A step that no row
-    joins is a step all the same. `loss` in the answer is 0 where no row joined at all.
+    joins is a step all the same. `loss` and `trained_tokens` in the answer are over the rows whose loss is finite, 0
+    where there is none.
 
     Of clients.trainer.train's settings, max-grad-norm and gradient-accumulation-steps have no part here. Raises
-    ConfigError where rows' gradients cannot be proved (see clients.row_gradients), and NonFiniteError when a loss
-    or a gradient is not finite.
+    ConfigError where rows' gradients cannot be proved (see clients.row_gradients). A row whose loss or gradient is not
+    finite is left out of its step's sum, and the site's log says how often that was.
     """
     started = time.monotonic()
     _refuse_rotations_by_the_longest_row(model, config.max_length)
@@ -53,16 +59,16 @@ def train_privately(
     sampler = RowSampler(len(rows), config.dp_sample_rate, stream, most)
     noise = GaussianSum(config.dp_clip, config.dp_noise_multiplier, stream)
     expected_rows = config.dp_sample_rate * len(rows)
-    nats, tokens = 0.0, 0
+    seen = _Seen()
     with example_gradients(model, config.dp_gradients) as gradients:
         model.train()
-        for step in range(config.local_steps):
+        for _ in range(config.local_steps):
             joined = [rows[place] for place in sampler.draw()]
             sum_d: Vector = np.zeros(sum(weight.numel() for weight in weights))
             for start in range(0, len(joined), config.per_device_train_batch_size):
                 microbatch = joined[start : start + config.per_device_train_batch_size]
                 batch = announced(microbatch, model, config, announce)
-                nats += _add_clipped(sum_d, gradients.forward(batch), microbatch, config.dp_clip, step)
+                seen.add(sum_d, gradients.forward(batch), microbatch, config.dp_clip)
             noised, _ = noise.apply(sum_d)
             _set_gradients(weights, noised / expected_rows)
             for anchor in anchors:
@@ -71,20 +77,38 @@ def train_privately(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            tokens += sum(row.targets for row in joined)
     model.eval()
-    return Training(nats / max(tokens, 1), tokens, config.local_steps, time.monotonic() - started)
+    seen.tell_left_out()
+    return Training(seen.nats / max(seen.tokens, 1), seen.tokens, config.local_steps, time.monotonic() - started)
 
 
-def _add_clipped(sum_d: Vector, microbatch: Microbatch, rows: Sequence[TokenRow], clip: float, step: int) -> float:
-    """Adds the rows' clipped gradients in place; answers the sum of their tokens' losses."""
-    losses = microbatch.losses_B.tolist()
-    if not np.isfinite(losses).all():
-        raise NonFiniteError(f"a row's loss in training step {step + 1} is not finite: lower learning-rate")
-    sum_d += microbatch.clipped_sum(clip)
-    if not np.isfinite(sum_d).all():
-        raise NonFiniteError(f"a row's gradient in training step {step + 1} is not finite: lower learning-rate")
-    return float(sum(loss * row.targets for loss, row in zip(losses, rows, strict=True)))
+@dataclass(slots=True)
+class _Seen:
+    """What became of the rows that joined: the losses that are finite, over their tokens, and how many were left out.
+
+    None of it leaves this site where the run tells no metrics.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    left_out: int = 0
+
+    def add(self, sum_d: Vector, microbatch: Microbatch, rows: Sequence[TokenRow], clip: float) -> None:
+        """Adds the rows' clipped gradients to `sum_d` in place."""
+        sum_d += microbatch.clipped_sum(clip)
+        self.left_out += microbatch.left_out
+        for loss, row in zip(microbatch.losses_B.tolist(), rows, strict=True):
+            if math.isfinite(loss):
+                self.nats += loss * row.targets
+                self.tokens += row.targets
+
+    def tell_left_out(self) -> None:
+        if self.left_out:
+            logger.warning(
+                "%d times in this round a row's loss or gradient was not finite, and the row was left out of its step; "
+                "where that goes on, the model has diverged: lower learning-rate, or clip and noise",
+                self.left_out,
+            )
 
 
 def _set_gradients(weights: Sequence[Tensor], gradient_d: Vector) -> None:

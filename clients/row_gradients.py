@@ -2,16 +2,21 @@
 
 A row's loss is the mean over its own predicted tokens, so that it depends on no other row. What cannot be proved to be
 one row's gradient is refused: LoRA on embeddings and on fused experts, DoRA, layers that take part twice.
+
+A row whose loss or gradient is not finite is left out of the sum, as if it had been cut to nothing, and stops nothing:
+a round that failed for it would tell of that one row what no noise covers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -29,6 +34,9 @@ Vector = npt.NDArray[np.float64]
 class Microbatch(Protocol):
     """A forward that waits for its backward; `clipped_sum` may be called once."""
 
+    left_out: int
+    """How many rows `clipped_sum` left out; known once it answered."""
+
     @property
     def losses_B(self) -> Tensor:
         """Each row's mean loss over its own predicted tokens, without a graph."""
@@ -36,7 +44,7 @@ class Microbatch(Protocol):
     def clipped_sum(self, clip: float) -> Vector:
         """The sum of the rows' gradients, each cut to an L2 norm of `clip` over all trained parameters together.
 
-        float64, in the order of the sorted names; NaN where a row's gradient is not finite.
+        float64, finite, in the order of the sorted names, without the rows whose loss or gradient is not finite.
         """
 
 
@@ -59,15 +67,17 @@ class RowGradients(ABC):
     def __init__(self, losses_B: Tensor) -> None:
         self._graph_B = losses_B
         self.losses_B = losses_B.detach()
+        self.left_out = 0
 
     @abstractmethod
     def rows(self) -> npt.NDArray[np.float32]:
-        """[B, d]: each row's gradient over the trained parameters in the order of their sorted names."""
+        """[B, d], the caller's own: each row's gradient over the trained parameters, by their sorted names."""
 
     def clipped_sum(self, clip: float) -> Vector:
         rows = self.rows()
-        if not np.isfinite(rows).all():
-            return np.full(rows.shape[1], np.nan)
+        sound_B = np.isfinite(rows).all(axis=1) & np.isfinite(self.losses_B.cpu().numpy())
+        self.left_out = int(np.count_nonzero(~sound_B))
+        rows[~sound_B] = 0.0
         total: Vector = clip_rows(rows, clip).sum(axis=0, dtype=np.float64)
         return total
 
@@ -80,6 +90,37 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
         logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(targets_BT.shape)
     return losses_BT.sum(dim=1) / (targets_BT != IGNORED).sum(dim=1)
+
+
+def without_bad_rows(values: Tensor) -> Tensor:
+    """`values` [B, ...] with zeros for each row that holds a NaN or an infinity; itself where none does."""
+    sound_B = torch.isfinite(values.detach()).flatten(1).all(dim=1)
+    if sound_B.all():
+        return values
+    return torch.where(sound_B.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
+
+
+@contextmanager
+def sound_crossing(model: nn.Module) -> Iterator[None]:
+    """Within, a row whose activations or gradient at a cut are not finite goes to the trunk as zeros.
+
+    The wire takes no such row: the session, and with it the round, would end there.
+    """
+    handles = []
+    for layers in (module for module in model.modules() if isinstance(module, RemoteLayers)):
+        handles.append(layers.register_forward_pre_hook(lambda _, args: (without_bad_rows(args[0]), *args[1:])))
+        handles.append(layers.register_forward_hook(lambda _, args, output_BTD: zero_bad_gradients(output_BTD)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zero_bad_gradients(output: Tensor) -> None:
+    """Have the backward go on from `output` [B, ...] with zeros for each row whose gradient is not finite there."""
+    if output.requires_grad:
+        output.register_hook(without_bad_rows)  # type: ignore[no-untyped-call]
 
 
 def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:

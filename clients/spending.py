@@ -9,25 +9,29 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import quote
 
 from aggregation.encoding import noise_scale
 from clients.site import Site
 from contract.config import RunConfig
-from contract.errors import BudgetError, LedgerError
-from contract.privacy_records import Channel, PricedRelease, PrivacyEvent, Standing, Unit
+from contract.errors import BudgetError, ConfigError, LedgerError
+from contract.privacy_records import ALL_DATASETS, Budget, Channel, PricedRelease, PrivacyEvent, Standing, Unit
 from contract.records import RoundKey
 from privacy.accountant import ACCOUNTANT
 from privacy.filters import admit_standing
 from privacy.plan import level_of, register_budget, round_releases
-from storage.ledger import Ledger, open_ledger
+from storage.ledger import Ledger, open_ledger, open_ledger_to_read
 from storage.ledger_rows import NODE_CONFIG
 from storage.records import Charge, SignedHead
 
 logger = logging.getLogger("trunkline.clients")
+
+_MOST_TAKEN_EPSILON, _MOST_TAKEN_DELTA = 10.0, 1e-3
+"""What a site that names no budget takes over from a run at most: a budget beyond protects next to nothing, so that a
+person at the site must name it, and not whoever starts the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +82,32 @@ class SiteSpending:
         if (unit.dataset, unit.level) != (self.unit.dataset, self.unit.level):
             raise LedgerError(f"the orchestrator's head is of dataset {unit.dataset}, not of {self.unit.dataset}")
         self.ledger.note_peer_head(unit, signed)
+        self._warn_of_a_lost_ledger(signed)
 
     def _set_budget(self, run: str) -> None:
         """The site's own budget where its node config names one, else the first run's."""
         if self.site.budget is None:
-            self.ledger.register_budgets([self.unit], register_budget(self.config), run)
+            if self.ledger.standing(self.unit).budget is None:
+                taken = register_budget(self.config)
+                _require_modest(self.site, taken)
+                self.ledger.register_budgets([self.unit], taken, run)
             return
         epsilon, delta = self.site.budget
         standing = self.ledger.standing(self.unit)
         if standing.budget is None or (standing.budget.epsilon, standing.budget.delta) != self.site.budget:
-            own = register_budget(self.config.model_copy(update={"dp_epsilon": epsilon, "dp_delta": delta}))
+            # The order was registered before anything was released, and stays.
+            own = replace(standing.budget or register_budget(self.config), epsilon=epsilon, delta=delta)
             self.ledger.set_budget(self.unit, own, NODE_CONFIG, "privacy-epsilon, privacy-delta of the node config")
             logger.info("privacy budget of dataset %s: epsilon %g at delta %g", self.unit.dataset, epsilon, delta)
+
+    def _warn_of_a_lost_ledger(self, head: SignedHead) -> None:
+        """A chain's first row is a budget: charges come after it, and each stood in the site's own ledger first."""
+        if head.seq > 1 and not self.ledger.standing(self.unit).spent:
+            logger.warning(
+                "the orchestrator's ledger holds %d rows on dataset %s, and this site's own ledger %s holds none of "
+                "what they say was spent: if this site took part before, its ledger was lost; restore it from a backup",
+                *(head.seq, self.unit.dataset, self.site.ledger),
+            )
 
     def _admit(self, run: str, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
         admit_standing(register_budget(self.config), run, standing, proposed)
@@ -98,8 +116,60 @@ class SiteSpending:
 @contextmanager
 def open_spending(site: Site, config: RunConfig) -> Iterator[SiteSpending]:
     """This site's ledger, made where there is none. Raises StorageError where it cannot be opened."""
-    ledger = open_ledger(f"sqlite:///{quote(str(site.ledger))}")
+    ledger = open_ledger(_url(site))
     try:
         yield SiteSpending(site, config, ledger)
     finally:
         ledger.close()
+
+
+def refuse_unpriced(site: Site) -> None:
+    """Raise ConfigError where the site's own ledger, which is there, knows of a budget or charges for its data.
+
+    In a simulation, where whoever owns the ledger also starts the run, it is said in the log and no more.
+    """
+    with closing(open_ledger_to_read(_url(site))) as ledger:
+        budgets = ledger.budgets()
+        units = [unit for unit in ledger.units() if unit.dataset in (site.dataset, ALL_DATASETS)]
+    if not units:
+        return
+    unit = next((unit for unit in units if unit in budgets), units[0])
+    told = (
+        f"the run's dp is off, and this site's own ledger {site.ledger} holds {_held(unit, budgets.get(unit))}; a run "
+        "without a price would release that data beside its budget"
+    )
+    if site.simulated:
+        logger.warning("%s: it goes on, as this is a simulation", told)
+        return
+    key = "state-dir" if unit.dataset == ALL_DATASETS else "dataset"
+    raise ConfigError(f"{told}: where the site's operator allows it, the node config gives another {key}")
+
+
+def _held(unit: Unit, budget: Budget | None) -> str:
+    whose = "all datasets" if unit.dataset == ALL_DATASETS else f"dataset {unit.dataset}"
+    if budget is None:
+        return f"charges to {whose} ({unit.level} level)"
+    return f"a budget for {whose} ({unit.level} level), epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+
+
+def _require_modest(site: Site, taken: Budget) -> None:
+    """Say what the site takes over from a run. Raises ConfigError for more than a run may choose for a site.
+
+    Not in a simulation, where whoever owns the data starts the run.
+    """
+    if site.simulated:
+        return
+    numbers, keys = f"epsilon {taken.epsilon:g} at delta {taken.delta:g}", "privacy-epsilon and privacy-delta"
+    if taken.epsilon > _MOST_TAKEN_EPSILON or taken.delta > _MOST_TAKEN_DELTA:
+        raise ConfigError(
+            f"the run's budget is {numbers}, and this site names none of its own for dataset {site.dataset}; it takes "
+            f"over at most epsilon {_MOST_TAKEN_EPSILON:g} at delta {_MOST_TAKEN_DELTA:g} from a run: {keys} in the "
+            "node config, or `trunkline budget set --site`, set its own"
+        )
+    logger.warning(
+        "this site names no budget of its own: it takes the run's, %s; %s in the node config set its own", numbers, keys
+    )
+
+
+def _url(site: Site) -> str:
+    return f"sqlite:///{quote(str(site.ledger))}"

@@ -360,8 +360,8 @@ class RunConfig(BaseModel):
             raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")
         if self.dp == "example" and self.dtype == "bfloat16":
             raise ConfigError(
-                "dp is example and dtype is bfloat16; rows' gradients in bfloat16 are too coarse for their norms, and so "
-                "for what they are cut to, to be trusted: dtype must be float32"
+                "dp is example and dtype is bfloat16; rows' gradients in bfloat16 are too coarse for their norms, and "
+                "so for what they are cut to, to be trusted: dtype must be float32"
             )
 
     @classmethod

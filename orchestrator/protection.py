@@ -50,7 +50,7 @@ def told_coverage(config: RunConfig) -> list[str]:
 
 
 def told_spent(config: RunConfig, accounts: Iterable[Account]) -> list[str]:
-    """The most that any unit spent in the run that `accounts` are of, by adversary, or why none is told: a line each."""
+    """The most that a unit spent in the run that `accounts` are of, by adversary, or why none is told: a line each."""
     counted: defaultdict[Unit, dict[str, int]] = defaultdict(dict)
     for one in accounts:
         counted[one.unit][one.release] = one.count

@@ -20,10 +20,13 @@ from clients.site import RosterPin, Site, read_site
 from contract.config import ConfigValue
 from contract.errors import ConfigError, DataError, NonFiniteError, SecureSumError, TrunklineError, UpdateError
 from contract.identity import public_key_text
+from contract.privacy_records import Unit
 from contract.records import Factor
 from contract.secure_records import SecureOrder, reply_from, to_record
 from orchestrator.messages import RoundOrder, adapter_record, order_message
+from privacy.plan import operators_budget
 from storage.home import home_dir, simulation_dir
+from storage.ledger import open_ledger
 from tests.clients.secure_sites import CONFIG, SecureSession, SecureSites, node_id
 
 FIRST = "site-0"
@@ -243,3 +246,21 @@ def test_the_stages_beside_the_training_are_answered_and_noted_in_the_wire_log(
     (line,) = (tmp_path / "wire log").read_text().splitlines()
     assert all(f'"{name}": {size}' in line for name, size in sizes.items())
     assert len(sizes) == 2
+
+
+def test_a_head_of_a_ledger_in_a_run_that_charges_nothing_is_refused_and_opens_none(sites: SecureSites) -> None:
+    head = SecureOrder("a run", session=b"s" * 32, head=b"{}")
+    assert "brings the head of a privacy ledger, but the run's dp is off" in refusal(
+        app(train_message(head), context_of(sites))
+    )
+    assert not sites.settings(FIRST).ledger.exists()
+
+
+def test_a_run_that_prices_nothing_is_refused_by_the_sites_own_ledger_before_anything_else(sites: SecureSites) -> None:
+    site = sites.settings(FIRST)
+    site.ledger.parent.mkdir(parents=True, exist_ok=True)
+    ledger = open_ledger(f"sqlite:///{site.ledger}")
+    ledger.set_budget(Unit("whoever", "*", "client"), operators_budget(3.0, 1e-6, "client", None), "ada", "all of it")
+    ledger.close()
+    told = refusal(app(train_message(SecureOrder("a run", session=b"s" * 32)), context_of(sites)))
+    assert "holds a budget for all datasets (client level), epsilon 3 at delta 1e-06" in told

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.site import read_site
-from clients.spending import SiteSpending, open_spending
+from clients.spending import SiteSpending, open_spending, refuse_unpriced
 from clients.wire_privacy import wire_mechanism
 from contract.config import ConfigValue, RunConfig
 from contract.errors import BudgetError, ConfigError, LedgerError
 from contract.identity import public_key_text
-from contract.privacy_records import PrivacyEvent, Unit
+from contract.privacy_records import ALL_DATASETS, PrivacyEvent, Unit
 from contract.records import RoundKey
-from privacy.plan import register_budget
+from privacy.plan import operators_budget, register_budget
 from storage.ledger import open_ledger
 
 NODE: dict[str, ConfigValue] = {
@@ -109,6 +109,83 @@ def test_the_operator_raises_the_budget_by_the_node_config_and_that_is_logged(tm
         standing = spending.ledger.standing(spending.unit)
         assert standing.budget is not None
         assert (standing.budget.epsilon, standing.budget.delta) == (3.0, 1e-6)
+
+
+def test_a_budget_that_is_raised_keeps_the_order_that_was_registered(tmp_path: Path) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        reserve(spending, 1)
+        first = spending.ledger.standing(spending.unit).budget
+    raised: dict[str, ConfigValue] = {"privacy-epsilon": 9.0, "privacy-delta": 1e-6}
+    with opened(tmp_path, raised, dp_epsilon=50.0) as spending:
+        reserve(spending, 2)
+        assert spending.ledger.standing(spending.unit).budget == replace(first, epsilon=9.0, delta=1e-6)  # type: ignore[type-var]
+        assert register_budget(spending.config).order != first.order  # type: ignore[union-attr]
+
+
+def test_the_budget_over_all_of_the_sites_datasets_binds_too(tmp_path: Path) -> None:
+    with opened(tmp_path, dp_epsilon=8.0) as spending:
+        small = operators_budget(0.5, 1e-5, "example", None)
+        spending.ledger.set_budget(Unit("hospital", ALL_DATASETS, "example"), small, "ada", "for all")
+        assert "all datasets of client hospital" in spend_all(spending)
+
+
+def test_a_dataset_that_spent_at_client_level_is_not_released_row_by_row(tmp_path: Path) -> None:
+    with opened(tmp_path, dp="client", wire="off") as spending:
+        spending.reserve(RoundKey("a-run", 1, 1), 10, 7, SIZE, {})
+    with opened(tmp_path) as spending, pytest.raises(BudgetError, match="has spent at client level"):
+        reserve(spending, 1)
+
+
+def test_a_site_that_names_no_budget_takes_the_runs_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        reserve(spending, 1)
+        reserve(spending, 2)
+    told = "this site names no budget of its own: it takes the run's, epsilon 1.5 at delta 1e-05"
+    assert sum(told in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("settings", [{"dp_epsilon": 11.0}, {"dp_delta": 2e-3}])
+def test_no_run_chooses_more_for_a_site_than_protects_anybody(tmp_path: Path, settings: dict[str, ConfigValue]) -> None:
+    with opened(tmp_path, **settings) as spending:
+        with pytest.raises(ConfigError, match="takes over at most epsilon 10 at delta 0.001 from a run"):
+            reserve(spending, 1)
+        assert charges(spending) == []
+        assert spending.ledger.units() == []
+    own: dict[str, ConfigValue] = {"privacy-epsilon": 11.0, "privacy-delta": 2e-3}
+    with opened(tmp_path, own, **settings) as spending:
+        reserve(spending, 1)
+
+
+def test_data_with_a_budget_in_the_sites_own_ledger_goes_into_no_run_that_prices_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        reserve(spending, 1)
+        site = spending.site
+    with pytest.raises(
+        ConfigError, match=r"ledger.db holds a budget for dataset letters \(example level\), epsilon 1.5"
+    ):
+        refuse_unpriced(site)
+    refuse_unpriced(replace(site, dataset="other"))
+    refuse_unpriced(replace(site, simulated=True))
+    assert "it goes on, as this is a simulation" in caplog.text
+
+
+def test_a_ledger_that_was_lost_is_told_of(
+    tmp_path: Path, orchestrator: Orchestrator, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads = [orchestrator.head(UNIT, run) for run in ("one", "two", "three")]
+    with opened(tmp_path) as spending:
+        spending.keep_head(heads[0])
+        assert "was lost" not in caplog.text
+        spending.keep_head(heads[1])
+        assert "if this site took part before, its ledger was lost" in caplog.text
+        reserve(spending, 1)
+        caplog.clear()
+        spending.keep_head(heads[2])
+        assert "was lost" not in caplog.text
 
 
 def test_a_mechanism_that_releases_other_than_is_charged_is_refused(tmp_path: Path) -> None:

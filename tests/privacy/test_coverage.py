@@ -140,9 +140,25 @@ def test_assumptions_are_told_with_every_epsilon() -> None:
         assert {f"assumed: {line}" for line in ASSUMPTIONS} <= set(uncovered(config(base)))
     assert any("not chosen by the losses" in line for line in uncovered(config(EXAMPLE)))
     assert not any("not chosen by the losses" in line for line in uncovered(config(WIRE)))
-    assert any("the trunk computes rows apart" in line for line in uncovered(config(EXAMPLE)))
-    assert not any("the trunk computes rows apart" in line for line in uncovered(config(WIRE)))
     assert any("at most 3 of a sum's clients" in line for line in uncovered(config(CLIENT, dp_colluders=3)))
+
+
+@pytest.mark.parametrize(
+    ("base", "rests_on_it"), [(CLIENT, False), (EXAMPLE, True), ({**EXAMPLE, **EMPIRICAL}, True), (WIRE, True)]
+)
+def test_a_row_priced_by_its_own_gradient_rests_on_a_trunk_that_does_not_mix_rows(
+    base: dict[str, ConfigValue], rests_on_it: bool
+) -> None:
+    line = "assumed: the trunk computes rows apart and keeps no memory between batches: one that mixes them "
+    assert any(told.startswith(line) for told in uncovered(config(base))) == rests_on_it
+
+
+def test_where_everybody_pays_for_the_noised_rows_the_trunk_may_mix_them() -> None:
+    """Then all that a row can do by way of the trunk is post-processing of what was charged, draw and all."""
+    for release in round_releases(config(TRAINED), scale=None, size=10):
+        assert set(release.views) == set(ADVERSARIES)
+        assert {view.sampling_rate for view in release.views.values()} == {"1"}
+    assert not any("computes rows apart" in line for line in uncovered(config(TRAINED)))
 
 
 def test_adversaries_have_names_in_words() -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, text
 from contract.errors import BudgetError, LedgerError, StorageError, UnpricedError
 from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Standing, Unit
 from storage import ledger as ledger_module
+from storage import ledger_heads
 from storage.engine import make_engine
 from storage.ledger import Admit, Ledger, open_ledger, open_ledger_to_read
 from storage.ledger_chain import head_fault, signed_head, unit_id_of
@@ -345,6 +346,23 @@ def test_a_peers_chain_may_only_grow(ledger: Ledger) -> None:
     assert ledger.peer_heads(WARD) == [head(1, "d", key=2), head(5, "b", 2)]
     assert ledger.peer_heads() == ledger.peer_heads(WARD)
     assert (ledger.peer_heads(CLINIC), ledger.heads(), ledger.verify()) == ([], [], [])
+
+
+def test_strangers_cannot_have_heads_kept_without_end(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(of: Unit, key: int, seq: int = 1) -> None:
+        ledger.note_peer_head(of, signed_head(Key(key), unit_id_of(of), seq, "a" * 64, (RUN, seq, 1)))
+
+    for key in range(ledger_heads.MOST_SIGNERS):
+        note(WARD, key)
+    with pytest.raises(LedgerError, match="heads of client ward, dataset notes by 16 keys are kept, and another key"):
+        note(WARD, ledger_heads.MOST_SIGNERS)
+    note(WARD, 3, seq=2)  # whose heads are kept already goes on
+    note(CLINIC, 99)
+    monkeypatch.setattr(ledger_heads, "MOST_PEER_CHAINS", 2)
+    with pytest.raises(LedgerError, match="heads of 2 units are kept, and this one is of another, client nobody"):
+        note(unit("nobody"), 1)
+    note(CLINIC, 100)
+    assert len(ledger.peer_heads()) == ledger_heads.MOST_SIGNERS + 2
 
 
 def test_a_peers_head_is_kept_only_with_its_signature_and_for_its_own_unit(ledger: Ledger) -> None:
