@@ -95,17 +95,18 @@ class SiteSpending:
         epsilon, delta = self.site.budget
         standing = self.ledger.standing(self.unit)
         if standing.budget is None or (standing.budget.epsilon, standing.budget.delta) != self.site.budget:
-            # The order was registered before anything was released, and stays.
-            own = replace(standing.budget or register_budget(self.config), epsilon=epsilon, delta=delta)
+            own = register_budget(self.config.model_copy(update={"dp_epsilon": epsilon, "dp_delta": delta}))
+            if standing.budget is not None:  # whose order was registered before anything was released
+                own = replace(standing.budget, epsilon=epsilon, delta=delta)
             self.ledger.set_budget(self.unit, own, NODE_CONFIG, "privacy-epsilon, privacy-delta of the node config")
             logger.info("privacy budget of dataset %s: epsilon %g at delta %g", self.unit.dataset, epsilon, delta)
 
     def _warn_of_a_lost_ledger(self, head: SignedHead) -> None:
-        """A chain's first row is a budget: charges come after it, and each stood in the site's own ledger first."""
-        if head.seq > 1 and not self.ledger.standing(self.unit).spent:
+        """A chain's first row is a budget: charges come after it, and before each one this ledger had a budget too."""
+        if head.seq > 1 and self.ledger.standing(self.unit).budget is None:
             logger.warning(
-                "the orchestrator's ledger holds %d rows on dataset %s, and this site's own ledger %s holds none of "
-                "what they say was spent: if this site took part before, its ledger was lost; restore it from a backup",
+                "the orchestrator's ledger holds %d rows on dataset %s, and this site's own ledger %s holds nothing of "
+                "it: if this site took part before, its ledger was lost; restore it from a backup",
                 *(head.seq, self.unit.dataset, self.site.ledger),
             )
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from contract.config import ConfigValue
 from contract.errors import ConfigError, ConnectionFailedError, RoundError
 from contract.openmp import waiting
 from trunkline.ports import reserve_port, split_address
@@ -97,7 +98,7 @@ def start_superlink(supervisor: Supervisor, simulation: bool) -> SuperLinkAddres
 
 
 def start_supernode(
-    supervisor: Supervisor, superlink: SuperLinkAddress, name: str, config: Mapping[str, str | int | bool]
+    supervisor: Supervisor, superlink: SuperLinkAddress, name: str, config: Mapping[str, ConfigValue]
 ) -> Daemon:
     """Start a SuperNode whose node config is `config`; it keeps trying until the SuperLink answers."""
     argv = [
@@ -110,9 +111,9 @@ def start_supernode(
     return supervisor.start(f"supernode-{name}", argv, {"FLWR_HOME": str(supervisor.directory / f"{name}-home")})
 
 
-def node_config(values: Mapping[str, str | int | bool]) -> str:
+def node_config(values: Mapping[str, ConfigValue]) -> str:
     """`values` as `--node-config` takes them. Flower knows no escape: a value may hold one kind of quote only."""
-    told = {key: str(value).lower() if isinstance(value, int) else _quoted(key, value) for key, value in values.items()}
+    told = {key: _quoted(key, value) if isinstance(value, str) else str(value).lower() for key, value in values.items()}
     return " ".join(f"{key}={value}" for key, value in told.items())
 
 

@@ -111,6 +111,15 @@ def test_the_operator_raises_the_budget_by_the_node_config_and_that_is_logged(tm
         assert (standing.budget.epsilon, standing.budget.delta) == (3.0, 1e-6)
 
 
+def test_a_budget_of_the_node_config_is_registered_at_the_order_that_is_best_for_it(tmp_path: Path) -> None:
+    own: dict[str, ConfigValue] = {"privacy-epsilon": 1.0, "privacy-delta": 1e-6}
+    with opened(tmp_path, own, dp_epsilon=50.0, wire="off") as spending:
+        spending.reserve(RoundKey("a-run", 1, 1), 10, 7, SIZE, {})
+        best = RunConfig.from_flower({**spending.config.to_flower(), "dp-epsilon": 1.0, "dp-delta": 1e-6})
+        assert spending.ledger.standing(spending.unit).budget == register_budget(best)
+        assert register_budget(best).order != register_budget(spending.config).order
+
+
 def test_a_budget_that_is_raised_keeps_the_order_that_was_registered(tmp_path: Path) -> None:
     with opened(tmp_path, dp_epsilon=1.5) as spending:
         reserve(spending, 1)

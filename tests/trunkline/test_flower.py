@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.config import RunConfig
+from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError, ConnectionFailedError
 from trunkline.bundle import stage_app
 from trunkline.flower import SuperLinkAddress, flower_environment, node_config, simulation_config, submit
@@ -31,7 +31,8 @@ def test_the_environment_is_offline_and_joins_nobodys_cluster(monkeypatch: pytes
 def test_node_config_quotes_paths_with_spaces_as_flower_reads_them() -> None:
     from flwr.common.config import parse_config_args
 
-    values = {"data": "/my data/it's.jsonl", "model": '/odd "name"/m', "name": "site"}
+    values: dict[str, ConfigValue] = {"data": "/my data/it's.jsonl", "model": '/odd "name"/m', "name": "site"}
+    values |= {"secagg-min-members": 4, "privacy-epsilon": 8.0, "privacy-delta": 1e-6, "allow-secagg-off": True}
     assert parse_config_args([node_config(values)]) == values
 
 
