@@ -139,7 +139,7 @@ def plan(
         LevelChoice.CLIENT
     ),
     clients: Annotated[int, typer.Option(min=2, help="Clients of a round.")] = 10,
-    threshold: Annotated[int, typer.Option(min=0, help="secagg-threshold; 0: floor(2N/3) + 1.")] = 0,
+    threshold: Annotated[int, typer.Option(min=0, help="secagg-threshold; 0: as a run has it.")] = 0,
     colluders: Annotated[int, typer.Option(min=1, help="dp-colluders, at client level.")] = 1,
     size: Annotated[int, typer.Option(min=1, help="Values that a round trains.")] = 100_000,
     clip: Annotated[float, typer.Option(help="dp-clip.")] = 1.0,
@@ -166,7 +166,9 @@ def plan(
         "dp-sample-rate": sample_rate, "local-steps": steps, "num-rounds": rounds, "wire": wire.value, "metrics": "off",
         "wire-releases": wire_releases, "max-length": max_length, "trunk-adapter": "frozen",
     }  # fmt: skip
-    found = planned(values, clients=clients, threshold=threshold, size=size, rows=rows)
+    if threshold:
+        values["secagg-threshold"] = threshold
+    found = planned(values, clients=clients, size=size, rows=rows)
     emit(found.for_people() if output is OutputFormat.TABLE else found, output)
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregation.encoding import noise_scale
-from aggregation.graph import plan_graph
-from aggregation.terms import Policy
 from contract.config import ConfigValue, RunConfig
-from contract.errors import ConfigError
 from contract.privacy_records import Adversary
+from orchestrator.secure_session import session_graph
 from privacy.calibration import Usability, calibrated, pld_epsilons, usability
 from privacy.coverage import IN_WORDS, withheld
 from privacy.plan import expected_spend, register_budget
@@ -49,15 +47,14 @@ class Planned:
         return lines
 
 
-def planned(values: Mapping[str, ConfigValue], *, clients: int, threshold: int, size: int, rows: int) -> Planned:
-    """The plan of a run with these settings (kebab-case) over `clients`, of whom `threshold` must stay to its end.
+def planned(values: Mapping[str, ConfigValue], *, clients: int, size: int, rows: int) -> Planned:
+    """The plan of a run with these settings (kebab-case) over `clients`.
 
     Raises ConfigError for settings that cannot be, and for a budget that no noise keeps to.
     """
-    needed = _threshold(clients, threshold)
-    config = calibrated(
-        RunConfig.from_flower(values), size=size, scale_of=lambda tried: noise_scale(tried, clients, needed)
-    )
+    asked = RunConfig.from_flower(values)
+    needed = session_graph(asked, clients).threshold
+    config = calibrated(asked, size=size, scale_of=lambda tried: noise_scale(tried, clients, needed))
     scale = noise_scale(config, clients, needed)
     pld = pld_epsilons(config, scale=scale, size=size)
     wired = config.wire == "dp"
@@ -76,18 +73,9 @@ def planned(values: Mapping[str, ConfigValue], *, clients: int, threshold: int, 
     )
 
 
-def _threshold(clients: int, threshold: int) -> int:
-    if threshold > clients:
-        raise ConfigError(f"--threshold is {threshold}, more than the {clients} clients of a round")
-    if threshold:
-        return threshold
-    policy = Policy()
-    return plan_graph(clients, policy.corrupt, policy.dropout).threshold
-
-
 def _needed(config: RunConfig, settings: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
     """Those settings that a run of this plan must have; the others do not bear on its level or its wire."""
-    other = {"dp-sample-rate"} if config.dp == "client" else {"dp-colluders"}
+    other = {"dp-sample-rate"} if config.dp == "client" else {"dp-colluders", "secagg-threshold"}
     if config.dp == "client":
         other |= {"local-steps"}
     if config.wire != "dp":

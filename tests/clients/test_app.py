@@ -220,6 +220,20 @@ def test_a_simulated_site_takes_the_runs_model_and_its_own_partition(monkeypatch
     assert in_simulation()
 
 
+def test_a_site_without_a_ledger_opens_no_database_for_a_run_that_prices_nothing(tmp_path: Path) -> None:
+    """Every message starts a process, which would wait for SQL to be imported."""
+    code = (
+        "import sys, clients.app as app\nfrom clients.site import read_site\nconfig = app.RunConfig.from_flower({})\n"
+        "node = {'model': 'm', 'data': 'd', 'trunk-address': '127.0.0.1:1', 'state-dir': sys.argv[1]}\n"
+        "app._refuse_unpriced(config, read_site(node, config, '1', '1', simulated=False))\n"
+        "print(sorted({'sqlalchemy', 'alembic', 'clients.spending'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+    assert not (tmp_path / "state").exists()
+
+
 def test_importing_the_app_and_the_package_imports_no_torch() -> None:
     code = "import sys, clients, clients.app; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

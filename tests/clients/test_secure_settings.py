@@ -262,5 +262,8 @@ def test_a_run_that_prices_nothing_is_refused_by_the_sites_own_ledger_before_any
     ledger = open_ledger(f"sqlite:///{site.ledger}")
     ledger.set_budget(Unit("whoever", "*", "client"), operators_budget(3.0, 1e-6, "client", None), "ada", "all of it")
     ledger.close()
-    told = refusal(app(train_message(SecureOrder("a run", session=b"s" * 32)), context_of(sites)))
-    assert "holds a budget for all datasets (client level), epsilon 3 at delta 1e-06" in told
+    greeting = ConfigRecord(dict(to_record(SecureOrder("a run", greet=b"a nonce"))))
+    greet = Message(RecordDict({"secure": greeting}), dst_node_id=int(node_id(FIRST)), message_type="query.secure")
+    for message in (greet, train_message(SecureOrder("a run", session=b"s" * 32))):
+        told = refusal(app(message, context_of(sites)))
+        assert "holds a budget for all datasets (client level), epsilon 3 at delta 1e-06" in told

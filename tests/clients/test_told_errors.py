@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
+from clients import bookkeeping, opacus_gradients
 from clients.app import _reason
 from clients.connection import TrunkConnection
 from clients.remote_trunk import RemoteTrunk
+from clients.secure import tellable
 from contract import errors
-from contract.errors import AgreementError, DataError, TrunklineError
+from contract.errors import AgreementError, ConfigError, DataError, TrunklineError
 from contract.trunk_pb2 import CloseReply, Hello, Welcome
 from tests.clients.secure_sites import SecureSession, SecureSites
 
@@ -54,6 +58,17 @@ def test_a_refusal_of_the_next_session_withholds_the_same_errors(
     monkeypatch.setattr("clients.secure.SecureClient.join", failing)
     assert session.join("site-0").refusal == "DataError at the client; its log says more"
     assert f"no part in the next secure sum: {WORDS}" in caplog.messages
+
+
+def test_how_many_rows_a_secret_draw_had_is_in_no_error_that_is_told() -> None:
+    tells: list[Callable[[], object]] = [
+        lambda: bookkeeping._by_row(torch.zeros(23, 7), 13, "a layer"),
+        lambda: opacus_gradients._require_rows("a layer", torch.zeros(23), 13),
+    ]
+    for tell in tells:
+        with pytest.raises(ConfigError, match="a layer") as caught:
+            tell()
+        assert not any(letter.isdigit() for letter in str(tellable(caught.value)))
 
 
 class Stream:
