@@ -91,7 +91,8 @@ def _reason(error: TrunklineError, *, masked: bool) -> str:
 
 def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
     config, site = _settings(context)
-    _refuse_unpriced(config, site)
+    if not site.simulated:  # where it is only said, and once is enough
+        _refuse_unpriced(config, site)
     os.environ.update(waiting(os.environ))
     if config.secagg == "off":
         site.require_clear_allowed()
@@ -127,7 +128,7 @@ def _talk(message: Message, context: Context) -> RecordDict:
     config, site = _settings(context)
     asked = _secure_order(message.content, config)
     if asked.greet:  # the stages after it release nothing: what does is asked again before it does
-        _refuse_unpriced(config, site)
+        _require_willing(config, site)
     with Vault(site.state_dir).alone():
         if asked.head:
             _keep_head(asked.head, config, site)
@@ -141,6 +142,17 @@ def _refuse_unpriced(config: RunConfig, site: Site) -> None:
         from clients.spending import refuse_unpriced  # with SQL, which a site without a ledger never needs
 
         refuse_unpriced(site)
+
+
+def _require_willing(config: RunConfig, site: Site) -> None:
+    """Raise what this site would refuse each round of the run with, before the orchestrator charges anything for it."""
+    if config.dp == "off":
+        _refuse_unpriced(config, site)
+        return
+    from clients.spending import open_spending  # with SQL, which no other run needs at its greeting
+
+    with open_spending(site, config) as spending:
+        spending.require_willing()
 
 
 def _keep_head(head: bytes, config: RunConfig, site: Site) -> None:

@@ -17,11 +17,11 @@ from urllib.parse import quote
 from aggregation.encoding import noise_scale
 from clients.site import Site
 from contract.config import RunConfig
-from contract.errors import BudgetError, ConfigError, LedgerError
+from contract.errors import BudgetError, ConfigError, HeadsFullError, LedgerError
 from contract.privacy_records import ALL_DATASETS, Budget, Channel, PricedRelease, PrivacyEvent, Standing, Unit
 from contract.records import RoundKey
 from privacy.accountant import ACCOUNTANT
-from privacy.filters import admit_standing
+from privacy.filters import admit_standing, require_one_level
 from privacy.plan import level_of, register_budget, round_releases
 from storage.ledger import Ledger, open_ledger, open_ledger_to_read
 from storage.ledger_rows import NODE_CONFIG
@@ -60,6 +60,7 @@ class SiteSpending:
         for channel, event in events.items():
             if charged.get(channel) != event:
                 raise LedgerError(f"{channel} is released by {event}, but {charged.get(channel)} would be charged")
+        self.require_willing()
         self._set_budget(key.run)
         charges = [Charge(self.unit, key.run, key.round, key.attempt, release, ACCOUNTANT) for release in releases]
         for refusal in self.ledger.reserve(charges, partial(self._admit, key.run)):
@@ -81,19 +82,40 @@ class SiteSpending:
             raise LedgerError(f"the orchestrator's head of the ledger cannot be read: {error}") from error
         if (unit.dataset, unit.level) != (self.unit.dataset, self.unit.level):
             raise LedgerError(f"the orchestrator's head is of dataset {unit.dataset}, not of {self.unit.dataset}")
-        self.ledger.note_peer_head(unit, signed)
+        try:
+            self.ledger.note_peer_head(unit, signed)
+        except HeadsFullError as error:  # whoever fills the room must not be able to end other orchestrators' runs
+            logger.warning("the orchestrator's head of the ledger is not kept: %s", error)
         self._warn_of_a_lost_ledger(signed)
 
+    def require_willing(self) -> None:
+        """Raise ConfigError, or BudgetError, where this site refuses every round of the run: before anybody pays."""
+        self._require_own_name()
+        standing = self.ledger.standing(self.unit)
+        require_one_level(standing)
+        if standing.budget is None and self.site.budget is None:
+            _require_modest(self.site, register_budget(self.config))
+
+    def _require_own_name(self) -> None:
+        others = self.ledger.charged_clients() - {self.site.name}
+        if others and not self.site.simulated:
+            raise ConfigError(
+                f"node config name is {self.site.name!r}, and this site's own ledger {self.site.ledger} is that of "
+                f"{min(others)!r}: under another name what is spent would be forgotten; keep the name"
+            )
+
     def _set_budget(self, run: str) -> None:
-        """The site's own budget where its node config names one, else the first run's."""
+        """What a person at the site set, else the node config's, else the first run's."""
+        standing = self.ledger.standing(self.unit)
+        if standing.chosen:
+            return
         if self.site.budget is None:
-            if self.ledger.standing(self.unit).budget is None:
+            if standing.budget is None:
                 taken = register_budget(self.config)
-                _require_modest(self.site, taken)
+                _tell_taken(self.site, taken)
                 self.ledger.register_budgets([self.unit], taken, run)
             return
         epsilon, delta = self.site.budget
-        standing = self.ledger.standing(self.unit)
         if standing.budget is None or (standing.budget.epsilon, standing.budget.delta) != self.site.budget:
             own = register_budget(self.config.model_copy(update={"dp_epsilon": epsilon, "dp_delta": delta}))
             if standing.budget is not None:  # whose order was registered before anything was released
@@ -153,23 +175,29 @@ def _held(unit: Unit, budget: Budget | None) -> str:
     return f"a budget for {whose} ({unit.level} level), epsilon {budget.epsilon:g} at delta {budget.delta:g}"
 
 
+_OWN_BUDGET = "privacy-epsilon and privacy-delta in the node config, or `trunkline budget set --site`, set its own"
+
+
 def _require_modest(site: Site, taken: Budget) -> None:
-    """Say what the site takes over from a run. Raises ConfigError for more than a run may choose for a site.
+    """Raise ConfigError for more than a run may choose for a site.
 
     Not in a simulation, where whoever owns the data starts the run.
     """
-    if site.simulated:
+    if site.simulated or (taken.epsilon <= _MOST_TAKEN_EPSILON and taken.delta <= _MOST_TAKEN_DELTA):
         return
-    numbers, keys = f"epsilon {taken.epsilon:g} at delta {taken.delta:g}", "privacy-epsilon and privacy-delta"
-    if taken.epsilon > _MOST_TAKEN_EPSILON or taken.delta > _MOST_TAKEN_DELTA:
-        raise ConfigError(
-            f"the run's budget is {numbers}, and this site names none of its own for dataset {site.dataset}; it takes "
-            f"over at most epsilon {_MOST_TAKEN_EPSILON:g} at delta {_MOST_TAKEN_DELTA:g} from a run: {keys} in the "
-            "node config, or `trunkline budget set --site`, set its own"
-        )
-    logger.warning(
-        "this site names no budget of its own: it takes the run's, %s; %s in the node config set its own", numbers, keys
+    raise ConfigError(
+        f"the run's budget is epsilon {taken.epsilon:g} at delta {taken.delta:g}, and this site names none of its own "
+        f"for dataset {site.dataset}; it takes over at most epsilon {_MOST_TAKEN_EPSILON:g} at delta "
+        f"{_MOST_TAKEN_DELTA:g} from a run: {_OWN_BUDGET}"
     )
+
+
+def _tell_taken(site: Site, taken: Budget) -> None:
+    if not site.simulated:
+        logger.warning(
+            "this site names no budget of its own: it takes the run's, epsilon %g at delta %g; %s",
+            *(taken.epsilon, taken.delta, _OWN_BUDGET),
+        )
 
 
 def _url(site: Site) -> str:

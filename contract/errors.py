@@ -109,6 +109,10 @@ class LedgerError(PrivacyError):
     grpc_status = "DATA_LOSS"
 
 
+class HeadsFullError(LedgerError):
+    """A ledger keeps no head of yet another signer or unit: what there may be of them is bounded."""
+
+
 class RoundError(TrunklineError):
     grpc_status = "ABORTED"
 

@@ -127,8 +127,8 @@ class Standing:
 
     `budget` is the unit's own, `client_budget` that of all of its client's datasets together, at the unit's level; None
     where none was ever set. `spent` is the unit's own spending by run, `client_spent` that of all the client's units of
-    this level. `chosen` says that a person set `budget`, knowing what was spent; `other_level` that the same dataset of
-    the client has spent at the other level.
+    this level. `chosen` says that a person set `budget`, `client_chosen` that one set `client_budget`; `other_level`
+    that the same dataset of the client has spent at the other level, or that a person set a budget for it there.
     """
 
     unit: Unit
@@ -137,4 +137,5 @@ class Standing:
     spent: Mapping[str, Mapping[str, int]]
     client_spent: Mapping[str, int]
     chosen: bool = False
+    client_chosen: bool = False
     other_level: bool = False

@@ -47,6 +47,7 @@ class Membership:
     _greetings: dict[str, _Greeting] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
     _reasons: dict[str, str] = field(default_factory=dict)
+    _datasets: dict[str, str] = field(default_factory=dict)
     shut_out_nodes: dict[str, str] = field(default_factory=dict)
 
     def known(self, nodes: Iterable[str]) -> dict[str, Member]:
@@ -71,22 +72,24 @@ class Membership:
     def units(self, members: Mapping[str, Member], level: Level) -> dict[str, Unit]:
         """Whose privacy each node's part is charged to: the enrolled client, or else the name that it declared.
 
-        One budget pays for one part in a round: a second node that declares the same client and dataset is left out,
-        and at client level every second node of a client, whose text is protected as a whole.
+        One budget pays for one part in a round: a second node that declares the same client and dataset is left out. At
+        client level a client's text is protected as a whole: it takes part through one node, and with the dataset that
+        it first came with for the rest of the run.
         """
         names = self._enrolled_names()
-        found: dict[str, Unit] = {}
-        parts: dict[tuple[str, ...], str] = {}
+        found: dict[Unit, str] = {}
         for node_id in sorted(members):
             greeting = self._greetings[node_id]
             client = greeting.name if names is None else members[node_id].client_id
-            part, shown = ((client,), "") if level == "client" else ((client, greeting.dataset), " and dataset")
-            first = parts.setdefault(part, node_id)
-            if first != node_id:
-                self.exclude(node_id, f"node {first} has the same name{shown}: {', '.join(part)}")
+            if level == "client" and (bound := self._datasets.setdefault(client, greeting.dataset)) != greeting.dataset:
+                self.exclude(node_id, f"client {client} takes part with dataset {bound} in this run")
                 continue
-            found[node_id] = Unit(client, greeting.dataset, level)
-        return found
+            unit = Unit(client, greeting.dataset, level)
+            if unit in found:
+                self.exclude(node_id, f"node {found[unit]} has the same name {client} and dataset {unit.dataset}")
+                continue
+            found[unit] = node_id
+        return {node_id: unit for unit, node_id in found.items()}
 
     def shut_out(self, node_id: str, reason: str) -> None:
         """Leave a node out for the rest of the run."""

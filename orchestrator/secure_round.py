@@ -20,7 +20,7 @@ from orchestrator.collection import report_progress
 from orchestrator.commitment import Mean, average_trunk, commit
 from orchestrator.desk import Desk, Version
 from orchestrator.metrics import judgement, judges
-from orchestrator.secure_run import SecureRun
+from orchestrator.secure_run import SecureRun, UnpaidError
 from orchestrator.secure_session import SecureSession
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.telling import told_losses
@@ -55,7 +55,7 @@ def play_secure_round(run: SecureRun, before: Version) -> Version:
             desk.store.abort_round(desk.run_id, number, attempt, reason)
             if isinstance(error, _RefusedError):
                 run.wait_for_others(number, reason)
-            else:
+            elif not isinstance(error, UnpaidError):  # which takes clients out of the next draw, so that it ends
                 run.count_abort(number, reason)
             continue
         run.committed()

@@ -22,6 +22,10 @@ log = logging.getLogger("trunkline.orchestrator")
 AGAIN_S = 1.0
 
 
+class UnpaidError(QuorumError):
+    """Budgets ran out between a session's set-up and its charge: with whom they did not, another one may be drawn."""
+
+
 @dataclass(slots=True)
 class SecureRun:
     """`spending` is None in a run without differential privacy. `ready` was set up beside the round before.
@@ -41,7 +45,8 @@ class SecureRun:
     def draw(self, number: int, values: int, *, first: bool = False) -> SecureSession:
         """A session for round `number`, once enough clients are connected and may take part; raises as new_session.
 
-        Raises QuorumError, with the reasons, where within node-wait-s too few may.
+        Raises QuorumError, with the reasons, where within node-wait-s too few may; BudgetError where that is for their
+        budgets, at once unless clients that the run knows are away.
         """
         desk, config = self.desk, self.desk.config
         if self.aborts:
@@ -51,8 +56,10 @@ class SecureRun:
             connected = wait_for_clients(desk.exchange, config, desk.clock, first=first)
             try:
                 return self.draw_from(connected, number, values)
-            except QuorumError:
+            except (QuorumError, BudgetError) as error:
                 if desk.clock.monotonic() >= until:
+                    raise
+                if isinstance(error, BudgetError) and not self._someone_is_away(connected):
                     raise
             desk.clock.sleep(AGAIN_S)
 
@@ -68,6 +75,10 @@ class SecureRun:
                 f"{wanted} are needed (the larger of quorum and secagg-threshold, and at least 2){told}"
             )
         return new_session(desk.run_id, number, config, members, cohort, values, self.model_fingerprint)
+
+    def _someone_is_away(self, connected: Collection[str]) -> bool:
+        units = {} if self.spending is None else self.spending.units
+        return bool(units.keys() - set(connected) - self.membership.shut_out_nodes.keys())
 
     @property
     def _wanted(self) -> int:
@@ -103,7 +114,7 @@ class SecureRun:
     def charge(self, key: RoundKey, session: SecureSession) -> None:
         """Charge the round to those who are about to train; who cannot pay sits it out. Durable on return.
 
-        Raises QuorumError where too few are left; nobody was asked for anything then, and nobody has paid.
+        Raises UnpaidError where too few are left; nobody was asked for anything then, and nobody has paid.
         """
         spending, config = self.spending, self.desk.config
         if spending is None:
@@ -113,7 +124,7 @@ class SecureRun:
         session.leave_out(spending.reserve(key, session))
         if len(session.shared) < (wanted := max(config.quorum, session.terms.threshold)):
             spending.give_back(key, session.shared)
-            raise QuorumError(f"{len(session.shared)} clients are left to pay for the round, {wanted} are needed")
+            raise UnpaidError(f"{len(session.shared)} clients are left to pay for the round, {wanted} are needed")
 
     def close_charges(self, key: RoundKey, session: SecureSession) -> None:
         """Give back what nobody was asked for; ask no more of sites whose own budgets are spent."""

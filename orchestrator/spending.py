@@ -27,12 +27,16 @@ log = logging.getLogger("trunkline.orchestrator")
 
 @dataclass(slots=True)
 class Spending:
-    """One run's charges. `units` says whose privacy each node's part spends, as it greeted."""
+    """One run's charges. `units` says whose privacy each node's part spends, as it greeted.
+
+    Those of the attempt that was charged last are kept apart: the next session may be drawn beside it, by other names.
+    """
 
     run_id: str
     config: RunConfig
     ledger: Ledger
     units: dict[str, Unit] = field(default_factory=dict)
+    _charged: dict[str, Unit] = field(default_factory=dict)
 
     def releases(self, clients: int, threshold: int, size: int) -> tuple[PricedRelease, ...]:
         """What a round over `clients` that trains `size` values costs each of them."""
@@ -55,7 +59,8 @@ class Spending:
         Answers those that cannot afford it, with the reason: they MUST NOT be asked.
         """
         releases = self.releases(len(session.cohort), session.terms.threshold, session.values)
-        nodes = {self.units[node_id]: node_id for node_id in session.shared}
+        self._charged = {node_id: self.units[node_id] for node_id in session.shared}
+        nodes = {unit: node_id for node_id, unit in self._charged.items()}
         self.ledger.register_budgets(nodes, register_budget(self.config), self.run_id)
         charges = [
             Charge(unit, key.run, key.round, key.attempt, release, ACCOUNTANT) for unit in nodes for release in releases
@@ -66,7 +71,7 @@ class Spending:
     def give_back(self, key: RoundKey, nodes: Collection[str]) -> None:
         """Void the charges of nodes that the order provably never left for."""
         if nodes:
-            units = [self.units[node_id] for node_id in nodes]
+            units = [self._charged[node_id] for node_id in nodes]
             self.ledger.settle(key.run, key.round, key.attempt, "VOID", units)
 
     def heads(self, nodes: Collection[str]) -> dict[str, bytes]:

@@ -88,6 +88,10 @@ def _assumed(config: RunConfig) -> list[str]:
         lines.append(
             f"at most {config.dp_colluders} of a sum's clients tell the orchestrator their noise (dp-colluders)"
         )
+        lines.append(
+            "the trunk answers each client from that client alone: one that mixes clients, or remembers, lets one's "
+            "text reach the others' updates"
+        )
     elif _trunk_is_trusted(config):
         lines.append(
             "the trunk computes rows apart and keeps no memory between batches: one that mixes them lets a row reach "

@@ -27,15 +27,10 @@ def admit_standing(own: Budget, run: str, standing: Standing, proposed: Sequence
 
     Those are `own`, the run's for a unit in this run; the dataset's over all runs, and where none was set yet `own` for
     that too; the client's over all datasets. Budgets at two levels over the same data are not one: a dataset that spent
-    at the other level is refused, unless a person set a budget at this one.
+    at the other level, or that a person gave a budget there, is refused, unless a person set a budget at this one.
     """
+    require_one_level(standing)
     unit = standing.unit
-    if standing.other_level and not standing.chosen:
-        other = "example" if unit.level == "client" else "client"
-        raise BudgetError(
-            f"dataset {unit.dataset} of client {unit.client} has spent at {other} level, and budgets at two levels "
-            f"over the same text do not make one; `trunkline budget set --level {unit.level}` sets one all the same"
-        )
     try:
         admit(own, unit, standing.spent.get(run, {}), proposed)
     except BudgetError as error:
@@ -46,6 +41,17 @@ def admit_standing(own: Budget, run: str, standing: Standing, proposed: Sequence
     admit(standing.budget or own, unit, total, proposed)
     if standing.client_budget is not None:
         admit(standing.client_budget, replace(unit, dataset=ALL_DATASETS), standing.client_spent, proposed)
+
+
+def require_one_level(standing: Standing) -> None:
+    """Raise BudgetError where a dataset belongs to the other level, and no person says that it may spend here too."""
+    unit = standing.unit
+    if standing.other_level and not (standing.chosen or standing.client_chosen):
+        other = "example" if unit.level == "client" else "client"
+        raise BudgetError(
+            f"dataset {unit.dataset} of client {unit.client} spends at {other} level, and budgets at two levels over "
+            f"the same text do not make one; `trunkline budget set --level {unit.level}` sets one all the same"
+        )
 
 
 def admit(budget: Budget, unit: Unit, charged: Mapping[str, int], proposed: Sequence[PricedRelease]) -> None:

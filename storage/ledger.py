@@ -23,7 +23,7 @@ from storage.ledger_report import report_of
 from storage.ledger_rows import COLUMNS, RUN_PREFIX, budget_row, reserved_row
 from storage.ledger_settlement import settle_in
 from storage.ledger_standings import Standings, all_budgets
-from storage.ledger_tables import NAMED, ROWS, chunks
+from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
 from storage.ledger_writer import LedgerWriter, moment, take_turn
 from storage.records import Account, Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead
 from storage.revisions import opened_for_writing, require_current
@@ -172,6 +172,12 @@ class Ledger:
             found = session.execute(select(unit.client, unit.dataset, unit.level)).all()
         units = [Unit(client, dataset, level) for client, dataset, level in found]
         return sorted(units, key=lambda one: (one.client, one.dataset, one.level))
+
+    def charged_clients(self) -> set[str]:
+        """Every client of whose datasets any has spent something."""
+        query = select(UNITS.c.client).join(TALLIES, TALLIES.c.unit_id == UNITS.c.unit_id).where(TALLIES.c["count"] > 0)
+        with self._reading() as session:
+            return set(session.scalars(query.distinct()))
 
     def budgets(self) -> dict[Unit, Budget]:
         """The budgets in force."""

@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
-from contract.errors import LedgerError
+from contract.errors import HeadsFullError, LedgerError
 from contract.privacy_records import Unit
 from storage import schema
 from storage.ledger_chain import head_fault, unit_id_of
@@ -52,8 +52,8 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
     """Keep a head that a peer signed of its own chain of `unit`; the newest that is here already changes nothing.
 
     Raises LedgerError for a head of another unit, a signature that is not its signer's, and a chain that went back: a
-    row before the newest that this signer showed, or another row in its place; and for one more signer, or one more
-    unit, than there may be.
+    row before the newest that this signer showed, or another row in its place; HeadsFullError for one more signer, or
+    one more unit, than there may be.
     """
     if head.unit_id != unit_id_of(unit):
         raise LedgerError(f"a head of unit {head.unit_id[:16]} came for client {unit.client}, dataset {unit.dataset}")
@@ -78,16 +78,16 @@ def note_peer_head(session: Session, unit: Unit, head: SignedHead, at: datetime)
 
 
 def _require_room(session: Session, unit: Unit, signers: Collection[str]) -> None:
-    """Raise LedgerError unless a head of `unit` by another than `signers`, whose heads are kept, may be kept too."""
+    """Raise HeadsFullError unless a head of `unit` by another than `signers`, whose heads are kept, may be kept too."""
     if len(signers) >= MOST_SIGNERS:
-        raise LedgerError(
+        raise HeadsFullError(
             f"heads of client {unit.client}, dataset {unit.dataset} by {len(signers)} keys are kept, and another key "
             f"signed this one; a ledger keeps those of {MOST_SIGNERS} keys for a unit"
         )
     head = schema.PrivacyHead
     of_peers = select(func.count(head.unit_id.distinct())).where(head.source == "peer")
     if not signers and (units := session.scalar(of_peers) or 0) >= MOST_PEER_CHAINS:
-        raise LedgerError(
+        raise HeadsFullError(
             f"peers' heads of {units} units are kept, and this one is of another, client {unit.client}, dataset "
             f"{unit.dataset}; a ledger keeps those of {MOST_PEER_CHAINS} units"
         )

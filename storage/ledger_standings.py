@@ -53,7 +53,8 @@ class Standings:
 
     def __init__(self, session: Session, units: Sequence[Unit]) -> None:
         others = [*map(at_other_level, units)]
-        self._ids = {unit: unit_id_of(unit) for unit in (*units, *others, *map(client_wide, units))}
+        whole = [*map(client_wide, units), *map(client_wide, others)]
+        self._ids = {unit: unit_id_of(unit) for unit in (*units, *others, *whole)}
         self._budgets: dict[str, Budget] = {}
         self._chosen: dict[str, bool] = {}
         self._spent: dict[str, dict[str, Counter[str]]] = {}
@@ -70,9 +71,17 @@ class Standings:
             client_budget=self._budgets.get(self._ids[client_wide(unit)]),
             spent=_positive_by_run(self._spent.get(self._ids[unit], {})),
             client_spent=dict(+self._of_clients.get((unit.client, unit.level), Counter())),
-            chosen=self._chosen.get(self._ids[unit], False),
-            other_level=bool(_positive_by_run(self._spent.get(self._ids[at_other_level(unit)], {}))),
+            chosen=self._is_chosen(unit),
+            client_chosen=self._is_chosen(client_wide(unit)),
+            other_level=self._is_used(at_other_level(unit)),
         )
+
+    def _is_chosen(self, unit: Unit) -> bool:
+        return self._chosen.get(self._ids[unit], False)
+
+    def _is_used(self, unit: Unit) -> bool:
+        spent = bool(_positive_by_run(self._spent.get(self._ids[unit], {})))
+        return spent or self._is_chosen(unit) or self._is_chosen(client_wide(unit))
 
     def spend(self, charges: Iterable[Charge]) -> None:
         """Count charges that are about to be appended."""

@@ -267,3 +267,14 @@ def test_a_run_that_prices_nothing_is_refused_by_the_sites_own_ledger_before_any
     for message in (greet, train_message(SecureOrder("a run", session=b"s" * 32))):
         told = refusal(app(message, context_of(sites)))
         assert "holds a budget for all datasets (client level), epsilon 3 at delta 1e-06" in told
+
+
+def test_a_site_says_at_its_greeting_that_it_takes_over_no_such_budget(sites: SecureSites) -> None:
+    greeting = ConfigRecord(dict(to_record(SecureOrder("a run", greet=b"a nonce"))))
+    greet = Message(RecordDict({"secure": greeting}), dst_node_id=int(node_id(FIRST)), message_type="query.secure")
+    settings: dict[str, ConfigValue] = {"dp": "client", "trunk-adapter": "frozen", "metrics": "off", "dp-epsilon": 1e6}
+    context = context_of(sites, **settings)
+    context.node_config["name"] = "north"
+    assert "the run's budget is epsilon 1e+06 at delta 1e-05, and this site names none of its own" in refusal(
+        app(greet, context)
+    )

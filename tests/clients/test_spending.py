@@ -20,6 +20,7 @@ from contract.identity import public_key_text
 from contract.privacy_records import ALL_DATASETS, PrivacyEvent, Unit
 from contract.records import RoundKey
 from privacy.plan import operators_budget, register_budget
+from storage import ledger_heads
 from storage.ledger import open_ledger
 
 NODE: dict[str, ConfigValue] = {
@@ -141,7 +142,7 @@ def test_the_budget_over_all_of_the_sites_datasets_binds_too(tmp_path: Path) -> 
 def test_a_dataset_that_spent_at_client_level_is_not_released_row_by_row(tmp_path: Path) -> None:
     with opened(tmp_path, dp="client", wire="off") as spending:
         spending.reserve(RoundKey("a-run", 1, 1), 10, 7, SIZE, {})
-    with opened(tmp_path) as spending, pytest.raises(BudgetError, match="has spent at client level"):
+    with opened(tmp_path) as spending, pytest.raises(BudgetError, match="spends at client level"):
         reserve(spending, 1)
 
 
@@ -158,8 +159,9 @@ def test_a_site_that_names_no_budget_takes_the_runs_and_says_so(
 @pytest.mark.parametrize("settings", [{"dp_epsilon": 11.0}, {"dp_delta": 2e-3}])
 def test_no_run_chooses_more_for_a_site_than_protects_anybody(tmp_path: Path, settings: dict[str, ConfigValue]) -> None:
     with opened(tmp_path, **settings) as spending:
-        with pytest.raises(ConfigError, match="takes over at most epsilon 10 at delta 0.001 from a run"):
-            reserve(spending, 1)
+        for refuses in (spending.require_willing, lambda: reserve(spending, 1)):
+            with pytest.raises(ConfigError, match="takes over at most epsilon 10 at delta 0.001 from a run"):
+                refuses()
         assert charges(spending) == []
         assert spending.ledger.units() == []
     own: dict[str, ConfigValue] = {"privacy-epsilon": 11.0, "privacy-delta": 2e-3}
@@ -180,6 +182,48 @@ def test_data_with_a_budget_in_the_sites_own_ledger_goes_into_no_run_that_prices
     refuse_unpriced(replace(site, dataset="other"))
     refuse_unpriced(replace(site, simulated=True))
     assert "it goes on, as this is a simulation" in caplog.text
+
+
+def test_a_site_by_another_name_does_not_begin_anew(tmp_path: Path) -> None:
+    with opened(tmp_path, dp_epsilon=1.5) as spending:
+        reserve(spending, 1)
+    with opened(tmp_path, {"name": "clinic"}) as spending:
+        for refuses in (spending.require_willing, lambda: reserve(spending, 1)):
+            with pytest.raises(ConfigError, match="name is 'clinic', and .*ledger.db is that of 'hospital'"):
+                refuses()
+
+
+def test_what_a_person_set_at_the_site_outranks_its_node_config(tmp_path: Path) -> None:
+    own: dict[str, ConfigValue] = {"privacy-epsilon": 3.0, "privacy-delta": 1e-6}
+    with opened(tmp_path, own) as spending:
+        reserve(spending, 1)
+        chosen = operators_budget(5.0, 1e-6, "example", spending.ledger.standing(spending.unit).budget)
+        spending.ledger.set_budget(spending.unit, chosen, "ada", "agreed")
+        reserve(spending, 2)
+        assert spending.ledger.standing(spending.unit).budget == chosen
+
+
+def test_a_budget_for_the_whole_client_is_not_evaded_row_by_row(tmp_path: Path) -> None:
+    with opened(tmp_path) as spending:
+        whole = Unit("hospital", ALL_DATASETS, "client")
+        spending.ledger.set_budget(whole, operators_budget(1.0, 1e-5, "client", None), "ada", "as a whole")
+        for refuses in (spending.require_willing, lambda: reserve(spending, 1)):
+            with pytest.raises(BudgetError, match="letters of client hospital spends at client level"):
+                refuses()
+
+
+def test_heads_beyond_what_is_kept_end_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_heads, "MOST_SIGNERS", 1)
+    made = [Orchestrator(tmp_path, seed) for seed in (1, 2)]
+    with opened(tmp_path) as spending:
+        for one in made:
+            spending.keep_head(one.head(UNIT))
+        assert [head.signer for head in spending.ledger.peer_heads()] == [made[0].public_key_text]
+    assert "is not kept: heads of client enrolled-hospital, dataset letters by 1 keys are kept" in caplog.text
+    for one in made:
+        one.ledger.close()
 
 
 def test_a_ledger_that_was_lost_is_told_of(

@@ -253,7 +253,18 @@ def test_at_client_level_a_client_is_asked_through_one_node_whatever_its_dataset
     assert charged.states(4) == [(1, 1, "RESERVED"), (1, 1, "COMMITTED")]
     assert not any("train" in stages for stages in charged.clients[5].asked)
     ((_, reason),) = charged.run.membership.excluded(["5"])
-    assert reason == "node 4 has the same name: client-4"
+    assert reason == "client client-4 takes part with dataset texts in this run"
+
+
+def test_at_client_level_no_other_dataset_of_a_client_takes_over_in_a_run(start: Start) -> None:
+    charged = start(quorum=3)
+    charged.clients[5].name, charged.clients[5].dataset = "client-4", "other-texts"
+    charged.clients[4].own_budget_is_spent = True
+    for _ in range(3):
+        charged.play()
+    assert charged.states(5) == []
+    assert len(charged.states(1)) == 6
+    assert not any("train" in stages for stages in charged.clients[5].asked)
 
 
 def test_a_dataset_that_spent_at_one_level_is_asked_at_the_other_only_where_a_person_says_so(start: Start) -> None:
@@ -264,7 +275,7 @@ def test_a_dataset_that_spent_at_one_level_is_asked_at_the_other_only_where_a_pe
     charged.play()
     assert charged.states(5) == []
     ((_, reason),) = charged.run.membership.excluded(["5"])
-    assert "has spent at example level, and budgets at two levels" in reason
+    assert "spends at example level, and budgets at two levels" in reason
     charged.give(5, 4)
     charged.play()  # was set up before
     charged.play()

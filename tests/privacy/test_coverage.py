@@ -140,6 +140,7 @@ def test_assumptions_are_told_with_every_epsilon() -> None:
         assert {f"assumed: {line}" for line in ASSUMPTIONS} <= set(uncovered(config(base)))
     assert any("not chosen by the losses" in line for line in uncovered(config(EXAMPLE)))
     assert not any("not chosen by the losses" in line for line in uncovered(config(WIRE)))
+    assert any("the trunk answers each client from that client alone" in line for line in uncovered(config(CLIENT)))
     assert any("at most 3 of a sum's clients" in line for line in uncovered(config(CLIENT, dp_colluders=3)))
 
 

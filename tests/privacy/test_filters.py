@@ -249,6 +249,7 @@ def test_the_run_the_dataset_and_the_client_each_have_a_budget_that_binds() -> N
 
 
 def test_a_dataset_spends_at_one_level_unless_a_person_gave_it_a_budget_at_another() -> None:
-    with pytest.raises(BudgetError, match="has spent at client level, .* --level example` sets one all the same"):
+    with pytest.raises(BudgetError, match="spends at client level, .* --level example` sets one all the same"):
         admit_standing(budget(0.0), "now", standing(budget=budget(0.0), other_level=True), [ONE])
     admit_standing(budget(0.0), "now", standing(budget=budget(0.0), other_level=True, chosen=True), [ONE])
+    admit_standing(budget(0.0), "now", standing(client_budget=budget(0.0), other_level=True, client_chosen=True), [ONE])
