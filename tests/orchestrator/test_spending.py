@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -289,6 +289,50 @@ def test_sites_whose_own_ledgers_are_spent_end_the_run_for_budgets_too(start: St
     charged.clients[3].own_budget_is_spent = True
     with pytest.raises(BudgetError, match="3 of 5 clients can still pay for a round, 4 are needed; client 2: Budget"):
         charged.play()
+
+
+def test_clients_that_are_away_for_a_moment_are_waited_for_before_budgets_end_a_run(start: Start) -> None:
+    charged = start(quorum=3, node_wait_s=60.0)
+    charged.give(3, 1)
+    charged.play()
+    charged.run.ready = None
+    away = {number: charged.bench.grid.nodes.pop(number) for number in (4, 5)}
+    back_at = charged.bench.clock.now + 10.0
+    listed = charged.bench.grid.get_node_ids
+
+    def listing() -> Collection[int]:
+        if charged.bench.clock.now >= back_at:
+            charged.bench.grid.nodes.update(away)
+        return listed()
+
+    charged.bench.grid.get_node_ids = listing  # type: ignore[method-assign]
+    charged.play()
+    assert [len(charged.states(number)) for number in range(1, 6)] == [4, 4, 2, 4, 4]
+
+
+def test_clients_that_stay_away_are_not_waited_for_without_end(start: Start) -> None:
+    charged = start(quorum=3, node_wait_s=60.0)
+    charged.give(3, 1)
+    charged.play()
+    charged.run.ready = None
+    for number in (4, 5):
+        del charged.bench.grid.nodes[number]
+    began = charged.bench.clock.now
+    with pytest.raises(BudgetError, match="2 of 3 clients can still pay for a round, 3 are needed"):
+        charged.play()
+    assert 60.0 <= charged.bench.clock.now - began < 200.0
+
+
+def test_budgets_that_run_out_while_a_session_waits_count_as_no_abort(start: Start) -> None:
+    charged = start(quorum=3, secagg_aborts=0)
+    charged.play()  # and the next session, over all five, is set up
+    for number in (3, 4):
+        charged.give(number, 1)
+    charged.play()
+    assert [len(charged.states(number)) for number in range(1, 6)] == [6, 6, 2, 2, 6]
+    assert [state for *_, state in charged.states(1)] == [
+        *("RESERVED", "COMMITTED", "RESERVED", "VOID", "RESERVED", "COMMITTED")
+    ]
 
 
 def test_too_few_who_can_pay_when_it_is_charged_are_not_asked_and_get_it_back(start: Start) -> None:
