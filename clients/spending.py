@@ -32,6 +32,7 @@ logger = logging.getLogger("trunkline.clients")
 _MOST_TAKEN_EPSILON, _MOST_TAKEN_DELTA = 10.0, 1e-3
 """What a site that names no budget takes over from a run at most: a budget beyond protects next to nothing, so that a
 person at the site must name it, and not whoever starts the run."""
+_OWN_BUDGET = "privacy-epsilon and privacy-delta in the node config, or `trunkline budget set --site`, set its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +174,6 @@ def _held(unit: Unit, budget: Budget | None) -> str:
     if budget is None:
         return f"charges to {whose} ({unit.level} level)"
     return f"a budget for {whose} ({unit.level} level), epsilon {budget.epsilon:g} at delta {budget.delta:g}"
-
-
-_OWN_BUDGET = "privacy-epsilon and privacy-delta in the node config, or `trunkline budget set --site`, set its own"
 
 
 def _require_modest(site: Site, taken: Budget) -> None:
