@@ -90,16 +90,24 @@ class SiteSpending:
         self._warn_of_a_lost_ledger(signed)
 
     def require_willing(self) -> None:
-        """Raise ConfigError, or BudgetError, where this site refuses every round of the run: before anybody pays."""
+        """Raise ConfigError where this site would refuse every round of the run: before anybody pays for one.
+
+        Not in a simulation, where whoever owns the data starts the run, and the orchestrator's ledger is theirs too.
+        """
+        if self.site.simulated:
+            return
         self._require_own_name()
         standing = self.ledger.standing(self.unit)
-        require_one_level(standing)
+        try:
+            require_one_level(standing)
+        except BudgetError as error:  # it holds nothing but names: unlike other refusals for budgets it can be told
+            raise ConfigError(f"this site's own ledger refuses: {error}") from error
         if standing.budget is None and self.site.budget is None:
             _require_modest(self.site, register_budget(self.config))
 
     def _require_own_name(self) -> None:
         others = self.ledger.charged_clients() - {self.site.name}
-        if others and not self.site.simulated:
+        if others:
             raise ConfigError(
                 f"node config name is {self.site.name!r}, and this site's own ledger {self.site.ledger} is that of "
                 f"{min(others)!r}: under another name what is spent would be forgotten; keep the name"
@@ -134,6 +142,8 @@ class SiteSpending:
             )
 
     def _admit(self, run: str, standing: Standing, proposed: Sequence[PricedRelease]) -> None:
+        if self.site.simulated:  # which level the text spends at, the ledger of who simulates has settled
+            standing = replace(standing, other_level=False)
         admit_standing(register_budget(self.config), run, standing, proposed)
 
 
@@ -177,11 +187,8 @@ def _held(unit: Unit, budget: Budget | None) -> str:
 
 
 def _require_modest(site: Site, taken: Budget) -> None:
-    """Raise ConfigError for more than a run may choose for a site.
-
-    Not in a simulation, where whoever owns the data starts the run.
-    """
-    if site.simulated or (taken.epsilon <= _MOST_TAKEN_EPSILON and taken.delta <= _MOST_TAKEN_DELTA):
+    """Raise ConfigError for more than a run may choose for a site."""
+    if taken.epsilon <= _MOST_TAKEN_EPSILON and taken.delta <= _MOST_TAKEN_DELTA:
         return
     raise ConfigError(
         f"the run's budget is epsilon {taken.epsilon:g} at delta {taken.delta:g}, and this site names none of its own "

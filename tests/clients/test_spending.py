@@ -142,8 +142,13 @@ def test_the_budget_over_all_of_the_sites_datasets_binds_too(tmp_path: Path) -> 
 def test_a_dataset_that_spent_at_client_level_is_not_released_row_by_row(tmp_path: Path) -> None:
     with opened(tmp_path, dp="client", wire="off") as spending:
         spending.reserve(RoundKey("a-run", 1, 1), 10, 7, SIZE, {})
-    with opened(tmp_path) as spending, pytest.raises(BudgetError, match="spends at client level"):
-        reserve(spending, 1)
+    with opened(tmp_path) as spending:
+        for refuses in (spending.require_willing, lambda: reserve(spending, 1)):
+            with pytest.raises(ConfigError, match="own ledger refuses: dataset letters .* spends at client level"):
+                refuses()
+        simulated = replace(spending, site=replace(spending.site, simulated=True))
+        simulated.require_willing()
+        reserve(simulated, 1)
 
 
 def test_a_site_that_names_no_budget_takes_the_runs_and_says_so(
@@ -208,7 +213,7 @@ def test_a_budget_for_the_whole_client_is_not_evaded_row_by_row(tmp_path: Path) 
         whole = Unit("hospital", ALL_DATASETS, "client")
         spending.ledger.set_budget(whole, operators_budget(1.0, 1e-5, "client", None), "ada", "as a whole")
         for refuses in (spending.require_willing, lambda: reserve(spending, 1)):
-            with pytest.raises(BudgetError, match="letters of client hospital spends at client level"):
+            with pytest.raises(ConfigError, match="letters of client hospital spends at client level"):
                 refuses()
 
 
