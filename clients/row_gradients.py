@@ -3,8 +3,9 @@
 A row's loss is the mean over its own predicted tokens, so that it depends on no other row. What cannot be proved to be
 one row's gradient is refused: LoRA on embeddings and on fused experts, DoRA, layers that take part twice.
 
-A row whose loss or gradient is not finite is left out of the sum, as if it had been cut to nothing, and stops nothing:
-a round that failed for it would tell of that one row what no noise covers.
+A row whose loss or gradient is not finite here is left out of the sum, as if it had been cut to nothing, and stops
+nothing: a round that failed for it would tell of that one row what no noise covers. What the trunk answers must be
+finite all the same (clients/remote_trunk.py).
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class SiteSpending:
     ) -> None:
         """Charge a round over `clients`, of whom `threshold` must stay, that trains `size` values; durable on return.
 
-        `events` are what the wire's mechanism says that its passes cost: they must be what is charged. Raises
-        BudgetError, and charges nothing, where there is no room.
+        `events` are what the wire's mechanism says that its passes cost: they must be what is charged. Raises,
+        and charges nothing: BudgetError where there is no room, and as `require_willing`.
         """
         scale = noise_scale(self.config, clients, threshold)
         releases = round_releases(self.config, scale=scale, size=size)
@@ -180,10 +180,10 @@ def refuse_unpriced(site: Site) -> None:
 
 
 def _held(unit: Unit, budget: Budget | None) -> str:
-    whose = "all datasets" if unit.dataset == ALL_DATASETS else f"dataset {unit.dataset}"
+    whose = f"{unit.data_in_words} ({unit.level} level)"
     if budget is None:
-        return f"charges to {whose} ({unit.level} level)"
-    return f"a budget for {whose} ({unit.level} level), epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+        return f"charges to {whose}"
+    return f"a budget for {whose}, epsilon {budget.epsilon:g} at delta {budget.delta:g}"
 
 
 def _require_modest(site: Site, taken: Budget) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from contract.errors import UnpricedError
@@ -104,6 +104,20 @@ class Unit:
     client: str
     dataset: str
     level: Level
+
+    @property
+    def whole(self) -> Unit:
+        """All of the client's datasets together."""
+        return replace(self, dataset=ALL_DATASETS)
+
+    @property
+    def at_other_level(self) -> Unit:
+        """The same dataset, protected as what this unit does not protect it as."""
+        return replace(self, level="example" if self.level == "client" else "client")
+
+    @property
+    def data_in_words(self) -> str:
+        return "all datasets" if self.dataset == ALL_DATASETS else f"dataset {self.dataset}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from contract.config import RunConfig
-from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Adversary, Budget, Channel, PricedRelease, Unit
+from contract.privacy_records import ADVERSARIES, Adversary, Budget, Channel, PricedRelease, Unit
 from privacy.accountant import epsilon, price, spent
 from privacy.coverage import IN_WORDS, withheld, withheld_by_rows
 from privacy.filters import used
@@ -67,7 +67,7 @@ def spending_rows(
     known: dict[Unit, Ledgered] = {unit: Ledgered() for unit in budgets}
     for account in accounts:
         known.setdefault(account.unit, Ledgered()).add(account)
-        whole = Unit(account.unit.client, ALL_DATASETS, account.unit.level)
+        whole = account.unit.whole
         if whole in budgets:
             known[whole].add(account)
     pricing = _Pricing(settings)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 
 from contract.errors import BudgetError, ConfigError
-from contract.privacy_records import ADVERSARIES, ALL_DATASETS, Adversary, Budget, PricedRelease, Standing, Unit
+from contract.privacy_records import ADVERSARIES, Adversary, Budget, PricedRelease, Standing, Unit
 from privacy.accountant import Spent, count, divided, epsilon, gaussian_share, spent
 from privacy.coverage import IN_WORDS
 from privacy.gaussian_curve import gaussian_allowance
@@ -40,17 +39,17 @@ def admit_standing(own: Budget, run: str, standing: Standing, proposed: Sequence
         total.update(counts)
     admit(standing.budget or own, unit, total, proposed)
     if standing.client_budget is not None:
-        admit(standing.client_budget, replace(unit, dataset=ALL_DATASETS), standing.client_spent, proposed)
+        admit(standing.client_budget, unit.whole, standing.client_spent, proposed)
 
 
 def require_one_level(standing: Standing) -> None:
     """Raise BudgetError where a dataset belongs to the other level, and no person says that it may spend here too."""
     unit = standing.unit
     if standing.other_level and not (standing.chosen or standing.client_chosen):
-        other = "example" if unit.level == "client" else "client"
         raise BudgetError(
-            f"dataset {unit.dataset} of client {unit.client} spends at {other} level, and budgets at two levels over "
-            f"the same text do not make one; `trunkline budget set --level {unit.level}` sets one all the same"
+            f"{unit.data_in_words} of client {unit.client} spends at {unit.at_other_level.level} level, and budgets at "
+            "two levels over the same text do not make one; "
+            f"`trunkline budget set --level {unit.level}` sets one all the same"
         )
 
 
@@ -72,10 +71,10 @@ def require_affordable(already: Spent, proposed: Spent, budget: Budget, unit: Un
     if used(together, budget, adversary) <= 1.0:
         return
     now, then = epsilon(already, budget, adversary), epsilon(together, budget, adversary)
-    what = "all datasets" if unit.dataset == ALL_DATASETS else f"dataset {unit.dataset}"
     raise BudgetError(
-        f"{what} of client {unit.client} ({unit.level} level): against {IN_WORDS[adversary]} epsilon {now:.6g} is "
-        f"spent at delta {budget.delta:g}, and this would make it {then:.6g}, {_over(together, budget, adversary)}; "
+        f"{unit.data_in_words} of client {unit.client} ({unit.level} level): against {IN_WORDS[adversary]} epsilon "
+        f"{now:.6g} is spent at delta {budget.delta:g}, and this would make it {then:.6g}, "
+        f"{_over(together, budget, adversary)}; "
         "`trunkline budget set` raises a budget"
     )
 

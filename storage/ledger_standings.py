@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from contract.privacy_records import ALL_DATASETS, Budget, Standing, Unit
+from contract.privacy_records import Budget, Standing, Unit
 from storage.ledger_chain import unit_id_of
 from storage.ledger_rows import BUDGET_CHANNEL, budget_from, chosen_by_person
 from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
@@ -32,16 +31,6 @@ _SPENT_OF_CLIENTS = (
 )
 
 
-def client_wide(unit: Unit) -> Unit:
-    """The unit that stands for all of its client's datasets together."""
-    return replace(unit, dataset=ALL_DATASETS)
-
-
-def at_other_level(unit: Unit) -> Unit:
-    """The same dataset of the same client, protected as what `unit` does not protect it as."""
-    return replace(unit, level="example" if unit.level == "client" else "client")
-
-
 def all_budgets(session: Session) -> dict[str, Budget]:
     """The budgets in force by unit_id; raises LedgerError where a row holds none."""
     newest = {unit_id: text for unit_id, text, _ in session.execute(_BUDGETS)}
@@ -52,15 +41,14 @@ class Standings:
     """The standings of some units as they are now, and as they become with what `spend` adds."""
 
     def __init__(self, session: Session, units: Sequence[Unit]) -> None:
-        others = [*map(at_other_level, units)]
-        whole = [*map(client_wide, units), *map(client_wide, others)]
-        self._ids = {unit: unit_id_of(unit) for unit in (*units, *others, *whole)}
+        both = [*units, *(unit.at_other_level for unit in units)]
+        self._ids = {unit: unit_id_of(unit) for unit in (*both, *(unit.whole for unit in both))}
         self._budgets: dict[str, Budget] = {}
         self._chosen: dict[str, bool] = {}
         self._spent: dict[str, dict[str, Counter[str]]] = {}
         self._of_clients: dict[tuple[str, str], Counter[str]] = {}
         self._read_budgets(session)
-        self._read_units(session, list(dict.fromkeys(self._ids[unit] for unit in (*units, *others))))
+        self._read_units(session, list(dict.fromkeys(self._ids[unit] for unit in both)))
         self._read_clients(session, sorted({unit.client for unit in units}))
 
     def of(self, unit: Unit) -> Standing:
@@ -68,20 +56,13 @@ class Standings:
         return Standing(
             unit=unit,
             budget=self._budgets.get(self._ids[unit]),
-            client_budget=self._budgets.get(self._ids[client_wide(unit)]),
+            client_budget=self._budgets.get(self._ids[unit.whole]),
             spent=_positive_by_run(self._spent.get(self._ids[unit], {})),
             client_spent=dict(+self._of_clients.get((unit.client, unit.level), Counter())),
             chosen=self._is_chosen(unit),
-            client_chosen=self._is_chosen(client_wide(unit)),
-            other_level=self._is_used(at_other_level(unit)),
+            client_chosen=self._is_chosen(unit.whole),
+            other_level=self._is_used(unit.at_other_level),
         )
-
-    def _is_chosen(self, unit: Unit) -> bool:
-        return self._chosen.get(self._ids[unit], False)
-
-    def _is_used(self, unit: Unit) -> bool:
-        spent = bool(_positive_by_run(self._spent.get(self._ids[unit], {})))
-        return spent or self._is_chosen(unit) or self._is_chosen(client_wide(unit))
 
     def spend(self, charges: Iterable[Charge]) -> None:
         """Count charges that are about to be appended."""
@@ -89,6 +70,13 @@ class Standings:
             unit, release = charge.unit, charge.release.canonical()
             self._spent.setdefault(self._ids[unit], {}).setdefault(charge.run, Counter())[release] += 1
             self._of_clients.setdefault((unit.client, unit.level), Counter())[release] += 1
+
+    def _is_chosen(self, unit: Unit) -> bool:
+        return self._chosen.get(self._ids[unit], False)
+
+    def _is_used(self, unit: Unit) -> bool:
+        spent = bool(_positive_by_run(self._spent.get(self._ids[unit], {})))
+        return spent or self._is_chosen(unit) or self._is_chosen(unit.whole)
 
     def _read_budgets(self, session: Session) -> None:
         newest = {}

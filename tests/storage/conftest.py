@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from storage.ledger import Ledger, open_ledger
 from storage.store import Store, open_store
+from tests.storage.ledger_cases import Key
 
 POSTGRES_VARIABLE = "TRUNKLINE_TEST_POSTGRES_URL"
 
@@ -48,5 +50,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
     opened = open_store(database_url, Clock())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def ledger(database_url: str) -> Iterator[Ledger]:
+    opened = open_ledger(database_url, Clock(), Key())
     yield opened
     opened.close()

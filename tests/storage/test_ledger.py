@@ -15,21 +15,13 @@ from contract.errors import BudgetError, LedgerError, StorageError, UnpricedErro
 from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Standing, Unit
 from storage import ledger as ledger_module
 from storage.engine import make_engine
-from storage.ledger import Admit, Ledger, open_ledger, open_ledger_to_read
+from storage.ledger import Admit, Ledger, open_ledger_to_read
 from storage.ledger_chain import unit_id_of
 from storage.ledger_rows import NODE_CONFIG
 from storage.records import Account, Refusal, Settled
-from tests.storage.conftest import Clock
-from tests.storage.ledger_cases import BUDGET, RUN, Key, admit_all, cap, charge, release, spent_of, unit
+from tests.storage.ledger_cases import BUDGET, RUN, admit_all, cap, charge, release, spent_of, unit
 
 WARD, CLINIC = unit("ward"), unit("clinic")
-
-
-@pytest.fixture
-def ledger(database_url: str) -> Iterator[Ledger]:
-    opened = open_ledger(database_url, Clock(), Key())
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

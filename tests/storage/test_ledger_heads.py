@@ -1,6 +1,5 @@
 """Signed heads: of this ledger's chains, and those that peers sent of theirs; the same on both engines."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +10,9 @@ from contract.privacy_records import Unit
 from storage import ledger_heads
 from storage.ledger import Ledger, open_ledger
 from storage.ledger_chain import head_fault, signed_head, unit_id_of
-from tests.storage.conftest import Clock
 from tests.storage.ledger_cases import BUDGET, RUN, Key, admit_all, charge, release, unit
 
 WARD, CLINIC = unit("ward"), unit("clinic")
-
-
-@pytest.fixture
-def ledger(database_url: str) -> Iterator[Ledger]:
-    opened = open_ledger(database_url, Clock(), Key())
-    yield opened
-    opened.close()
 
 
 def test_heads_are_signed_when_an_attempt_is_settled_and_when_a_budget_changes(ledger: Ledger) -> None:

@@ -1,7 +1,6 @@
 """A ledger's report holds what an auditor needs, and says by itself whether it is sound."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,6 @@ def written(ledger: Ledger) -> dict[str, Any]:
     ledger.note_peer_head(WARD, signed_head(Key(2), unit_id_of(WARD), 7, "a" * 64, (RUN, 2, 1)))
     report: dict[str, Any] = json.loads(json.dumps(ledger.report(), allow_nan=False))
     return report
-
-
-@pytest.fixture
-def ledger(database_url: str) -> Iterator[Ledger]:
-    opened = open_ledger(database_url, Clock(), Key())
-    yield opened
-    opened.close()
 
 
 def test_a_report_holds_rows_units_heads_and_budgets_and_is_sound(ledger: Ledger) -> None:
