@@ -45,12 +45,15 @@ from privacy.wire import Off, WireMechanism
 class PendingGraph:
     """The trunk's half of one forward pass, kept there until its backward comes or this object is forgotten."""
 
-    __slots__ = ("__weakref__", "batch_shape", "forget", "microbatch", "rows")
+    __slots__ = ("__weakref__", "batch_shape", "forget", "mask_BT", "microbatch", "rows")
 
-    def __init__(self, microbatch: int, batch_shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    def __init__(
+        self, microbatch: int, batch_shape: tuple[int, ...], rows: tuple[int, ...], mask_BT: Tensor | None
+    ) -> None:
         self.microbatch = microbatch
         self.batch_shape = batch_shape
         self.rows = rows
+        self.mask_BT = mask_BT
         self.forget: weakref.finalize[..., PendingGraph] | None = None
 
 
@@ -89,7 +92,7 @@ class RemoteTrunk:
         self.address = connection.address
         self.wire_log = connection.wire_log
         self._connection = connection  # a channel that nobody holds closes itself
-        self._codec = hello.codec
+        self._codec = hello.codecs[0]
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes
         self._mechanism: WireMechanism = mechanism or Off()
@@ -137,7 +140,8 @@ class RemoteTrunk:
             "the hidden states at the head cut",
             lambda values: self._mechanism.forward(_without_padding(values, mask_BT), rows),
         )
-        header, data = codec.encode(released, self._codec)
+        header, data = codec.encode(released, self._codec, mask_BT)
+        request.reply_codec = self._codec
         request.hidden.CopyFrom(header)
         with self._exchange():
             self._microbatches += 1
@@ -146,8 +150,10 @@ class RemoteTrunk:
                 request.dropped.append(self._dropped.popleft())
             self._send(ClientFrame(forward=request), data)
             reply = self._reply("forward")
-            output_BTD = self._tensor(reply.hidden, tuple(hidden_BTD.shape), "the hidden states from the trunk")
-        graph = self._pending(request.microbatch, tuple(output_BTD.shape), rows) if need_grad else None
+            output_BTD = self._tensor(
+                reply.hidden, tuple(hidden_BTD.shape), mask_BT, "the hidden states from the trunk"
+            )
+        graph = self._pending(request.microbatch, tuple(output_BTD.shape), rows, mask_BT) if need_grad else None
         return output_BTD.to(hidden_BTD.device), graph
 
     def backward(
@@ -163,12 +169,17 @@ class RemoteTrunk:
                 f"backward a second time through microbatch {graph.microbatch}: the trunk frees its graph at the first "
                 "(retain_graph is not supported)"
             )
+        codec.require_no_loss_on_padding(grad_BTD, graph.mask_BT)
         released = self._released(
             grad_BTD, "the gradient at the tail cut", lambda values: self._mechanism.backward(values, graph.rows)
         )
-        header, data = codec.encode(released, self._codec)
+        header, data = codec.encode(released, self._codec, graph.mask_BT)
         request = Backward(
-            microbatch=graph.microbatch, grad=header, want_input_grad=want_input_grad, reset_gradient=reset_gradient
+            microbatch=graph.microbatch,
+            grad=header,
+            want_input_grad=want_input_grad,
+            reset_gradient=reset_gradient,
+            reply_codec=self._codec,
         )
         graph.forget.detach()
         input_grad_BTD = None
@@ -176,7 +187,9 @@ class RemoteTrunk:
             self._send(ClientFrame(backward=request), data)
             reply = self._reply("backward")
             if want_input_grad:
-                input_grad_BTD = self._tensor(reply.grad, graph.batch_shape, "the gradient from the trunk")
+                input_grad_BTD = self._tensor(
+                    reply.grad, graph.batch_shape, graph.mask_BT, "the gradient from the trunk"
+                )
                 input_grad_BTD = input_grad_BTD.to(grad_BTD.device)
             if not 0.0 <= reply.adapter_grad_norm < math.inf:
                 raise NonFiniteError(f"the norm of the trunk adapter's gradient is {reply.adapter_grad_norm}")
@@ -266,16 +279,17 @@ class RemoteTrunk:
             self._owed_step_replies -= 1
         return self._stream.receive(kind)
 
-    def _tensor(self, header: TensorHeader, shape: tuple[int, ...], what: str) -> Tensor:
+    def _tensor(self, header: TensorHeader, shape: tuple[int, ...], mask_BT: Tensor | None, what: str) -> Tensor:
         codec.check_header(
             header,
-            codec=self._codec,
+            codecs=(self._codec,),
+            mask_BT=mask_BT,
             hidden_size=self._hidden_size,
             max_tokens=self.welcome.max_tokens,
             what=what,
             shape=shape,
         )
-        tensor_BTD = codec.decode(header, self._collect(header.size_bytes, what), self._codec)
+        tensor_BTD = codec.decode(header, self._collect(header.size_bytes, what), mask_BT)
         codec.require_finite(tensor_BTD, what)
         return tensor_BTD
 
@@ -285,8 +299,10 @@ class RemoteTrunk:
             assembler.add(self._stream.receive_chunk())
         return assembler.data()
 
-    def _pending(self, microbatch: int, shape: tuple[int, ...], rows: tuple[int, ...]) -> PendingGraph:
-        graph = PendingGraph(microbatch, shape, rows)
+    def _pending(
+        self, microbatch: int, shape: tuple[int, ...], rows: tuple[int, ...], mask_BT: Tensor | None
+    ) -> PendingGraph:
+        graph = PendingGraph(microbatch, shape, rows, mask_BT)
         graph.forget = weakref.finalize(graph, self._dropped.append, microbatch)
         graph.forget.atexit = False
         return graph

@@ -219,7 +219,7 @@ def _hello(
     agreement: ModelAgreement, codec: str, spec: LoraSpec, trainable: Trainable, start: int | RoundStart
 ) -> Hello:
     hello = Hello(
-        protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable, codec=codec
+        protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable, codecs=[codec]
     )
     if isinstance(start, int):
         hello.seed = start

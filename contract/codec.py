@@ -1,7 +1,7 @@
 """Tensors as bytes and back. Nothing is allocated for a peer's tensor before its header was checked.
 
-Codecs: `identity` sends the tensor's own bytes (little-endian, row major) and is exact; `bf16` rounds to bfloat16 on
-the wire and gives the tensor its dtype back on arrival.
+Padding is never sent. Codecs: `identity` sends the tensor's own bytes (little-endian, row major) and is exact; `bf16`
+rounds to bfloat16 on the wire and gives the tensor its dtype back on arrival.
 """
 
 from __future__ import annotations
@@ -38,32 +38,79 @@ def _wire_dtype(dtype: str, codec: str) -> torch.dtype:
     return torch.bfloat16 if codec == "bf16" else DTYPES[dtype]
 
 
-def encode(tensor: Tensor, codec: str) -> tuple[TensorHeader, memoryview]:
-    """The header of `tensor` and its bytes; the bytes share the tensor's memory where no conversion was needed."""
-    name = dtype_name(tensor.dtype)
-    wire = tensor.detach().to("cpu", _wire_dtype(name, codec)).contiguous()
+def _sent_BT(mask_BT: Tensor) -> Tensor:
+    """True up to each row's last 1: what comes after it is padding that nothing attends to and no loss counts.
+
+    Padding on the left is sent: the position before the first token predicts it, in a loss over the whole row.
+    """
+    return mask_BT.flip(1).cummax(1).values.flip(1).to(torch.bool)
+
+
+def sent_positions(mask_BT: Tensor | None, shape: Sequence[int]) -> int:
+    """N: how many of the B * T positions are sent; all of them without a mask."""
+    return math.prod(shape[:2]) if mask_BT is None else int(_sent_BT(mask_BT).sum())
+
+
+def encode(tensor_BTD: Tensor, codec: str, mask_BT: Tensor | None = None) -> tuple[TensorHeader, memoryview]:
+    """The header of `tensor_BTD` and the bytes of its positions up to each row's last 1 in `mask_BT`.
+
+    The bytes share the tensor's memory where no conversion was needed.
+    """
+    name = dtype_name(tensor_BTD.dtype)
+    values_ND = _sent(tensor_BTD.detach(), mask_BT)
+    wire = values_ND.to("cpu", _wire_dtype(name, codec)).contiguous()
     data = wire.view(-1).view(torch.uint8).numpy().data
-    return TensorHeader(dtype=name, shape=list(tensor.shape), size_bytes=len(data)), data
+    header = TensorHeader(dtype=name, shape=list(tensor_BTD.shape), size_bytes=len(data), codec=codec)
+    return header, data
 
 
-def decode(header: TensorHeader, data: memoryview, codec: str) -> Tensor:
-    """The tensor that a checked `header` and all of its `data` (writable) make; it shares that memory if it can.
+def decode(header: TensorHeader, data: memoryview, mask_BT: Tensor | None = None) -> Tensor:
+    """The [B, T, D] tensor that a checked `header` and all of its `data` (writable) make, zeros where nothing was sent.
 
-    Raises FrameError when `data` is not as long as the header says.
+    It shares the memory of `data` if it can. Raises FrameError when `data` is not as long as the header says.
     """
     if len(data) != header.size_bytes:
         raise FrameError(f"a tensor has {len(data)} bytes; its header says {header.size_bytes}")
-    wire = torch.frombuffer(data, dtype=_wire_dtype(header.dtype, codec))
-    return wire.view(list(header.shape)).to(DTYPES[header.dtype])
+    shape, dtype = list(header.shape), DTYPES[header.dtype]
+    if not data:
+        return torch.zeros(shape, dtype=dtype)
+    values_ND = torch.frombuffer(data, dtype=_wire_dtype(header.dtype, header.codec)).view(-1, shape[-1]).to(dtype)
+    if len(values_ND) == shape[0] * shape[1]:
+        return values_ND.view(shape)
+    if mask_BT is None:
+        raise FrameError(f"a tensor of {shape} came with {len(values_ND)} positions, and no mask says which")
+    tensor_BTD = torch.zeros(shape, dtype=dtype)
+    tensor_BTD[_sent_BT(mask_BT)] = values_ND
+    return tensor_BTD
+
+
+def _sent(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """[N, D], row major."""
+    batch, tokens, hidden = tensor_BTD.shape
+    if mask_BT is None or sent_positions(mask_BT, tensor_BTD.shape) == batch * tokens:
+        return tensor_BTD.reshape(-1, hidden)
+    return tensor_BTD[_sent_BT(mask_BT).to(tensor_BTD.device)]
+
+
+def require_no_loss_on_padding(grad_BTD: Tensor, mask_BT: Tensor | None) -> None:
+    """Raise FrameError for a gradient behind a row's last 1 in `mask_BT`: such positions are not sent."""
+    if mask_BT is None or sent_positions(mask_BT, grad_BTD.shape) == math.prod(grad_BTD.shape[:2]):
+        return
+    if bool(grad_BTD[~_sent_BT(mask_BT).to(grad_BTD.device)].any()):
+        raise FrameError(
+            "the loss counts positions behind a row's last token, where attention_mask is 0: they are padding and are "
+            "not sent to the trunk, so that their labels must be -100"
+        )
 
 
 def check_header(
     header: TensorHeader,
     *,
-    codec: str,
+    codecs: Collection[str],
     hidden_size: int,
     max_tokens: int,
     what: str,
+    mask_BT: Tensor | None = None,
     dtypes: Collection[str] = tuple(DTYPES),
     shape: Sequence[int] | None = None,
 ) -> None:
@@ -71,6 +118,8 @@ def check_header(
 
     With `shape` the tensor must have exactly that shape. FrameTooLargeError: B * T is over `max_tokens`.
     """
+    if header.codec not in codecs:
+        raise FrameError(f"{what}: codec is {header.codec!r}; this session agreed on {' or '.join(codecs)}")
     if header.dtype not in dtypes:
         raise FrameError(f"{what}: dtype is {header.dtype!r}; it must be {' or '.join(sorted(dtypes))}")
     got = tuple(header.shape)
@@ -80,10 +129,11 @@ def check_header(
         raise FrameError(f"{what}: shape is {list(got)}; it must be [B, T, {hidden_size}] with B and T at least 1")
     if got[0] * got[1] > max_tokens:
         raise FrameTooLargeError(f"{what}: {got[0]} x {got[1]} tokens are over the limit of {max_tokens}")
-    size_bytes = math.prod(got) * _wire_dtype(header.dtype, codec).itemsize
+    size_bytes = sent_positions(mask_BT, got) * got[2] * _wire_dtype(header.dtype, header.codec).itemsize
     if header.size_bytes != size_bytes:
         raise FrameError(
-            f"{what}: size_bytes is {header.size_bytes}; {list(got)} {header.dtype} by codec {codec} takes {size_bytes}"
+            f"{what}: size_bytes is {header.size_bytes}; {list(got)} {header.dtype} by codec {header.codec} takes "
+            f"{size_bytes}"
         )
 
 

@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrunkDescription(_message.Message):
-    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions")
+    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions", "codecs")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class TrunkDescription(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OPEN_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: ModelAgreement
     layers: int
@@ -28,7 +29,8 @@ class TrunkDescription(_message.Message):
     max_tokens: int
     open_sessions: int
     max_sessions: int
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ModelAgreement(_message.Message):
     __slots__ = ("fingerprint", "head_layers", "tail_layers", "dtype", "attn_implementation", "torch_version", "transformers_version", "peft_version")
@@ -133,7 +135,7 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., forward: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[BackwardReply, _Mapping]] = ..., step: _Optional[_Union[StepReply, _Mapping]] = ..., adapter: _Optional[_Union[AdapterReply, _Mapping]] = ..., close: _Optional[_Union[CloseReply, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "codec", "quiet")
+    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -142,8 +144,8 @@ class Hello(_message.Message):
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
-    CODEC_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client_id: str
     model: ModelAgreement
@@ -152,35 +154,39 @@ class Hello(_message.Message):
     adapter_sha256: str
     round: RoundId
     trainable: str
-    codec: str
     quiet: bool
-    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., codec: _Optional[str] = ..., quiet: _Optional[bool] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens")
+    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
     PENDING_TTL_S_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     adapter_sha256: str
     max_pending: int
     pending_ttl_s: float
     chunk_bytes: int
     max_tokens: int
-    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("dtype", "shape", "size_bytes")
+    __slots__ = ("dtype", "shape", "size_bytes", "codec")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     size_bytes: int
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    codec: str
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("data",)
@@ -189,7 +195,7 @@ class TensorChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped")
+    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped", "reply_codec")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     HAS_ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +205,7 @@ class Forward(_message.Message):
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     NEED_GRAD_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    REPLY_CODEC_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
     has_attention_mask: bool
@@ -208,7 +215,8 @@ class Forward(_message.Message):
     training: bool
     need_grad: bool
     dropped: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ...) -> None: ...
+    reply_codec: str
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("microbatch", "hidden")
@@ -219,16 +227,18 @@ class ForwardReply(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("microbatch", "grad", "want_input_grad", "reset_gradient")
+    __slots__ = ("microbatch", "grad", "want_input_grad", "reset_gradient", "reply_codec")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     GRAD_FIELD_NUMBER: _ClassVar[int]
     WANT_INPUT_GRAD_FIELD_NUMBER: _ClassVar[int]
     RESET_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    REPLY_CODEC_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     grad: TensorHeader
     want_input_grad: bool
     reset_gradient: bool
-    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., want_input_grad: _Optional[bool] = ..., reset_gradient: _Optional[bool] = ...) -> None: ...
+    reply_codec: str
+    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., want_input_grad: _Optional[bool] = ..., reset_gradient: _Optional[bool] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
     __slots__ = ("microbatch", "grad", "adapter_grad_norm")

@@ -17,7 +17,7 @@ from contract import trunk_pb2 as pb
 from contract.errors import AgreementError, FrameError
 from contract.records import CutLayers, LoraSpec, RoundKey
 
-PROTOCOL = 1
+PROTOCOL = 2
 CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 ERROR_KEY = "trunkline-error"

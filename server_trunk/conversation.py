@@ -59,6 +59,7 @@ class Conversation:
             pending_ttl_s=self._session.pending.ttl_s,
             chunk_bytes=CHUNK_BYTES,
             max_tokens=self._max_tokens,
+            codecs=self._session.codecs,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         while (frame := await self._stream.read()) is not None:
@@ -82,7 +83,7 @@ class Conversation:
         session.pending.drop(forward.dropped)
         inputs = read_forward(
             forward,
-            session.codec,
+            session.codecs,
             hidden_size=self._engine.hidden_size,
             max_tokens=self._max_tokens,
             max_positions=self._engine.max_positions,
@@ -104,18 +105,18 @@ class Conversation:
     ) -> tuple[Graph, pb.TensorHeader, memoryview]:
         graph = self._engine.forward(
             self._session.adapter,
-            codec.decode(forward.hidden, data, self._session.codec),
+            codec.decode(forward.hidden, data, inputs.mask_BT),
             inputs.mask_BT,
             inputs.position_ids,
             autocast_dtype=forward.autocast_dtype,
             training=forward.training,
             need_grad=forward.need_grad,
         )
-        return graph, *codec.encode(graph.output_BTD, self._session.codec)
+        return graph, *codec.encode(graph.output_BTD, forward.reply_codec, inputs.mask_BT)
 
     async def _backward(self, backward: pb.Backward) -> None:
         graph = self._session.pending.pop(backward.microbatch)
-        check_backward(backward, graph, self._session.codec, self._max_tokens)
+        check_backward(backward, graph, self._session.codecs, self._max_tokens)
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
         header, reply, norm = await self._compute.run(self._run_backward, backward, graph, data)
         del graph
@@ -130,13 +131,13 @@ class Conversation:
         grad_BTD, norm = self._engine.backward(
             self._session.adapter,
             graph,
-            codec.decode(backward.grad, data, self._session.codec),
+            codec.decode(backward.grad, data, graph.mask_BT),
             want_input_grad=backward.want_input_grad,
             reset=backward.reset_gradient,
         )
         if grad_BTD is None:
             return None, memoryview(b""), norm
-        return *codec.encode(grad_BTD, self._session.codec), norm
+        return *codec.encode(grad_BTD, backward.reply_codec, graph.mask_BT), norm
 
     async def _step(self, step: pb.Step) -> None:
         settings, grad_scale = read_step(step)

@@ -28,10 +28,11 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {"": None, "bfloat16": torch.bfloat
 
 @dataclass(slots=True, eq=False)
 class Graph:
-    """A forward that waits for its backward: its input (a leaf) and its output, both [B, T, D]."""
+    """A forward that waits for its backward: its input (a leaf) and its output, both [B, T, D], and its mask."""
 
     input_BTD: Tensor
     output_BTD: Tensor
+    mask_BT: Tensor | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,15 +125,15 @@ class Engine:
         if self._part.training != training:
             self._part.train(training)
         input_BTD = hidden_BTD.to(self.device).requires_grad_(need_grad)
-        mask_BT, position_ids = (None if t is None else t.to(self.device) for t in (mask_BT, position_ids))
+        mask_here_BT, position_ids = (None if t is None else t.to(self.device) for t in (mask_BT, position_ids))
         cast = AUTOCAST[autocast_dtype]
         with (
             _memory_bounds(),
             torch.set_grad_enabled(need_grad),
             torch.autocast(self.device, dtype=cast, enabled=cast is not None),
         ):
-            output_BTD = self._part(input_BTD, mask_BT, position_ids)
-        return Graph(input_BTD, output_BTD)
+            output_BTD = self._part(input_BTD, mask_here_BT, position_ids)
+        return Graph(input_BTD, output_BTD, mask_BT)
 
     def backward(
         self, adapter: SessionAdapter, graph: Graph, grad_BTD: Tensor, *, want_input_grad: bool, reset: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class Opening:
     spec: LoraSpec
     start: str | int
     trainable: Trainable
-    codec: str
+    codecs: tuple[str, ...]
     quiet: bool
 
 
@@ -41,8 +42,9 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         raise FrameError("hello.start is missing; it must be a seed or an adapter_sha256")
     if hello.trainable not in _TRAINABLE:
         raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B, AB or none")
-    if hello.codec not in CODECS:
-        raise FrameError(f"hello.codec is {hello.codec!r}; it must be one of {', '.join(CODECS)}")
+    codecs = tuple(codec for codec in CODECS if codec in hello.codecs)
+    if not codecs:
+        raise FrameError(f"hello.codecs is {list(hello.codecs)[:8]}; it must name some of {', '.join(CODECS)}")
     round_key = round_from_wire(hello.round) if hello.HasField("round") else None
     if round_key is not None:
         check_name("run", round_key.run)
@@ -55,7 +57,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         spec=lora_from_wire(hello.lora),
         start=hello.seed if start == "seed" else hello.adapter_sha256,
         trainable=_TRAINABLE[hello.trainable],
-        codec=hello.codec,
+        codecs=codecs,
         quiet=hello.quiet,
     )
 
@@ -70,19 +72,27 @@ class ForwardInputs:
 
 
 def read_forward(
-    forward: pb.Forward, codec: str, *, hidden_size: int, max_tokens: int, max_positions: int | None
+    forward: pb.Forward, codecs: Collection[str], *, hidden_size: int, max_tokens: int, max_positions: int | None
 ) -> ForwardInputs:
     """The small inputs of a forward whose fields fit together and within the model. Raises FrameError.
 
     `max_positions` is the model's own limit: a row's length, and above every position. None is no limit.
     """
-    check_header(forward.hidden, codec=codec, hidden_size=hidden_size, max_tokens=max_tokens, what="forward.hidden")
+    mask_BT = _mask(forward, max_tokens)
+    check_header(
+        forward.hidden,
+        codecs=codecs,
+        hidden_size=hidden_size,
+        max_tokens=max_tokens,
+        what="forward.hidden",
+        mask_BT=mask_BT,
+    )
+    check_reply_codec(forward.reply_codec, codecs, "forward")
     batch, tokens, _ = forward.hidden.shape
     if max_positions is not None and tokens > max_positions:
         raise FrameError(
             f"forward.hidden: rows of {tokens} tokens; the model's max_position_embeddings is {max_positions}"
         )
-    mask_BT = unpack_mask(forward.attention_mask_bits, batch, tokens) if forward.has_attention_mask else None
     if forward.autocast_dtype not in AUTOCAST:
         names = ", ".join(name or "empty" for name in AUTOCAST)
         raise FrameError(f"forward.autocast_dtype is {forward.autocast_dtype!r}; it must be one of {names}")
@@ -95,11 +105,27 @@ def read_forward(
     return ForwardInputs(mask_BT, position_ids, batch * tokens)
 
 
-def check_backward(backward: pb.Backward, graph: Graph, codec: str, max_tokens: int) -> None:
-    """Raise FrameError unless the gradient has the shape and dtype of its forward's output."""
+def _mask(forward: pb.Forward, max_tokens: int) -> Tensor | None:
+    """The mask, where there is one and the tensor's shape is such that it can be read; the shape is checked next."""
+    shape = forward.hidden.shape
+    if not forward.has_attention_mask or len(shape) != 3 or shape[0] * shape[1] > max_tokens:
+        return None
+    return unpack_mask(forward.attention_mask_bits, shape[0], shape[1])
+
+
+def check_reply_codec(codec: str, codecs: Collection[str], what: str) -> None:
+    """Raise FrameError unless the session agreed on the codec that a reply is asked for in."""
+    if codec not in codecs:
+        raise FrameError(f"{what}.reply_codec is {codec!r}; this session agreed on {' or '.join(codecs)}")
+
+
+def check_backward(backward: pb.Backward, graph: Graph, codecs: Collection[str], max_tokens: int) -> None:
+    """Raise FrameError unless the gradient has the shape, dtype and mask of its forward's output."""
+    check_reply_codec(backward.reply_codec, codecs, "backward")
     check_header(
         backward.grad,
-        codec=codec,
+        codecs=codecs,
+        mask_BT=graph.mask_BT,
         hidden_size=graph.shape[-1],
         max_tokens=max_tokens,
         what="backward.grad",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
+from contract.codec import CODECS
 from contract.errors import (
     ConnectionFailedError,
     SessionError,
@@ -173,7 +174,7 @@ class TrunkServicer:
         if not isinstance(base_sha256, str):
             base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
         session = self._table.open(
-            opening.client_id, opening.round_key, base_sha256, opening.codec, adapter, quiet=opening.quiet
+            opening.client_id, opening.round_key, base_sha256, opening.codecs, adapter, quiet=opening.quiet
         )
         try:
             await Conversation(
@@ -201,6 +202,7 @@ class TrunkServicer:
             max_tokens=self._limits.max_tokens,
             open_sessions=self._table.taken,
             max_sessions=self._table.max_sessions,
+            codecs=CODECS,
         )
 
     @_answers_errors

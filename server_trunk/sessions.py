@@ -157,7 +157,7 @@ class Session(Generic[Adapter, Graph]):
     client_id: str
     round_key: RoundKey | None
     base_sha256: str
-    codec: str
+    codecs: tuple[str, ...]
     adapter: Adapter
     pending: PendingGraphs[Graph]
     totals: Counters  # of the round, shared by its sessions
@@ -218,7 +218,7 @@ class SessionTable(Generic[Adapter, Graph]):
         client_id: str,
         round_key: RoundKey | None,
         base_sha256: str,
-        codec: str,
+        codecs: tuple[str, ...],
         adapter: Adapter,
         *,
         quiet: bool = False,
@@ -232,7 +232,7 @@ class SessionTable(Generic[Adapter, Graph]):
             client_id,
             round_key,
             base_sha256,
-            codec,
+            codecs,
             adapter,
             pending=pending,
             totals=totals,

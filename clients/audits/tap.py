@@ -213,7 +213,7 @@ class _Loopback(nn.Module):
         released = torch.from_numpy(mechanism(value_BTD.float().numpy(), rows)).to(value_BTD.dtype)
         codec.require_finite(released, "what crosses the wire")
         header, data = codec.encode(released, self.codec)
-        return codec.decode(header, memoryview(bytearray(data)), self.codec)
+        return codec.decode(header, memoryview(bytearray(data)))
 
 
 def batches_of_one_length(rows: Sequence[TokenRow], tokens_at_once: int = _TOKENS_AT_ONCE) -> Iterator[list[int]]:

@@ -91,7 +91,7 @@ def test_an_adapter_that_the_trunk_does_not_hold_is_refused_by_its_own_error(
         lora=Lora(rank=1, alpha=1.0),
         adapter_sha256="0" * 64,
         trainable="B",
-        codec="identity",
+        codecs=["identity"],
     )
     stream.send(ClientFrame(hello=hello))
     with pytest.raises(SessionError, match=f"trunk at {trunk.address}: .*{'0' * 64}"):

@@ -162,7 +162,8 @@ def test_without_gradients_nothing_is_kept_at_the_trunk(whole: PeftModel, split:
     with mode():
         kept = [split(**batch("right", seed=seed).inputs()).logits for seed in range(room + 2)]
         expected = whole(**batch("right", seed=room + 1).inputs()).logits
-    assert torch.equal(kept[-1], expected)
+    real = batch("right", seed=room + 1).real
+    assert torch.equal(kept[-1][real], expected[real])
 
 
 def test_generate_without_a_cache_equals_the_unsplit_model(whole: PeftModel, split: PeftModel) -> None:

@@ -20,14 +20,16 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from clients.data import load_dataset, load_tokenizer
 from clients.wire_log import field_sizes
+from contract.codec import unpack_mask
 from contract.config import RunConfig
-from contract.trunk_pb2 import ClientFrame
+from contract.trunk_pb2 import ClientFrame, Forward
 from tests.clients.capture import Capture
 from tests.clients.sites import Orchestrator, Site, upload_bytes, write_texts
 from tests.conftest import TrunkProcess
 
 WIRE_PAGE = Path(__file__).parent.parent.parent / "docs" / "wire.md"
 WINDOW = 4
+ELEMENT_BYTES = 4
 CONFIG = RunConfig.from_flower(
     {
         "local-steps": 3,
@@ -113,6 +115,12 @@ def leaves(descriptor: Descriptor, prefix: str = "") -> Iterator[str]:
             yield name
 
 
+def unpadded(forward: Forward) -> int:
+    """Positions up to the last token of each row; rows are padded on the right here."""
+    rows, tokens, _ = forward.hidden.shape
+    return int(unpack_mask(forward.attention_mask_bits, rows, tokens).sum())
+
+
 def sent_fields(played: Round) -> list[tuple[str, int, dict[str, float]]]:
     """(field, bytes, the formula's variables) of everything sent to the trunk; chunks are summed by their request."""
     sent: list[tuple[str, int, dict[str, float]]] = []
@@ -126,7 +134,9 @@ def sent_fields(played: Round) -> list[tuple[str, int, dict[str, float]]]:
         if kind in ("forward", "backward"):
             header = frame.forward.hidden if kind == "forward" else frame.backward.grad
             rows, tokens, hidden = header.shape
-            shape = {"B": rows, "T": tokens, "D": hidden, "e": header.size_bytes / (rows * tokens * hidden)}
+            if kind == "forward":
+                positions = unpadded(frame.forward)
+            shape = {"B": rows, "T": tokens, "D": hidden, "N": positions, "e": ELEMENT_BYTES}
             request, owner = kind, index
         if kind == "chunk":
             chunks[owner] += frame.ByteSize()
@@ -206,8 +216,11 @@ def test_the_sizes_of_the_tensors_are_exactly_those_of_the_batches(played: Round
     backwards = [frame.backward for frame in played.frames() if frame.WhichOneof("body") == "backward"]
     data = sum(len(frame.chunk.data) for frame in played.frames() if frame.WhichOneof("body") == "chunk")
     assert len(backwards) == CONFIG.local_steps * CONFIG.gradient_accumulation_steps
-    tensors = [request.hidden for request in forwards] + [request.grad for request in backwards]
-    assert data == sum(4 * tensor.shape[0] * tensor.shape[1] * tensor.shape[2] for tensor in tensors)
+    positions = {forward.microbatch: unpadded(forward) for forward in forwards}
+    requests = [request.microbatch for request in (*forwards, *backwards)]
+    hidden_size = forwards[0].hidden.shape[2]
+    assert data == sum(ELEMENT_BYTES * hidden_size * positions[microbatch] for microbatch in requests)
+    assert sum(positions.values()) < sum(forward.hidden.shape[0] * forward.hidden.shape[1] for forward in forwards)
     transport = len(played.trunk_raw) - sum(len(message) for call in played.calls for message in call)
     messages = sum(len(call) for call in played.calls)
     assert transport < 60 * messages + 2000

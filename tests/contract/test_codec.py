@@ -22,14 +22,20 @@ def random_tensor(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(codec.DTYPES[dtype])
 
 
-def header(shape: tuple[int, ...] = (2, 3, 8), dtype: str = "float32", size_bytes: int | None = None) -> TensorHeader:
+def header(
+    shape: tuple[int, ...] = (2, 3, 8),
+    dtype: str = "float32",
+    size_bytes: int | None = None,
+    codec_name: str = "identity",
+) -> TensorHeader:
     size = math.prod(shape) * codec.DTYPES["float32"].itemsize if size_bytes is None else size_bytes
-    return TensorHeader(dtype=dtype, shape=shape, size_bytes=size)
+    return TensorHeader(dtype=dtype, shape=shape, size_bytes=size, codec=codec_name)
 
 
 def check(announced: TensorHeader, **changes: Any) -> None:
     codec.check_header(
-        announced, **{"codec": "identity", "hidden_size": 8, "max_tokens": 16, "what": "forward.hidden", **changes}
+        announced,
+        **{"codecs": ("identity", "bf16"), "hidden_size": 8, "max_tokens": 16, "what": "forward.hidden", **changes},
     )
 
 
@@ -45,7 +51,7 @@ def test_identity_gives_every_bit_back_in_chunks_of_any_size(
     for start in range(0, len(data), chunk):
         assert not assembler.complete
         assembler.add(bytes(data[start : start + chunk]))
-    back = codec.decode(announced, assembler.data(), "identity")
+    back = codec.decode(announced, assembler.data())
     assert back.dtype == tensor.dtype
     assert torch.equal(back, tensor)
 
@@ -55,9 +61,9 @@ def test_identity_gives_every_bit_back_in_chunks_of_any_size(
 def test_bf16_rounds_to_bfloat16_once_and_keeps_the_dtype(shape: tuple[int, ...], dtype: str, seed: int) -> None:
     tensor = random_tensor(shape, dtype, seed)
     announced, data = codec.encode(tensor, "bf16")
-    check(announced, codec="bf16", hidden_size=shape[2], max_tokens=shape[0] * shape[1])
+    check(announced, hidden_size=shape[2], max_tokens=shape[0] * shape[1])
     assert len(data) == 2 * tensor.numel()
-    back = codec.decode(announced, bytearray(data), "bf16")  # type: ignore[arg-type]
+    back = codec.decode(announced, bytearray(data))  # type: ignore[arg-type]
     assert back.dtype == tensor.dtype
     assert torch.equal(back, tensor.to(torch.bfloat16).to(tensor.dtype))
 
@@ -66,16 +72,16 @@ def test_identity_shares_memory_and_needs_no_contiguous_tensor() -> None:
     tensor = torch.arange(24.0).reshape(2, 3, 4)
     announced, data = codec.encode(tensor, "identity")
     tensor[0, 0, 0] = 7.0
-    assert codec.decode(announced, data, "identity")[0, 0, 0] == 7.0
+    assert codec.decode(announced, data)[0, 0, 0] == 7.0
     turned = tensor.transpose(0, 1)
     announced, data = codec.encode(turned, "identity")
-    assert torch.equal(codec.decode(announced, data, "identity"), turned)
+    assert torch.equal(codec.decode(announced, data), turned)
 
 
 def test_a_tensor_with_a_gradient_is_encoded() -> None:
     tensor = torch.ones(1, 2, 3, requires_grad=True) * 2
     announced, data = codec.encode(tensor, "identity")
-    assert torch.equal(codec.decode(announced, data, "identity"), torch.full((1, 2, 3), 2.0))
+    assert torch.equal(codec.decode(announced, data), torch.full((1, 2, 3), 2.0))
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,14 @@ def test_a_tensor_with_a_gradient_is_encoded() -> None:
         (header((2, 3, 8)), {"shape": (3, 2, 8)}, FrameError, r"shape is \[2, 3, 8\]; it must be \[3, 2, 8\]"),
         (header(size_bytes=191), {}, FrameError, "size_bytes is 191; .* takes 192"),
         (header(size_bytes=1 << 60), {}, FrameError, "size_bytes is 1152921504606846976; .* takes 192"),
-        (header(), {"codec": "bf16"}, FrameError, "size_bytes is 192; .* takes 96"),
-        (TensorHeader(), {}, FrameError, "dtype is ''"),
+        (header(codec_name="bf16"), {}, FrameError, "size_bytes is 192; .* takes 96"),
+        (
+            header(codec_name="bf16"),
+            {"codecs": ("identity",)},
+            FrameError,
+            "codec is 'bf16'; this session agreed on identity",
+        ),
+        (TensorHeader(codec="identity"), {}, FrameError, "dtype is ''"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(
@@ -103,7 +115,7 @@ def test_a_header_that_does_not_fit_is_refused(
 
 def test_a_fitting_header_is_accepted() -> None:
     check(header())
-    check(header(size_bytes=96), codec="bf16")
+    check(header(size_bytes=96, codec_name="bf16"))
 
 
 def test_more_data_than_announced_is_refused() -> None:
@@ -118,7 +130,7 @@ def test_less_data_than_announced_is_refused() -> None:
     with pytest.raises(FrameError, match="hidden: truncated at byte 3 of 4"):
         assembler.data()
     with pytest.raises(FrameError, match="a tensor has 3 bytes; its header says 192"):
-        codec.decode(header(), memoryview(b"123"), "identity")
+        codec.decode(header(), memoryview(b"123"))
 
 
 def test_an_empty_chunk_is_refused_so_that_a_transfer_always_moves() -> None:
@@ -172,3 +184,41 @@ def test_unknown_codecs_and_dtypes_are_named() -> None:
         codec.check_codec("zip")
     with pytest.raises(FrameError, match=r"dtype is torch.int64"):
         codec.encode(torch.zeros(1, 1, 1, dtype=torch.int64), "identity")
+
+
+@given(batch=st.integers(1, 4), tokens=st.integers(1, 7), seed=st.integers(0, 99), name=st.sampled_from(codec.CODECS))
+@settings(max_examples=60, deadline=None)
+def test_padding_behind_a_row_is_not_sent_and_comes_back_as_zeros(
+    batch: int, tokens: int, seed: int, name: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 2, (batch, tokens), generator=generator)
+    tensor = torch.randn(batch, tokens, 3, generator=generator).bfloat16().float()
+    announced, data = codec.encode(tensor, name, mask)
+    lengths = [max((place + 1 for place in range(tokens) if row[place]), default=0) for row in mask]
+    assert codec.sent_positions(mask, tensor.shape) == sum(lengths)
+    check(announced, hidden_size=3, max_tokens=batch * tokens, mask_BT=mask)
+    back = codec.decode(announced, memoryview(bytearray(data)), mask)
+    for row, length in enumerate(lengths):
+        assert torch.equal(back[row, :length], tensor[row, :length])
+        assert not back[row, length:].any()
+
+
+def test_a_tensor_with_padding_is_no_tensor_without_its_mask() -> None:
+    mask = torch.tensor([[1, 1, 0]])
+    announced, data = codec.encode(torch.ones(1, 3, 8), "identity", mask)
+    with pytest.raises(FrameError, match="size_bytes is 64; .* takes 96"):
+        check(announced)
+    with pytest.raises(FrameError, match="came with 2 positions, and no mask says which"):
+        codec.decode(announced, memoryview(bytearray(data)))
+
+
+def test_a_loss_on_padding_is_refused_and_one_before_it_is_not() -> None:
+    mask = torch.tensor([[0, 1, 1, 0]])
+    grad = torch.zeros(1, 4, 2)
+    grad[0, 0] = 1.0
+    codec.require_no_loss_on_padding(grad, mask)
+    codec.require_no_loss_on_padding(torch.ones(1, 4, 2), None)
+    grad[0, 3] = 1.0
+    with pytest.raises(FrameError, match="their labels must be -100"):
+        codec.require_no_loss_on_padding(grad, mask)

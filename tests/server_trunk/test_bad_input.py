@@ -63,8 +63,8 @@ def test_a_disagreement_names_both_sides(client: WireClient, lora: pb.Lora, fiel
 
 
 HELLOS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
-    ({"protocol": 9}, errors.AgreementError, "protocol is 9 at the client and 1 at the trunk"),
-    ({"codec": "zip"}, errors.FrameError, "hello.codec is 'zip'; it must be one of identity, bf16"),
+    ({"protocol": 9}, errors.AgreementError, "protocol is 9 at the client and 2 at the trunk"),
+    ({"codecs": ["zip"]}, errors.FrameError, r"hello.codecs is \['zip'\]; it must name some of identity, bf16"),
     ({"trainable": "C"}, errors.FrameError, "hello.trainable is 'C'; it must be A, B, AB or none"),
     ({"adapter_sha256": "0" * 64}, errors.SessionError, "does not hold adapter 0{64}; put it first"),
     ({"adapter_sha256": "../../etc/passwd"}, errors.FrameError, "no SHA-256"),
@@ -162,22 +162,26 @@ def test_a_chunk_without_a_header_is_refused(session: WireSession) -> None:
 
 FORWARDS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
     (
-        {"hidden": pb.TensorHeader(dtype="float32", shape=[5, 13, HIDDEN], size_bytes=5 * 13 * HIDDEN * 4)},
+        {
+            "hidden": pb.TensorHeader(
+                dtype="float32", codec="identity", shape=[5, 13, HIDDEN], size_bytes=5 * 13 * HIDDEN * 4
+            )
+        },
         errors.FrameTooLargeError,
         "forward.hidden: 5 x 13 tokens are over the limit of 64",
     ),
     (
-        {"hidden": pb.TensorHeader(dtype="float32", shape=[1, 4, HIDDEN], size_bytes=1 << 50)},
+        {"hidden": pb.TensorHeader(dtype="float32", codec="identity", shape=[1, 4, HIDDEN], size_bytes=1 << 50)},
         errors.FrameError,
         "forward.hidden: size_bytes is 1125899906842624",
     ),
     (
-        {"hidden": pb.TensorHeader(dtype="float64", shape=[1, 4, HIDDEN], size_bytes=1024)},
+        {"hidden": pb.TensorHeader(dtype="float64", codec="identity", shape=[1, 4, HIDDEN], size_bytes=1024)},
         errors.FrameError,
         "forward.hidden: dtype is 'float64'",
     ),
     (
-        {"hidden": pb.TensorHeader(dtype="float32", shape=[1, 4, 31], size_bytes=496)},
+        {"hidden": pb.TensorHeader(dtype="float32", codec="identity", shape=[1, 4, 31], size_bytes=496)},
         errors.FrameError,
         r"forward.hidden: shape is \[1, 4, 31\]; it must be \[B, T, 32\]",
     ),
@@ -198,7 +202,7 @@ def test_a_forward_is_refused_before_its_data_is_taken(
     session: WireSession, fields: dict[str, Any], error: type[errors.TrunklineError], line: str
 ) -> None:
     header, _ = codec.encode(HIDDEN_BTD, "identity")
-    session.send(forward=pb.Forward(**{"microbatch": 1, "hidden": header, **fields}))
+    session.send(forward=pb.Forward(**{"microbatch": 1, "hidden": header, "reply_codec": "identity", **fields}))
     assert_refused(session.ending(), error, line)
 
 
@@ -232,12 +236,12 @@ def test_a_non_finite_backward_is_refused(session: WireSession) -> None:
 
 def test_a_truncated_frame_is_refused(session: WireSession, client: WireClient, lora: pb.Lora) -> None:
     header, data = codec.encode(HIDDEN_BTD, "identity")
-    session.send(forward=pb.Forward(microbatch=1, hidden=header))
+    session.send(forward=pb.Forward(microbatch=1, hidden=header, reply_codec="identity"))
     session.send_data(data[:100])
     session.send(step=pb.Step(lr=1.0))
     assert_refused(session.ending(), errors.FrameError, "forward.hidden: truncated at byte 100 of 512")
     session = client.session(client.hello(lora))
-    session.send(forward=pb.Forward(microbatch=1, hidden=header))
+    session.send(forward=pb.Forward(microbatch=1, hidden=header, reply_codec="identity"))
     session.send_data(data[:100])
     session.hang_up()
     assert_refused(session.ending(), errors.FrameError, "forward.hidden: truncated at byte 100 of 512")
@@ -245,7 +249,7 @@ def test_a_truncated_frame_is_refused(session: WireSession, client: WireClient, 
 
 def test_more_data_than_announced_is_refused(session: WireSession) -> None:
     header, data = codec.encode(HIDDEN_BTD, "identity")
-    session.send(forward=pb.Forward(microbatch=1, hidden=header))
+    session.send(forward=pb.Forward(microbatch=1, hidden=header, reply_codec="identity"))
     session.send_data(data[:100])
     session.send_data(data)
     assert_refused(session.ending(), errors.FrameTooLargeError, "forward.hidden: 612 bytes came; .* announced 512")

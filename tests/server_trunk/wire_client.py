@@ -64,7 +64,7 @@ class WireClient:
             "model": model,
             "lora": lora,
             "trainable": "AB",
-            "codec": "identity",
+            "codecs": ["identity"],
         }
         if "adapter_sha256" not in fields and "seed" not in fields:
             plain["seed"] = 0
@@ -84,7 +84,8 @@ class WireSession:
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.sent_bytes = self.received_bytes = 0
         self._microbatch = 0
-        self.codec = "identity" if hello is None else hello.codec
+        self._masks: dict[int, Tensor | None] = {}
+        self.codec = "identity" if hello is None else hello.codecs[0]
         stream = channel.stream_stream("/trunkline.v1.Trunk/Session")
         self.call: Any = stream(iter(self._out.get, None), timeout=TIMEOUT_S)
         if hello is not None:
@@ -123,18 +124,20 @@ class WireSession:
     ) -> Tensor:
         """hidden_BTD at the tail cut; the microbatch's number is `self.microbatch`."""
         self._microbatch += 1
-        header, data = codec.encode(hidden_BTD, self.codec)
+        header, data = codec.encode(hidden_BTD, self.codec, mask_BT)
+        self._masks[self._microbatch] = mask_BT
         plain: dict[str, Any] = {
             "microbatch": self._microbatch,
             "hidden": header,
             "has_attention_mask": mask_BT is not None,
             "attention_mask_bits": b"" if mask_BT is None else codec.pack_mask(mask_BT),
             "need_grad": need_grad,
+            "reply_codec": self.codec,
         }
         self.send(forward=pb.Forward(**{**plain, **fields}))
         self.send_data(data)
         reply = self.receive("forward")
-        return codec.decode(reply.hidden, self.receive_data(reply.hidden.size_bytes), self.codec)
+        return codec.decode(reply.hidden, self.receive_data(reply.hidden.size_bytes), mask_BT)
 
     @property
     def microbatch(self) -> int:
@@ -143,13 +146,15 @@ class WireSession:
     def backward(
         self, grad_BTD: Tensor, want_input_grad: bool = True, reset: bool = False, microbatch: int | None = None
     ) -> tuple[Tensor | None, float]:
-        header, data = codec.encode(grad_BTD, self.codec)
+        mask_BT = self._masks.get(self._microbatch if microbatch is None else microbatch)
+        header, data = codec.encode(grad_BTD, self.codec, mask_BT)
         self.send(
             backward=pb.Backward(
                 microbatch=self._microbatch if microbatch is None else microbatch,
                 grad=header,
                 want_input_grad=want_input_grad,
                 reset_gradient=reset,
+                reply_codec=self.codec,
             )
         )
         self.send_data(data)
@@ -157,7 +162,7 @@ class WireSession:
         if not reply.HasField("grad"):
             return None, reply.adapter_grad_norm
         data = self.receive_data(reply.grad.size_bytes)
-        return codec.decode(reply.grad, data, self.codec), reply.adapter_grad_norm
+        return codec.decode(reply.grad, data, mask_BT), reply.adapter_grad_norm
 
     def step(self, lr: float = 1e-2, weight_decay: float = 0.0, grad_scale: float = 1.0, **fields: Any) -> int:
         plain = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}

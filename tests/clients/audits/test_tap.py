@@ -116,7 +116,7 @@ def test_the_tap_hears_what_a_client_sends(settings: dict[str, ConfigValue], cod
     trunk = DeafTrunk()
     session = RemoteTrunk(
         trunk,
-        Hello(codec=codec_name),
+        Hello(codecs=[codec_name]),
         hidden_size=32,
         adapter_bytes=1,
         mechanism=fixed(config),  # type: ignore[arg-type]
