@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from contract.config import ConfigValue, schema_rows
+from contract.config_schema import schema_rows
+from contract.setting import ConfigValue
 from contract.errors import ConfigError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from trunkline.bundle import COMPONENTS
