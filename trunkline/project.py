@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from contract.config_schema import schema_rows
-from contract.setting import ConfigValue
 from contract.errors import ConfigError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.setting import ConfigValue
 from trunkline.bundle import COMPONENTS
 
 app = typer.Typer()
