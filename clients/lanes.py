@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -36,20 +37,13 @@ class LanePool:
             name = f"trunk-lane-{len(self._threads)}"
             self._threads.append(threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True))
             self._threads[-1].start()
-        ended = threading.Semaphore(0)
-
-        def job(context: contextvars.Context) -> None:
-            try:
-                context.run(work)
-            finally:
-                ended.release()
-
-        for _ in range(lanes):
-            self._jobs.put(lambda context=contextvars.copy_context(): job(context))  # type: ignore[misc]
+        ended = [threading.Event() for _ in range(lanes)]
+        for event in ended:
+            self._jobs.put(partial(_work, contextvars.copy_context(), work, event))
 
         def wait() -> None:
-            for _ in range(lanes):
-                ended.acquire()
+            for event in ended:
+                event.wait()
 
         return wait
 
@@ -66,6 +60,13 @@ class LanePool:
             self._closed = True
             for _ in self._threads:
                 self._jobs.put(None)
+
+
+def _work(context: contextvars.Context, work: Job, ended: threading.Event) -> None:
+    try:
+        context.run(work)
+    finally:
+        ended.set()
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:

@@ -1,9 +1,9 @@
 """A session with the trunk: the absent layers as calls over one gRPC stream.
 
-Several requests may be under way at once (`begin_forward`, `begin_backward`); the trunk answers them in order. The reply
-to a Step is not waited for: it is read before the next reply, so that the trunk's optimiser works while the client's
-own next batch begins. A session cannot be resumed: when its stream ends, the trunk forgets the adapter and the
-optimiser, and a new session must be opened.
+Several requests may be under way at once (`begin_forward`, `begin_backward`); the trunk answers them in order. The
+reply to a Step is not waited for: it is read before the next reply, so that the trunk's optimiser works while the
+client's own next batch begins. A session cannot be resumed: when its stream ends, the trunk forgets the adapter and
+the optimiser, and a new session must be opened.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class RemoteTrunk:
         with self._exchanges.alone():
             self._stream.send(ClientFrame(hello=hello))
             self.welcome: Welcome = self._stream.receive("welcome")
-        self._credits = self.welcome.credits
+        self.credits: int = self.welcome.credits
+        """The trunk's latest advice: how many microbatches should be under way at once; 0 for none."""
         if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
             self.abandon()
             raise AgreementError(
@@ -133,7 +134,7 @@ class RemoteTrunk:
     def room(self) -> int:
         """Microbatches that may be begun now and be under way at once, by the trunk's limit and its latest advice."""
         room = self.welcome.max_pending - len(self._held)
-        return max(1, min(room, self._credits) if self._credits else room)
+        return max(1, min(room, self.credits) if self.credits else room)
 
     def announce(self, rows: Sequence[int]) -> None:
         """Say which of the site's rows the next forward holds, in the batch's order: their privacy is what is spent."""
@@ -182,7 +183,7 @@ class RemoteTrunk:
 
         def receive() -> Told:
             reply = self._reply("forward")
-            self._credits = reply.credits or self._credits
+            self.credits = reply.credits or self.credits
             return reply, self._tensor_bytes(reply.hidden, shape, mask_BT, what)
 
         def read(told: Told) -> tuple[Tensor, PendingGraph | None]:
@@ -230,7 +231,7 @@ class RemoteTrunk:
 
         def receive() -> Told:
             reply = self._reply("backward")
-            self._credits = reply.credits or self._credits
+            self.credits = reply.credits or self.credits
             if not want_input_grad:
                 return reply, None
             return reply, self._tensor_bytes(reply.grad, graph.batch_shape, mask_BT, what)
