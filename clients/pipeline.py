@@ -128,8 +128,8 @@ class _Step:
         wall_s = time.monotonic() - started
         if window.observe(self._baton.waited_s, wall_s, most):
             logger.info(
-                "%d microbatches of a step are under way at once from now on: in the last one, of %.2f s, nothing could "
-                "be computed for %.2f s",
+                "%d microbatches of a step are under way at once from now on: in the last one, of %.2f s, nothing "
+                "could be computed for %.2f s",
                 *(window.size, wall_s, self._baton.waited_s),
             )
         return self._found
