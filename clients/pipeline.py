@@ -114,17 +114,23 @@ class _Step:
         window, started = self._layers.window, time.monotonic()
         self._lanes = min(most, window.size)
         self._state = ThreadState(devices)
-        wait = self._layers.lanes.run(self._lanes, self._work)
+        wait: Callable[[], None] | None = None
         try:
+            wait = self._layers.lanes.run(self._lanes, self._work)
             wait()
         except BaseException:
             # As anywhere else, what interrupts a request ends the session; a lane that waits for the trunk returns.
             self._baton.cancel()
             self._layers.trunk.abandon()
-            wait()
+            if wait is not None:
+                wait()
             raise
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # it holds the frames that hold it, and a model with them
         wall_s = time.monotonic() - started
         if window.observe(self._baton.waited_s, wall_s, most):
             logger.info(
