@@ -63,6 +63,13 @@ def serve(
     attn_implementation: Annotated[Attention, typer.Option(help="As the clients'.")] = Attention.SDPA,
     device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
+    lanes: Annotated[
+        int, typer.Option(min=0, help="Passes computed at once; 0 takes one for each thread, 8 at most, 1 on a GPU.")
+    ] = 0,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Rows times tokens at which a pass takes in no more clients; 1 gives each its own."),
+    ] = 512,
     state_dir: Annotated[
         Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
     ] = None,
@@ -95,6 +102,8 @@ def serve(
         attn_implementation=attn_implementation.value,
         device=device.value,
         threads=threads,
+        lanes=lanes,
+        batch_tokens=batch_tokens,
         max_sessions=max_sessions,
         max_pending=max_pending,
         pending_ttl_s=pending_ttl_s,

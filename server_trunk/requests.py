@@ -13,7 +13,7 @@ from contract.errors import AgreementError, FrameError
 from contract.records import AdamWSettings, LoraSpec, RoundKey, Trainable
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
 from server_trunk.contributions import check_name
-from server_trunk.engine import AUTOCAST, Graph
+from server_trunk.lane import AUTOCAST, Graph
 
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}

@@ -22,10 +22,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from contract.errors import ConfigError, ListenError, StorageError
 from contract.records import CutLayers
 from contract.wire import message_limits
-from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
-from server_trunk.engine import Engine, Graph, choose_device
+from server_trunk.engine import Engine, choose_device
+from server_trunk.lane import Graph
+from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
+from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable, TokenBudget
 from server_trunk.worker import Worker
 
@@ -40,7 +42,8 @@ _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number."""
+    """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number,
+    `lanes` 0 chooses by threads."""
 
     model: str
     cut: CutLayers
@@ -50,6 +53,8 @@ class ServeOptions:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     threads: int = 0
+    lanes: int = 0
+    batch_tokens: int = 512
     max_sessions: int = 64
     max_pending: int = 16
     pending_ttl_s: float = 600.0
@@ -94,7 +99,7 @@ class TrunkServer:
                 f"max-pending-tokens is {options.max_pending_tokens}, less than max-tokens, "
                 f"{options.max_tokens}: no forward of that size could ever wait for its backward; change one of them"
             )
-        self._compute = Worker("trunk-compute")
+        self._first_lane = Worker("trunk-lane-1")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
@@ -124,16 +129,24 @@ class TrunkServer:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
             contributions = Contributions(options.state_dir)
-            engine = await self._compute.run(self._load)
+            engine = await self._first_lane.run(self._load)
         except BaseException:
             await self._server.stop(None)
             raise
+        self._workers = [self._first_lane]
+        self._workers += [Worker(f"trunk-lane-{number}") for number in range(2, len(engine.lanes) + 1)]
+        self._scheduler = Scheduler(
+            list(zip(engine.lanes, self._workers, strict=True)),
+            threads=engine.threads,
+            batch_tokens=options.batch_tokens,
+        )
         self._servicer = TrunkServicer(
             engine,
             self._table,
             contributions,
             Limits(options.max_tokens, options.idle_timeout_s),
-            compute=self._compute,
+            scheduler=self._scheduler,
+            first_lane=self._first_lane,
             disk=self._disk,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
@@ -160,8 +173,9 @@ class TrunkServer:
         self._sweeper.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
-        self._compute.close()
-        self._disk.close()
+        await self._scheduler.close()
+        for worker in (*self._workers, self._disk):
+            worker.close()
 
     def _load(self) -> Engine:
         options = self._options
@@ -173,6 +187,7 @@ class TrunkServer:
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             device=options.device,
+            lanes=options.lanes,
         )
 
     async def _sweep(self) -> None:

@@ -21,11 +21,13 @@ from contract.errors import (
     TrunklineError,
 )
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
-from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
-from server_trunk.engine import Engine, Graph
+from server_trunk.engine import Engine
+from server_trunk.lane import Graph
 from server_trunk.requests import Opening, read_hello
+from server_trunk.scheduler import Scheduler, Seat
+from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
 from server_trunk.transfers import AdapterTransfers
@@ -81,14 +83,16 @@ class TrunkServicer:
         contributions: Contributions,
         limits: Limits,
         *,
-        compute: Worker,
+        scheduler: Scheduler,
+        first_lane: Worker,
         disk: Worker,
     ) -> None:
         self._engine = engine
         self._table = table
         self._contributions = contributions
         self._limits = limits
-        self._compute = compute
+        self._scheduler = scheduler
+        self._first_lane = first_lane
         self._disk = disk
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
         self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
@@ -152,11 +156,11 @@ class TrunkServicer:
         opening = read_hello(frame.hello, self._agreement)
         self._engine.check_lora(opening.spec)
         with self._table.place():
-            adapter = await self._first_adapter(opening)
+            seat = self._scheduler.enter(await self._first_adapter(opening))
             try:
-                await self._converse(opening, adapter, stream)
+                await self._converse(opening, seat, stream)
             finally:
-                self._compute.submit(self._engine.close, adapter)
+                self._scheduler.leave(seat)
 
     async def _first_adapter(self, opening: Opening) -> SessionAdapter:
         if isinstance(opening.start, int):
@@ -165,24 +169,26 @@ class TrunkServicer:
             return await self._opened(opening, tensors)
 
     async def _opened(self, opening: Opening, start: Mapping[str, Tensor] | int) -> SessionAdapter:
-        return await self._compute.acquire(
-            self._engine.open, self._engine.close, opening.spec, start, opening.trainable
+        return await self._first_lane.acquire(
+            self._engine.open, SessionAdapter.release, opening.spec, start, opening.trainable
         )
 
-    async def _converse(self, opening: Opening, adapter: SessionAdapter, stream: FrameStream) -> None:
-        base_sha256 = opening.start
+    async def _converse(self, opening: Opening, seat: Seat, stream: FrameStream) -> None:
+        base_sha256, adapter = opening.start, seat.adapter
         if not isinstance(base_sha256, str):
-            base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
+            read = functools.partial(self._engine.read, adapter, gradients=False)
+            base_sha256 = sha256_hex(await self._scheduler.other(seat, read))
         session = self._table.open(
             opening.client_id, opening.round_key, base_sha256, opening.codecs, adapter, quiet=opening.quiet
         )
         try:
             await Conversation(
                 session,
+                seat,
                 stream,
                 self._engine,
+                self._scheduler,
                 self._contributions,
-                compute=self._compute,
                 disk=self._disk,
                 max_tokens=self._limits.max_tokens,
             ).run()
