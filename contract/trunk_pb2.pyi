@@ -135,7 +135,7 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., forward: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[BackwardReply, _Mapping]] = ..., step: _Optional[_Union[StepReply, _Mapping]] = ..., adapter: _Optional[_Union[AdapterReply, _Mapping]] = ..., close: _Optional[_Union[CloseReply, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs")
+    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs", "deterministic")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class Hello(_message.Message):
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client_id: str
     model: ModelAgreement
@@ -156,7 +157,8 @@ class Hello(_message.Message):
     trainable: str
     quiet: bool
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    deterministic: bool
+    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs")

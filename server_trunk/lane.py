@@ -50,16 +50,18 @@ class Forward:
         """B * T."""
         return self.hidden_BTD.shape[0] * self.hidden_BTD.shape[1]
 
+    @property
+    def _modes(self) -> tuple[torch.dtype, str, bool, bool]:
+        return self.hidden_BTD.dtype, self.autocast_dtype, self.training, self.need_grad
+
     def shares_with(self, other: Forward) -> bool:
         """Whether both can be rows of one pass: they run alike, and neither is padded by more than a fourth."""
         lengths: list[int] = [self.hidden_BTD.shape[1], other.hidden_BTD.shape[1]]
         return (
             self.position_ids is None
             and other.position_ids is None
-            and self.hidden_BTD.dtype == other.hidden_BTD.dtype
-            and (self.autocast_dtype, self.training, self.need_grad)
-            == (other.autocast_dtype, other.training, other.need_grad)
-            and 4 * max(lengths) <= 5 * min(lengths)
+            and self._modes == other._modes
+            and bool(4 * max(lengths) <= 5 * min(lengths))
         )
 
 

@@ -29,6 +29,7 @@ class Opening:
     start: str | int
     trainable: Trainable
     codecs: tuple[str, ...]
+    deterministic: bool
     quiet: bool
 
 
@@ -58,6 +59,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         start=hello.seed if start == "seed" else hello.adapter_sha256,
         trainable=_TRAINABLE[hello.trainable],
         codecs=codecs,
+        deterministic=hello.deterministic,
         quiet=hello.quiet,
     )
 

@@ -156,7 +156,8 @@ class TrunkServicer:
         opening = read_hello(frame.hello, self._agreement)
         self._engine.check_lora(opening.spec)
         with self._table.place():
-            seat = self._scheduler.enter(await self._first_adapter(opening))
+            adapter = await self._first_adapter(opening)
+            seat = self._scheduler.enter(adapter, deterministic=opening.deterministic)
             try:
                 await self._converse(opening, seat, stream)
             finally:

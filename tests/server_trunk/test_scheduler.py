@@ -1,4 +1,4 @@
-"""Who is served next, who shares a pass, and what becomes of those that fail or leave; the arithmetic is stood in for."""
+"""Who is served next, who shares a pass, and what becomes of those that fail or leave; arithmetic is stood in for."""
 
 from __future__ import annotations
 
