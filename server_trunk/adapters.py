@@ -47,6 +47,7 @@ class AdapterSlots:
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._active = Slot("none", {}, {})
         self._bound: SessionAdapter | None = None
+        self._generation = 0
         self._wrapped: list[BaseTunerLayer] = []
 
     def check(self, spec: LoraSpec) -> None:
@@ -83,7 +84,7 @@ class AdapterSlots:
 
     def bind(self, adapter: SessionAdapter) -> None:
         """Make the model compute with `adapter`'s own tensors."""
-        if self._bound is adapter:
+        if self._bound is adapter and self._generation == adapter.generation:
             return
         slot = self._slot(adapter.layout.spec)
         self._unbind()
@@ -92,7 +93,7 @@ class AdapterSlots:
             self._active = slot
         for name, (module, attribute) in slot.places.items():
             setattr(module, attribute, adapter.parameters[name])
-        self._bound = adapter
+        self._bound, self._generation = adapter, adapter.generation
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ several microbatches on their way.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,12 +22,16 @@ from contract.wire import CHUNK_BYTES
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine
 from server_trunk.lane import Backward, Forward, Graph
+from server_trunk.memory import Hold, MemoryBudget, Spill, Spilled
 from server_trunk.requests import check_backward, read_forward, read_step
-from server_trunk.scheduler import Scheduler, Seat
+from server_trunk.scheduler import Scheduler
+from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import Session
 from server_trunk.stream import FrameStream
 from server_trunk.worker import Worker
+
+_COPIES = 3
 
 TrunkSession = Session[SessionAdapter, Graph]
 Answer = Callable[[], Awaitable[None]]
@@ -45,8 +50,12 @@ class Conversation:
         contributions: Contributions,
         *,
         disk: Worker,
+        memory: MemoryBudget,
+        spill: Spill,
         max_tokens: int,
+        patience_s: float,
     ) -> None:
+        """A forward waits for memory no longer than `patience_s`."""
         self._session = session
         self._seat = seat
         self._stream = stream
@@ -54,7 +63,11 @@ class Conversation:
         self._scheduler = scheduler
         self._contributions = contributions
         self._disk = disk
+        self._memory = memory
+        self._spill = spill
         self._max_tokens = max_tokens
+        self._patience_s = patience_s
+        self._passing: set[Hold] = set()  # of forwards that no backward will follow
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
         self._requests: dict[str, Callable[[Any], Awaitable[None]]] = {
@@ -87,6 +100,8 @@ class Conversation:
             for task in (answering, reading):
                 task.cancel()
             await asyncio.gather(answering, reading, return_exceptions=True)
+            for hold in self._passing:
+                hold.release()
 
     async def _read(self) -> None:
         """Hands on what the client asks for until it closes or hangs up."""
@@ -134,9 +149,13 @@ class Conversation:
             max_tokens=self._max_tokens,
             max_positions=self._engine.max_positions,
         )
+        hold = Hold(self._memory)
+        holds_others = bool(session.pending.reserved)
         if forward.need_grad:
-            session.pending.reserve(forward.microbatch, inputs.tokens)
-        data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")
+            session.pending.reserve(forward.microbatch, hold)
+        else:
+            self._passing.add(hold)
+        data, put_aside = await self._received(forward, hold, holds_others)
         adapter, mask_BT = session.adapter, inputs.mask_BT
         modes = (forward.autocast_dtype, forward.training, forward.need_grad)
 
@@ -144,16 +163,21 @@ class Conversation:
             return Forward(adapter, hidden_BTD, mask_BT, inputs.position_ids, *modes)
 
         def prepare() -> Forward:
-            hidden_BTD = codec.decode(forward.hidden, data, mask_BT)
-            codec.require_finite(hidden_BTD, "forward.hidden")
-            return asked(hidden_BTD)
+            return asked(hidden_BTD())
+
+        def hidden_BTD() -> Tensor:
+            values_BTD = codec.decode(forward.hidden, data if put_aside is None else put_aside.read(), mask_BT)
+            codec.require_finite(values_BTD, "forward.hidden")
+            return values_BTD
 
         def finish(answer: tuple[Tensor, Graph]) -> tuple[Graph, pb.TensorHeader, memoryview]:
             output_BTD, graph = answer
+            if put_aside is not None:
+                graph.put_aside(hidden_BTD)
             return graph, *codec.encode(output_BTD, forward.reply_codec, mask_BT)
 
         like = asked(torch.empty(list(forward.hidden.shape), dtype=codec.DTYPES[forward.hidden.dtype], device="meta"))
-        future = self._handed(self._scheduler.forward(self._seat, inputs.tokens, like, prepare, finish))
+        future = self._handed(self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish))
 
         async def answer() -> None:
             graph, header, reply = await future.pop()
@@ -164,8 +188,27 @@ class Conversation:
             body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
             await self._stream.write(pb.ServerFrame(forward=body))
             await self._stream.write_data(reply)
+            if not forward.need_grad:
+                self._passing.discard(hold)
+                hold.release()
 
         await self._answers.put(answer)
+
+    async def _received(self, forward: pb.Forward, hold: Hold, holds_others: bool) -> tuple[memoryview, Spilled | None]:
+        """The request's data, in memory once there is room for it, its answer and its gradient; or else on disk.
+
+        A session that holds nothing waits for its turn. One that does must not: what would make room may be its own
+        backward, which comes behind this request.
+        """
+        header = forward.hidden
+        size = _COPIES * math.prod(header.shape) * codec.DTYPES[header.dtype].itemsize
+        if not holds_others:
+            await hold.wait(size, self._patience_s)
+        elif not hold.grow(size):
+            async with self._spill.turn:
+                data = await self._stream.read_data(header.size_bytes, "forward.hidden")
+                return memoryview(b""), await self._disk.run(self._spill.put, data)
+        return await self._stream.read_data(header.size_bytes, "forward.hidden"), None
 
     async def _backward(self, backward: pb.Backward) -> None:
         session = self._session

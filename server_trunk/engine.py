@@ -16,6 +16,7 @@ from contract.checkpoint import fingerprint
 from contract.errors import ConfigError, UpdateError
 from contract.partition import load_part
 from contract.records import AdamWSettings, CutLayers, LoraSpec, Trainable
+from server_trunk.graph_meter import GraphMeter
 from server_trunk.lane import Lane
 from server_trunk.session_adapter import SessionAdapter
 
@@ -74,7 +75,8 @@ class Engine:
         self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
-        self.lanes = tuple(Lane(one, cut, self.device) for one in models)
+        self.meter = GraphMeter(model, self.layers - cut.head - cut.tail, self.hidden_size)
+        self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
 
     def summary(self) -> str:
         """What is served, in words."""

@@ -8,9 +8,9 @@ rounding, since how a matrix product rounds depends on how many rows it has.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -23,6 +23,7 @@ from contract.errors import CapacityError
 from contract.partition import TrunkPart
 from contract.records import CutLayers
 from server_trunk.adapters import AdapterSlots
+from server_trunk.graph_meter import GraphMeter
 from server_trunk.grouped_lora import GroupedLora, Segment
 from server_trunk.session_adapter import SessionAdapter
 
@@ -40,6 +41,23 @@ class Forward:
     autocast_dtype: str = ""
     training: bool = False
     need_grad: bool = True
+    read_again: Callable[[], Tensor] | None = None
+    """Gives the hidden states, where they are on disk and `hidden_BTD` is empty, on the meta device."""
+
+    @property
+    def values_BTD(self) -> Tensor:
+        """The hidden states, wherever they are."""
+        return self.hidden_BTD if self.read_again is None else self.read_again()
+
+    @property
+    def kind(self) -> tuple[str, str, int]:
+        """What decides how many bytes a token's graph has."""
+        return self.adapter.layout.key, self.autocast_dtype, self.hidden_BTD.shape[1]
+
+    @property
+    def draws(self) -> bool:
+        """Whether a second forward would draw another dropout, so that the first one's graph must be kept."""
+        return self.training and bool(self.adapter.layout.spec.dropout)
 
     @property
     def rows(self) -> int:
@@ -85,6 +103,11 @@ class Graph:
     def mask_BT(self) -> Tensor | None:
         return self.forward.mask_BT
 
+    def put_aside(self, read_again: Callable[[], Tensor]) -> None:
+        """Keep no input in memory; a graph that is kept does by itself, if it must."""
+        empty_BTD = torch.empty_like(self.forward.hidden_BTD, device="meta")
+        self.forward = replace(self.forward, hidden_BTD=empty_BTD, read_again=read_again)
+
 
 @dataclass(slots=True, eq=False)
 class Backward:
@@ -111,7 +134,7 @@ class Gang:
         self.input_RTD = input_RTD
         self.output_RTD = output_RTD
         self.segments = segments
-        self.rows = weakref.WeakKeyDictionary(rows)
+        self.rows: weakref.WeakKeyDictionary[Graph, slice] = weakref.WeakKeyDictionary(rows)
         self.due_s = 0.0
         """When those members that wait for their backward wait no longer for the others."""
 
@@ -122,8 +145,8 @@ class Gang:
     def worth_it(self, present: Iterable[Graph | None]) -> bool:
         """Whether one backward for those present, with zeros for the others, beats each computing its forward again."""
         there = {graph for graph in present if graph is not None}
-        rows = sum(part.stop - part.start for graph, part in self.rows.items() if graph in there)
-        return 2 * rows >= sum(part.stop - part.start for part in self.rows.values())
+        sizes = {graph: int(part.stop - part.start) for graph, part in self.rows.items()}
+        return 2 * sum(size for graph, size in sizes.items() if graph in there) >= sum(sizes.values())
 
     def part_from(self, graph: Graph) -> None:
         """`graph` computes its forward again; the others stay."""
@@ -151,8 +174,9 @@ def memory_bounds() -> Iterator[None]:
 class Lane:
     """One thread's trunk. Every method must be called on that thread."""
 
-    def __init__(self, model: PreTrainedModel, cut: CutLayers, device: str) -> None:
+    def __init__(self, model: PreTrainedModel, cut: CutLayers, device: str, meter: GraphMeter) -> None:
         self.device = device
+        self._meter = meter
         modules = dict(model.named_modules())
         self._part = TrunkPart(model, cut).eval()
         self.slots = AdapterSlots(model)
@@ -167,45 +191,49 @@ class Lane:
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, asked: Sequence[Forward]) -> list[tuple[Tensor, Graph]]:
-        """For each request hidden_BTD at the tail cut, and what its backward needs. Raises CapacityError.
+    def forward(self, asked: Sequence[Forward], *, keep: bool = True) -> list[tuple[Tensor, Graph]]:
+        """For each request hidden_BTD at the tail cut, and what its backward needs; its graph only with `keep`.
 
-        Requests of more than one session must share (`Forward.shares_with`), each of another session.
+        Requests of more than one session must share (`Forward.shares_with`), each of another session. Raises
+        CapacityError.
         """
-        if len(asked) == 1:
-            return [self._alone(asked[0])]
-        return self._together(asked)
+        keep = keep and asked[0].need_grad
+        return [self._alone(asked[0], keep)] if len(asked) == 1 else self._together(asked, keep)
 
-    def _alone(self, asked: Forward) -> tuple[Tensor, Graph]:
-        input_BTD, output_BTD = self._pass(asked)
+    def _alone(self, asked: Forward, keep: bool) -> tuple[Tensor, Graph]:
+        if keep and not self._meter.knows(asked.kind):
+            with self._meter.measuring(asked.kind, asked.tokens):
+                input_BTD, output_BTD = self._pass(asked, keep)
+        else:
+            input_BTD, output_BTD = self._pass(asked, keep)
         graph = Graph(asked, output_BTD)
-        if asked.need_grad:
+        if keep:
             graph.input_BTD, graph.output_BTD = input_BTD, output_BTD
         return output_BTD.detach(), graph
 
-    def _pass(self, asked: Forward) -> tuple[Tensor, Tensor]:
+    def _pass(self, asked: Forward, keep: bool) -> tuple[Tensor, Tensor]:
         self.slots.bind(asked.adapter)
-        input_BTD = asked.hidden_BTD.to(self.device).requires_grad_(asked.need_grad)
+        input_BTD = asked.values_BTD.to(self.device).requires_grad_(keep)
         mask_BT, position_ids = (
             None if value is None else value.to(self.device) for value in (asked.mask_BT, asked.position_ids)
         )
-        return input_BTD, self._run(asked, input_BTD, mask_BT, position_ids)
+        return input_BTD, self._run(asked, keep, input_BTD, mask_BT, position_ids)
 
     def _run(
-        self, like: Forward, input_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None = None
+        self, like: Forward, keep: bool, input_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None = None
     ) -> Tensor:
         if self._part.training != like.training:
             self._part.train(like.training)
         cast = AUTOCAST[like.autocast_dtype]
         with (
             memory_bounds(),
-            torch.set_grad_enabled(like.need_grad),
+            torch.set_grad_enabled(keep),
             torch.autocast(self.device, dtype=cast, enabled=cast is not None),
         ):
             output_BTD: Tensor = self._part(input_BTD, mask_BT, position_ids)
         return output_BTD
 
-    def _together(self, asked: Sequence[Forward]) -> list[tuple[Tensor, Graph]]:
+    def _together(self, asked: Sequence[Forward], keep: bool) -> list[tuple[Tensor, Graph]]:
         order = sorted(asked, key=lambda one: (one.adapter.layout.key, one.rows))
         slices, segments, rows = {}, [], 0
         for _, group in groupby(order, key=lambda one: (one.adapter.layout.key, one.rows)):
@@ -216,15 +244,15 @@ class Lane:
             if members[0].adapter.layout.values:
                 segments.append(Segment([one.adapter for one in members], start, rows))
         input_RTD, mask_RT = _joined(order)
-        input_RTD = input_RTD.to(self.device).requires_grad_(asked[0].need_grad)
+        input_RTD = input_RTD.to(self.device).requires_grad_(keep)
         mask_RT = None if mask_RT is None else mask_RT.to(self.device)
         with self.slots.unadapted(), self._grouped.applied(segments, rows):
-            output_RTD = self._run(asked[0], input_RTD, mask_RT)
+            output_RTD = self._run(asked[0], keep, input_RTD, mask_RT)
         answers = {}
         for one in order:
             output_BTD = output_RTD.detach()[slices[one], : one.hidden_BTD.shape[1]]
             answers[one] = (output_BTD, Graph(one, output_BTD))
-        if asked[0].need_grad:
+        if keep:
             graphs = {graph: slices[one] for one, (_, graph) in answers.items()}
             gang = Gang(input_RTD, output_RTD, segments, graphs)
             for graph in graphs:
@@ -247,7 +275,7 @@ class Lane:
     def _backward_alone(self, asked: Backward) -> tuple[Tensor | None, float]:
         graph, adapter = asked.graph, asked.adapter
         if graph.output_BTD is None:
-            graph.input_BTD, graph.output_BTD = self._pass(graph.forward)
+            graph.input_BTD, graph.output_BTD = self._pass(graph.forward, keep=True)
         if asked.reset:
             adapter.reset_gradient()
         leaves: list[Tensor] = list(adapter.trainable.values())
@@ -294,10 +322,7 @@ def _joined(asked: Sequence[Forward]) -> tuple[Tensor, Tensor | None]:
     """All rows as one batch as long as the longest, and its mask; None where nothing is padded."""
     longest = max(one.hidden_BTD.shape[1] for one in asked)
     missing = [longest - one.hidden_BTD.shape[1] for one in asked]
-    hidden = [
-        pad(one.hidden_BTD, (0, 0, 0, short)) if short else one.hidden_BTD
-        for one, short in zip(asked, missing, strict=True)
-    ]
+    hidden = [pad(one.values_BTD, (0, 0, 0, short)) for one, short in zip(asked, missing, strict=True)]
     if not any(missing) and all(one.mask_BT is None for one in asked):
         return torch.cat(hidden), None
     masks = [

@@ -11,17 +11,19 @@ the others as long as computing their own forward again would take, and no longe
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from contract.errors import CapacityError, SessionError
 from server_trunk.lane import Backward, Forward, Graph, Lane
+from server_trunk.memory import Hold
+from server_trunk.residents import Residents
+from server_trunk.seats import Job, Seat
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.worker import Worker
 
@@ -29,36 +31,6 @@ logger = logging.getLogger("trunkline.server_trunk")
 
 ACTIVE_S = 1.0
 """A session that worked within this time is expected back, so that a lane does not take all threads for another."""
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """One session's place: its adapter, its work in order, and the tokens that it was served.
-
-    A deterministic session shares no pass and always has all threads, so that its bits depend on nobody else.
-    """
-
-    adapter: SessionAdapter
-    deterministic: bool = False
-    jobs: deque[Job] = field(default_factory=deque)
-    running: bool = False
-    left: bool = False
-    served: float = 0.0
-    turn: int = 0  # number of its last pass; breaks ties
-    active_s: float = float("-inf")
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One piece of a session's work. `prepare` and `finish` run on a lane's thread, around what the lane does."""
-
-    kind: Literal["forward", "backward", "other"]
-    tokens: int
-    prepare: Callable[[], Any]
-    finish: Callable[[Any], Any]
-    done: asyncio.Future[Any]
-    graph: Graph | None = None
-    shape: Forward | None = None
 
 
 class Scheduler:
@@ -70,13 +42,23 @@ class Scheduler:
         *,
         threads: int,
         batch_tokens: int,
+        graph_bytes: Callable[[tuple[str, str, int], int], int],
+        pass_bytes: int,
+        residents: Residents,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions."""
+        """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions.
+
+        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; no pass may hold more than
+        `pass_bytes`.
+        """
         self._lanes = tuple(lanes)
         self._free = list(lanes)
         self._threads = threads
         self._batch_tokens = batch_tokens
+        self._graph_bytes = graph_bytes
+        self._pass_bytes = pass_bytes
+        self._residents = residents
         self._clock = clock
         self._seats: dict[Seat, None] = {}  # in the order of their coming
         self._turns = 0
@@ -106,11 +88,22 @@ class Scheduler:
         seat: Seat,
         tokens: int,
         shape: Forward,
+        hold: Hold,
         prepare: Callable[[], Forward],
         finish: Callable[[tuple[Tensor, Graph]], Any],
     ) -> asyncio.Future[Any]:
-        """`shape` is the request without its values: what may share a pass is decided before they are decoded."""
-        return self._queue(seat, Job("forward", tokens, prepare, finish, _future(), shape=shape))
+        """`shape` is the request without its values: what may share a pass is decided before they are decoded.
+
+        The graph is kept where `hold` finds room for it.
+        """
+        needed = self._graph_bytes(shape.kind, tokens) if shape.need_grad else 0
+        if needed > self._pass_bytes:
+            raise CapacityError(
+                f"a microbatch of {tokens} tokens needs about {needed} bytes at this trunk, whose memory-budget leaves "
+                f"{self._pass_bytes} for a pass: use a smaller one"
+            )
+        job = Job("forward", tokens, prepare, finish, _future(), seat.adapter, shape=shape, hold=hold)
+        return self._queue(seat, job)
 
     def backward(
         self,
@@ -120,11 +113,11 @@ class Scheduler:
         prepare: Callable[[], Backward],
         finish: Callable[[tuple[Tensor | None, float]], Any],
     ) -> asyncio.Future[Any]:
-        return self._queue(seat, Job("backward", tokens, prepare, finish, _future(), graph=graph))
+        return self._queue(seat, Job("backward", tokens, prepare, finish, _future(), seat.adapter, graph=graph))
 
     def other(self, seat: Seat, work: Callable[[], Any]) -> asyncio.Future[Any]:
         """Anything else that must keep its place in the session's order: a step, or reading the adapter."""
-        return self._queue(seat, Job("other", 0, work, lambda answer: answer, _future()))
+        return self._queue(seat, Job("other", 0, work, lambda answer: answer, _future(), seat.adapter))
 
     async def close(self) -> None:
         """Wait for what runs; nothing more is begun."""
@@ -153,6 +146,7 @@ class Scheduler:
             for seat, _ in batch:
                 seat.running = True
             self._time = max(self._time, min(seat.served for seat, _ in batch))
+            self._decide_to_keep([job for _, job in batch])
             self._turns += 1
             for seat, job in batch:
                 seat.served += max(job.tokens, 1)
@@ -203,10 +197,29 @@ class Scheduler:
         room = min(self._batch_tokens, max(-(-in_all // len(self._free)), leader.jobs[0].tokens))
         taken, tokens = [leader], leader.jobs[0].tokens
         for seat in fitting:
-            if seat is not leader and tokens + seat.jobs[0].tokens <= room:
+            together = tokens + seat.jobs[0].tokens
+            if seat is leader or together > room:
+                continue
+            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self._pass_bytes:
                 taken.append(seat)
                 tokens += seat.jobs[0].tokens
         return taken
+
+    def _decide_to_keep(self, jobs: Sequence[Job]) -> None:
+        """A pass keeps its graph where there is room for all of it; dropout cannot be drawn twice and keeps its own."""
+        sizes = []
+        for job in jobs:
+            if job.shape is None or job.hold is None or not job.shape.need_grad:
+                return
+            sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
+        if jobs[0].shape is not None and jobs[0].shape.draws:
+            return
+        kept = [job.hold.keep_graph(size) for job, size in zip(jobs, sizes, strict=True) if job.hold is not None]
+        if not all(kept):
+            for job, size in zip(jobs, sizes, strict=True):
+                job.keep = False
+                if job.hold is not None:
+                    job.hold.drop_graph(size)
 
     def _wake_at(self, when_s: float) -> None:
         if self._alarm is not None:
@@ -244,6 +257,8 @@ class Scheduler:
                 seat.active_s = now_s
                 if seat.left:
                     self._forget(seat)
+                elif not seat.adapter.evicted:
+                    self._residents.used(seat)
         for (_, job), outcome in zip(batch, outcomes, strict=True):
             if job.done.done():
                 continue
@@ -254,10 +269,13 @@ class Scheduler:
         for _, job in batch:
             if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
                 job.graph.gang.due_s = now_s + (now_s - began_s)
+        for seat in self._residents.surplus():
+            self.other(seat, functools.partial(self._residents.put_aside, seat.adapter))
         self._dispatch()
 
     def _forget(self, seat: Seat) -> None:
         self._seats.pop(seat, None)
+        self._residents.gone(seat)
         for lane, worker in self._lanes:
             worker.submit(lane.slots.close, seat.adapter)
         seat.adapter.release()
@@ -275,6 +293,7 @@ def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
     asked: list[Any] = []
     for index, job in enumerate(jobs):
         try:
+            job.adapter.restore()
             prepared = job.prepare()
         except Exception as error:  # noqa: BLE001 (told to who asked)
             outcomes[index] = error
@@ -284,7 +303,7 @@ def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
         else:
             ready.append(index)
             asked.append(prepared)
-    answers = _pass(lane, jobs[0].kind, asked) if asked else []
+    answers = _pass(lane, jobs[0], asked) if asked else []
     for index, answer in zip(ready, answers, strict=True):
         job = jobs[index]
         if job.kind == "forward" and not isinstance(answer, Exception):
@@ -296,16 +315,17 @@ def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
     return outcomes
 
 
-def _pass(lane: Lane, kind: str, asked: Sequence[Any]) -> list[Any]:
+def _pass(lane: Lane, like: Job, asked: Sequence[Any]) -> list[Any]:
     """What the lane answers to each request; where memory runs out for all together, to one after the other."""
-    compute: Callable[[Sequence[Any]], Sequence[Any]] = lane.forward if kind == "forward" else lane.backward
     try:
-        return list(compute(asked))
+        if like.kind == "forward":
+            return list(lane.forward(asked, keep=like.keep))
+        return list(lane.backward(asked))
     except CapacityError as error:
         if len(asked) == 1:
             return [error]
     logger.warning("no memory for a pass of %d sessions; they are served one by one", len(asked))
     for one in asked:
-        if kind == "backward" and one.graph.gang is not None:
+        if like.kind == "backward" and one.graph.gang is not None:
             one.graph.gang.release()
-    return [answer for one in asked for answer in _pass(lane, kind, [one])]
+    return [answer for one in asked for answer in _pass(lane, like, [one])]

@@ -25,10 +25,12 @@ from contract.wire import message_limits
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, choose_device
 from server_trunk.lane import Graph
+from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
+from server_trunk.residents import Residents
 from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
 from server_trunk.session_adapter import SessionAdapter
-from server_trunk.sessions import SessionTable, TokenBudget
+from server_trunk.sessions import SessionTable
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -37,6 +39,7 @@ T = TypeVar("T")
 
 _HANG_UP_S = 2.0
 _DRAIN_POLL_S = 0.05
+_FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
 _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, commits, progress, health
 
 
@@ -59,7 +62,8 @@ class ServeOptions:
     max_pending: int = 16
     pending_ttl_s: float = 600.0
     max_tokens: int = 32768
-    max_pending_tokens: int = 131072
+    memory_budget: str = "auto"
+    spill_budget: str = "16G"
     idle_timeout_s: float = 900.0
     grace_s: float = 30.0
     announce_file: Path | None = None
@@ -94,11 +98,9 @@ class TrunkServer:
         choose_device(options.device)
         if options.announce_file is not None:
             _require_announceable(options.announce_file)
-        if options.max_pending_tokens < options.max_tokens:
-            raise ConfigError(
-                f"max-pending-tokens is {options.max_pending_tokens}, less than max-tokens, "
-                f"{options.max_tokens}: no forward of that size could ever wait for its backward; change one of them"
-            )
+        self._spill_bytes = parse_size("spill-budget", options.spill_budget)
+        if options.memory_budget != "auto":
+            choose_budget(options.memory_budget, "cpu")
         self._first_lane = Worker("trunk-lane-1")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -107,7 +109,6 @@ class TrunkServer:
             options.max_pending,
             options.pending_ttl_s,
             time.monotonic,
-            TokenBudget(options.max_pending_tokens),
         )
 
     async def start(self) -> tuple[str, str]:
@@ -135,10 +136,15 @@ class TrunkServer:
             raise
         self._workers = [self._first_lane]
         self._workers += [Worker(f"trunk-lane-{number}") for number in range(2, len(engine.lanes) + 1)]
+        self._spill = Spill(options.state_dir, self._spill_bytes)
+        budget = choose_budget(options.memory_budget, engine.device)
         self._scheduler = Scheduler(
             list(zip(engine.lanes, self._workers, strict=True)),
             threads=engine.threads,
             batch_tokens=options.batch_tokens,
+            graph_bytes=engine.meter.estimate,
+            pass_bytes=int(budget * _FOR_PASSES / len(engine.lanes)),
+            residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
         )
         self._servicer = TrunkServicer(
             engine,
@@ -148,6 +154,8 @@ class TrunkServer:
             scheduler=self._scheduler,
             first_lane=self._first_lane,
             disk=self._disk,
+            memory=MemoryBudget(int(budget * _FOR_WAITING)),
+            spill=self._spill,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -176,6 +184,7 @@ class TrunkServer:
         await self._scheduler.close()
         for worker in (*self._workers, self._disk):
             worker.close()
+        self._spill.close()
 
     def _load(self) -> Engine:
         options = self._options

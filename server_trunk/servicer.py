@@ -25,8 +25,10 @@ from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
 from server_trunk.engine import Engine
 from server_trunk.lane import Graph
+from server_trunk.memory import MemoryBudget, Spill
 from server_trunk.requests import Opening, read_hello
-from server_trunk.scheduler import Scheduler, Seat
+from server_trunk.scheduler import Scheduler
+from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
@@ -86,6 +88,8 @@ class TrunkServicer:
         scheduler: Scheduler,
         first_lane: Worker,
         disk: Worker,
+        memory: MemoryBudget,
+        spill: Spill,
     ) -> None:
         self._engine = engine
         self._table = table
@@ -93,6 +97,8 @@ class TrunkServicer:
         self._limits = limits
         self._scheduler = scheduler
         self._first_lane = first_lane
+        self._memory = memory
+        self._spill = spill
         self._disk = disk
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
         self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
@@ -182,6 +188,7 @@ class TrunkServicer:
         session = self._table.open(
             opening.client_id, opening.round_key, base_sha256, opening.codecs, adapter, quiet=opening.quiet
         )
+        seat.keeps_graphs = lambda: session.pending.keeps_graphs
         try:
             await Conversation(
                 session,
@@ -191,7 +198,10 @@ class TrunkServicer:
                 self._scheduler,
                 self._contributions,
                 disk=self._disk,
+                memory=self._memory,
+                spill=self._spill,
                 max_tokens=self._limits.max_tokens,
+                patience_s=self._limits.idle_timeout_s,
             ).run()
         finally:
             self._table.close(session)

@@ -10,12 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contract.adapter import trainable_names
-from contract.errors import AgreementError
+from contract.errors import AgreementError, StorageError
 from contract.records import AdamWSettings, LoraSpec, Trainable
 
 
@@ -77,10 +80,13 @@ class SessionAdapter:
         Only DoRA magnitudes may be absent: they start as PEFT set them in `placeholders`, at their base weight's norm.
         """
         self.layout = layout
-        device = next((value.device for value in placeholders.values()), torch.device("cpu"))
+        self.generation = 0
+        """Rises when the tensors are other ones than before: what was bound to them must be bound again."""
+        self._file: Path | None = None
+        self._device = next((value.device for value in placeholders.values()), torch.device("cpu"))
         for name in sorted(tensors.keys() - layout.places.keys()):
             raise AgreementError(f"the first adapter holds {name}, which the session's LoRA targets do not have")
-        self.values_P = torch.empty(layout.values, dtype=torch.float32, device=device)
+        self.values_P = torch.empty(layout.values, dtype=torch.float32, device=self._device)
         for name, place in layout.places.items():
             value = tensors.get(name)
             if value is None and name.endswith("lora_magnitude_vector"):
@@ -95,6 +101,7 @@ class SessionAdapter:
 
     def _bind(self) -> None:
         """Make the parameters by name views of the flat values."""
+        self.generation += 1
         trainable = set(self.layout.trainable)
         self.parameters = {
             name: nn.Parameter(place.of(self.values_P), requires_grad=name in trainable)
@@ -103,8 +110,58 @@ class SessionAdapter:
         self.trainable = {name: self.parameters[name] for name in self.layout.trainable}
         self._trained = nn.Parameter(self.values_P[: self.layout.train_values])
 
-    def release(self) -> None:
-        """Give the memory back now: an optimiser is part of a reference cycle and would wait for the collector."""
+    # ---- on disk while idle --------------------------------------------------------------------------------------
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory at most: values, gradient and AdamW's two moments."""
+        return 4 * (self.layout.values + 3 * self.layout.train_values)
+
+    @property
+    def evicted(self) -> bool:
+        return self._file is not None
+
+    def evict(self, folder: Path) -> None:
+        """Move everything to a file in `folder`. No graph of this adapter's may be kept. Raises StorageError."""
+        if self._file is not None or not self.layout.values:
+            return
+        stored = {"values": self.values_P, **self._moments()}
+        if self.gradient_K is not None:
+            stored["gradient"] = self.gradient_K
+        path = folder / f"adapter-{id(self)}.safetensors"
+        try:
+            save_file({name: value.detach().to("cpu").contiguous() for name, value in stored.items()}, path)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"an idle adapter cannot be put aside on disk: {error}") from error
+        self._file = path
+        self._drop()
+
+    def restore(self) -> None:
+        """Bring back what `evict` put aside, if it did. Raises StorageError."""
+        if self._file is None:
+            return
+        try:
+            stored = {name: value.to(self._device) for name, value in load_file(self._file).items()}
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"an adapter put aside on disk cannot be read: {error}") from error
+        self._file.unlink(missing_ok=True)
+        self._file = None
+        self.values_P = stored.pop("values")
+        gradient_K = stored.pop("gradient", None)
+        self._bind()
+        if gradient_K is not None:
+            self.accumulator().copy_(gradient_K)
+        if self.layout.trainable:
+            self._optimizer = torch.optim.AdamW([self._trained])
+            if stored:
+                self._optimizer.state[self._trained] = stored
+
+    def _moments(self) -> dict[str, Tensor]:
+        if self._optimizer is None:
+            return {}
+        return dict(self._optimizer.state.get(self._trained, {}))
+
+    def _drop(self) -> None:
         if self._optimizer is not None:
             self._optimizer.state.clear()
             self._optimizer.param_groups.clear()
@@ -112,6 +169,13 @@ class SessionAdapter:
         self.parameters.clear()
         self.gradient_K = None
         self.values_P = self._trained.data = torch.empty(0)
+
+    def release(self) -> None:
+        """Give the memory back now: an optimiser is part of a reference cycle and would wait for the collector."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+        self._drop()
 
     def accumulator(self) -> Tensor:
         """What gradients add up in, [K]; zeros where none came since the last step. Autograd adds in place."""

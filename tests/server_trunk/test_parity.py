@@ -299,9 +299,9 @@ def test_clients_at_the_same_time_get_what_each_would_alone(
     passes: list[int] = []
     forward = Lane.forward
 
-    def noted(lane: Lane, asked: Any) -> Any:
+    def noted(lane: Lane, asked: Any, **how: Any) -> Any:
         passes.append(len(asked))
-        return forward(lane, asked)
+        return forward(lane, asked, **how)
 
     monkeypatch.setattr(Lane, "forward", noted)
     with serve_family("llama", lanes=1) as (directory, wire), ThreadPoolExecutor(6) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +14,25 @@ import torch
 
 from contract.errors import CapacityError, NonFiniteError, SessionError
 from server_trunk.lane import Forward, Gang, Graph
-from server_trunk.scheduler import Scheduler, Seat
+from server_trunk.memory import Hold, MemoryBudget
+from server_trunk.residents import Residents
+from server_trunk.scheduler import Scheduler
+from server_trunk.seats import Seat
 from server_trunk.worker import Worker
 
 
 class Adapter:
     def __init__(self, name: str, *, batches: bool = True) -> None:
         self.name = name
-        self.layout = SimpleNamespace(batches=batches)
-        self.released = False
+        self.layout = SimpleNamespace(batches=batches, key="lora", spec=SimpleNamespace(dropout=0.0))
+        self.size_bytes = 100
+        self.evicted = self.released = False
+
+    def evict(self, folder: Path) -> None:
+        self.evicted = True
+
+    def restore(self) -> None:
+        self.evicted = False
 
     def release(self) -> None:
         self.released = True
@@ -33,6 +44,7 @@ class Lane:
     def __init__(self) -> None:
         self.passes: list[tuple[str, list[str]]] = []
         self.threads: list[int] = []
+        self.kept: list[bool] = []
         self.go = threading.Event()
         self.go.set()
         self.room = 99
@@ -41,8 +53,9 @@ class Lane:
     def use_threads(self, threads: int) -> None:
         self.threads.append(threads)
 
-    def forward(self, asked: Sequence[Forward]) -> list[tuple[torch.Tensor, Graph]]:
+    def forward(self, asked: Sequence[Forward], *, keep: bool) -> list[tuple[torch.Tensor, Graph]]:
         self.go.wait(10)
+        self.kept.append(keep)
         self.passes.append(("forward", [one.adapter.name for one in asked]))  # type: ignore[attr-defined]
         if len(asked) > self.room:
             raise CapacityError("no room")
@@ -65,12 +78,21 @@ class Lane:
 class Bench:
     """A scheduler over lanes that stand in, and what sessions do with it."""
 
-    def __init__(self, lanes: int = 1, batch_tokens: int = 32, threads: int = 4) -> None:
+    def __init__(self, lanes: int = 1, batch_tokens: int = 32, threads: int = 4, resident_bytes: int = 999) -> None:
         self.lanes = [Lane() for _ in range(lanes)]
         self.workers = [Worker(f"lane-{number}") for number in range(lanes)]
         self.now_s = 0.0
         pairs: Any = list(zip(self.lanes, self.workers, strict=True))
-        self.scheduler = Scheduler(pairs, threads=threads, batch_tokens=batch_tokens, clock=lambda: self.now_s)
+        self.memory = MemoryBudget(1000)
+        self.scheduler = Scheduler(
+            pairs,
+            threads=threads,
+            batch_tokens=batch_tokens,
+            graph_bytes=lambda kind, tokens: 10 * tokens,
+            pass_bytes=500,
+            residents=Residents(resident_bytes, Path("nowhere")),
+            clock=lambda: self.now_s,
+        )
 
     @property
     def passes(self) -> list[tuple[str, list[str]]]:
@@ -89,7 +111,7 @@ class Bench:
                 raise error
             return asked
 
-        return self.scheduler.forward(seat, tokens, asked, prepare, lambda answer: answer[1])
+        return self.scheduler.forward(seat, tokens, asked, Hold(self.memory), prepare, lambda answer: answer[1])
 
     def backward(self, seat: Seat, graph: Graph) -> asyncio.Future[None]:
         asked: Any = SimpleNamespace(adapter=seat.adapter, graph=graph)
@@ -326,3 +348,43 @@ def test_a_session_alone_has_all_threads_and_two_have_a_lanes_share_each() -> No
     bench = run(play, lanes=2, batch_tokens=1)
     told = sorted(lane.threads for lane in bench.lanes)
     assert told in ([[2], [4, 2, 4]], [[2, 4], [4, 2]], [[4, 2], [4, 2]], [[2], [4, 4, 4]], [[2, 4], [4, 4]]), told
+
+
+def test_graphs_are_kept_while_there_is_room_and_a_pass_keeps_all_or_none() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abcd"]
+        bench.memory.try_take(650)
+        bench.hold()
+        waits = [bench.forward(seats[0])]  # 80 of the 350 that are left
+        await begun(bench)
+        waits += [bench.forward(seat, 16) for seat in seats[1:3]]  # 160 each
+        waits += [bench.forward(seats[3], 20)]
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    bench = run(play)
+    assert bench.lanes[0].kept == [True, False, True]
+    assert bench.memory.taken <= 1000
+
+
+def test_a_microbatch_that_no_pass_could_hold_is_refused_at_once() -> None:
+    async def play(bench: Bench) -> None:
+        with pytest.raises(CapacityError, match="a microbatch of 51 tokens needs about 510 bytes .* leaves 500"):
+            bench.forward(bench.seat("a"), 51)
+
+    run(play)
+
+
+def test_adapters_used_longest_ago_are_put_aside_and_come_back_for_their_next_turn() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abc"]
+        seats[0].keeps_graphs = lambda: True
+        for seat in seats:
+            await bench.forward(seat)
+        await begun(bench)
+        aside = [seat.adapter.evicted for seat in seats]  # type: ignore[attr-defined]
+        assert aside == [False, True, False]
+        await bench.forward(seats[1])
+        assert not seats[1].adapter.evicted  # type: ignore[attr-defined]
+
+    run(play, resident_bytes=250)
