@@ -329,22 +329,26 @@ class GetAdapterRequest(_message.Message):
     def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
 class CommitRoundRequest(_message.Message):
-    __slots__ = ("round", "base_sha256", "survivors")
+    __slots__ = ("round", "base_sha256", "survivors", "partial")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     round: RoundId
     base_sha256: str
     survivors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[_Union[RoundId, _Mapping]] = ..., base_sha256: _Optional[str] = ..., survivors: _Optional[_Iterable[str]] = ...) -> None: ...
+    partial: bool
+    def __init__(self, round: _Optional[_Union[RoundId, _Mapping]] = ..., base_sha256: _Optional[str] = ..., survivors: _Optional[_Iterable[str]] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class CommitRoundReply(_message.Message):
-    __slots__ = ("adapter_sha256", "trained_tokens")
+    __slots__ = ("adapter_sha256", "trained_tokens", "clients")
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     adapter_sha256: str
     trained_tokens: int
-    def __init__(self, adapter_sha256: _Optional[str] = ..., trained_tokens: _Optional[int] = ...) -> None: ...
+    clients: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter_sha256: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProgressReply(_message.Message):
     __slots__ = ("sessions", "steps", "tokens", "received_bytes", "sent_bytes")

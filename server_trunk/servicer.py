@@ -232,13 +232,22 @@ class TrunkServicer:
 
     @_answers_errors
     async def commit_round(self, request: pb.CommitRoundRequest, context: Context) -> pb.CommitRoundReply:
-        key = round_from_wire(request.round)
-        candidate = await self._disk.run(self._contributions.commit, key, request.base_sha256, list(request.survivors))
+        key, survivors = round_from_wire(request.round), list(request.survivors)
+        if request.partial:
+            part = await self._disk.run(self._contributions.commit_part, key, request.base_sha256, survivors)
+            reply = pb.CommitRoundReply(
+                adapter_sha256=part.adapter_sha256, trained_tokens=part.trained_tokens, clients=part.clients
+            )
+            averaged = len(part.clients)
+        else:
+            whole = await self._disk.run(self._contributions.commit, key, request.base_sha256, survivors)
+            reply = pb.CommitRoundReply(adapter_sha256=whole.adapter_sha256, trained_tokens=whole.trained_tokens)
+            averaged = len(survivors)
         logger.info(
-            "run %s round %d attempt %d: adapter %s averages %d clients",
-            *(key.run, key.round, key.attempt, candidate.adapter_sha256, len(request.survivors)),
+            "run %s round %d attempt %d: adapter %s averages %d of %d clients",
+            *(key.run, key.round, key.attempt, reply.adapter_sha256 or "-", averaged, len(survivors)),
         )
-        return pb.CommitRoundReply(adapter_sha256=candidate.adapter_sha256, trained_tokens=candidate.trained_tokens)
+        return reply
 
     @_answers_errors
     async def progress(self, request: pb.RoundId, context: Context) -> pb.ProgressReply:
