@@ -6,14 +6,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 
 from clients.wire_log import WireLog
 from contract import wire
+from contract.addresses import split_address
 from contract.errors import (
-    ConfigError,
     ConnectionFailedError,
     DeadlineError,
     FrameError,
@@ -28,15 +28,15 @@ from contract.trunk_pb2_grpc import TrunkStub
 _QUEUED_FRAMES = 16
 _WATCH_INTERVAL_S = 0.25
 
+T = TypeVar("T")
+
 
 class TrunkConnection:
     """A channel to the trunk at `address` (HOST:PORT). Opening one costs nothing until something is asked."""
 
     def __init__(self, address: str, *, connect_timeout_s: float = 10.0, wire_log: WireLog | None = None) -> None:
         """Raises ConfigError unless `address` is HOST:PORT."""
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ConfigError(f"trunk-address is {address!r}; it must be HOST:PORT")
+        split_address("trunk-address", address)
         self.address = address
         self.wire_log = wire_log or WireLog()
         self._connect_timeout_s = connect_timeout_s
@@ -59,6 +59,10 @@ class TrunkConnection:
             raise rebuilt(error, self.address) from error
         self.wire_log.received(reply.ByteSize())
         return reply
+
+    def opened(self, opening: Callable[[TrunkConnection], T]) -> T:
+        """What `opening` makes of this connection: there is no other trunk to turn to."""
+        return opening(self)
 
     def open_stream(self, timeout_s: float) -> FrameStream:
         """Starts a session's stream, in which each wait ends after `timeout_s`."""

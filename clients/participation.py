@@ -21,12 +21,12 @@ from peft import PeftModel
 
 from aggregation import tally
 from aggregation.protocol import PlainSumClient
-from clients.connection import TrunkConnection
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
 from clients.trainer import Announce, Judgement, Training, judge, train
+from clients.trunk_route import TrunkRoute, trunk_route
 from clients.update import encode_update, subtract_from, trained_vector
 from clients.wire_log import WireLog
 from clients.wire_privacy import wire_mechanism
@@ -91,12 +91,11 @@ def take_part(
     tokenizer = load_tokenizer(resolve_model(site.model))
     data = load_dataset(site.data, tokenizer, config.max_length, config.eval_fraction, config.seed)
     with closing(WireLog(site.wire_log or None)) as wire_log:
-        connection = TrunkConnection(site.trunk_address, wire_log=wire_log)
-        with closing(connection):
-            served = connection.describe()
+        with closing(trunk_route(site.trunk_address, order.client_id, wire_log)) as route:
+            served = route.describe()
             if turn is not None:
                 turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
-            model = _open_model(order, config, site, connection)
+            model = _open_model(order, config, site, route)
             with closing_session(model), _spending(site, config) as spending:
                 if spending is not None and turn is not None and turn.head:
                     spending.keep_head(turn.head)
@@ -124,7 +123,7 @@ def _spending(site: Site, config: RunConfig) -> Iterator[SiteSpending | None]:
         yield spending
 
 
-def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: TrunkConnection) -> PeftModel:
+def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRoute) -> PeftModel:
     settings = SplitSettings(
         model_path=site.model,
         cut=config.cut,
@@ -145,7 +144,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
         trunk_frozen=config.trunk_adapter == "frozen",
         quiet=config.dp != "off",
     )
-    return open_split_model(settings, spec, connection, start)
+    return open_split_model(settings, spec, route, start)
 
 
 def _work(

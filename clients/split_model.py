@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ import numpy.typing as npt
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from clients.connection import TrunkConnection
 from clients.remote_layers import RemoteLayers
 from clients.remote_trunk import RemoteTrunk
+from clients.trunk_route import TrunkRoute, trunk_route
 from clients.wire_log import WireLog
 from contract import adapter, wire
 from contract.architecture import LayerProbe, decoder_layers, flat_arguments, probe, unwrap
@@ -85,8 +86,9 @@ def load_split_model(
 ) -> PeftModel:
     """A PEFT causal LM that holds the first `head_layers` and the last `tail_layers` decoder layers of `model_path`.
 
-    The layers between run at the trunk that listens at `trunk_address` (HOST:PORT), in a session of this model's own;
-    their half of the adapter is trained there by whatever AdamW the caller trains this model with. `model_path` is a
+    The layers between run at the trunk that listens at `trunk_address` (HOST:PORT, or several parted by commas: then
+    the one with the most room), in a session of this model's own; their half of the adapter is trained there by
+    whatever AdamW the caller trains this model with. `model_path` is a
     whole checkpoint, a client part, or a hub id. Both halves of the adapter are drawn from `seed`. With `wire_log`,
     every field that leaves is listed there as JSON lines (sizes, never values).
 
@@ -98,21 +100,19 @@ def load_split_model(
     cut = CutLayers(head_layers, tail_layers)
     settings = SplitSettings(model_path, cut, dtype, attn_implementation, codec, device, timeout_s)
     check_codec(codec)
-    connection = TrunkConnection(trunk_address, wire_log=WireLog(wire_log))
+    route = trunk_route(trunk_address, secrets.token_hex(8), WireLog(wire_log))
     spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
-    return open_split_model(settings, spec, connection, seed)
+    return open_split_model(settings, spec, route, seed)
 
 
-def open_split_model(
-    settings: SplitSettings, spec: LoraSpec, connection: TrunkConnection, start: int | RoundStart
-) -> PeftModel:
+def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute, start: int | RoundStart) -> PeftModel:
     """Loads the client part, wraps it and opens its session; `start` is a seed or a round's beginning."""
     directory = resolve_model(settings.model_path)
     found = probe(directory)
     settings.cut.check(found.layers)
     agreement = wire.model_agreement(fingerprint(directory), settings.cut, settings.dtype, settings.attn_implementation)
     # The trunk compares these too; here it shows before a large model is loaded for nothing.
-    wire.require_agreement(agreement, connection.describe().model)
+    wire.require_agreement(agreement, route.describe().model)
     shapes = adapter.adapter_shapes(directory, spec)
     client_shapes, trunk_shapes = adapter.split_adapter(shapes, found, settings.cut)
     if isinstance(start, int):
@@ -135,15 +135,18 @@ def open_split_model(
         parameter.requires_grad_(name in trained)
     _refuse_long_sequences(model)
     frozen = not isinstance(start, int) and start.trunk_frozen
-    trunk = RemoteTrunk(
-        connection,
-        _hello(
-            agreement, settings.codec, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start
-        ),
-        hidden_size=found.hidden_size,
-        adapter_bytes=_size_limit(trunk_shapes),
-        timeout_s=settings.timeout_s,
-        mechanism=settings.mechanism,
+    hello = _hello(
+        agreement, settings.codec, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start
+    )
+    trunk = route.opened(
+        lambda connection: RemoteTrunk(
+            connection,
+            hello,
+            hidden_size=found.hidden_size,
+            adapter_bytes=_size_limit(trunk_shapes),
+            timeout_s=settings.timeout_s,
+            mechanism=settings.mechanism,
+        )
     )
     layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
     layers.beside = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from contract.addresses import trunk_addresses
 from contract.errors import ConfigError
 from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers
 from contract.setting import ConfigValue as ConfigValue
@@ -60,7 +60,8 @@ class RunConfig(BaseModel):
     trunk_address: str = setting(
         "127.0.0.1:50051",
         SPLIT_SECTION,
-        "HOST:PORT of the trunk as the orchestrator reaches it; a deployed client's node config names its own way.",
+        "HOST:PORT of the trunk as the orchestrator reaches it, or of several replicas of it, parted by commas; a "
+        "deployed client's node config names its own way.",
     )
     head_layers: int = setting(1, SPLIT_SECTION, "Decoder layers on the client before the trunk.", ge=0)
     tail_layers: int = setting(1, SPLIT_SECTION, "Decoder layers on the client after the trunk.", ge=0)
@@ -289,9 +290,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        host, _, port = self.trunk_address.rpartition(":")
-        if not host or not re.fullmatch(r"\d{1,5}", port) or not 1 <= int(port) <= 65535:
-            raise ConfigError(f"trunk-address is {self.trunk_address!r}; it must be HOST:PORT")
+        trunk_addresses(self.trunk_address)
         if 0 < self.cohort_size < self.quorum:
             raise ConfigError(
                 f"cohort-size is {self.cohort_size} and quorum is {self.quorum}; "

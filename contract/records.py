@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -59,6 +60,15 @@ class LoraSpec:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+
+    def scale_of(self, target: str) -> float:
+        """What the product B A of one target module is multiplied by: alpha / r, with rsLoRA alpha / sqrt(r).
+
+        Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732.
+        """
+        rank = self.rank_pattern.get(target, self.rank)
+        alpha = self.alpha_pattern.get(target, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def only(self, held: Callable[[str], bool]) -> LoraSpec:
         """What of it is on the modules that `held` says yes to."""

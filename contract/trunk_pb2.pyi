@@ -135,7 +135,7 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., forward: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[BackwardReply, _Mapping]] = ..., step: _Optional[_Union[StepReply, _Mapping]] = ..., adapter: _Optional[_Union[AdapterReply, _Mapping]] = ..., close: _Optional[_Union[CloseReply, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs")
+    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs", "deterministic")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class Hello(_message.Message):
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client_id: str
     model: ModelAgreement
@@ -156,7 +157,8 @@ class Hello(_message.Message):
     trainable: str
     quiet: bool
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    deterministic: bool
+    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "credits")
@@ -333,22 +335,26 @@ class GetAdapterRequest(_message.Message):
     def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
 class CommitRoundRequest(_message.Message):
-    __slots__ = ("round", "base_sha256", "survivors")
+    __slots__ = ("round", "base_sha256", "survivors", "partial")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     round: RoundId
     base_sha256: str
     survivors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[_Union[RoundId, _Mapping]] = ..., base_sha256: _Optional[str] = ..., survivors: _Optional[_Iterable[str]] = ...) -> None: ...
+    partial: bool
+    def __init__(self, round: _Optional[_Union[RoundId, _Mapping]] = ..., base_sha256: _Optional[str] = ..., survivors: _Optional[_Iterable[str]] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class CommitRoundReply(_message.Message):
-    __slots__ = ("adapter_sha256", "trained_tokens")
+    __slots__ = ("adapter_sha256", "trained_tokens", "clients")
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     adapter_sha256: str
     trained_tokens: int
-    def __init__(self, adapter_sha256: _Optional[str] = ..., trained_tokens: _Optional[int] = ...) -> None: ...
+    clients: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter_sha256: _Optional[str] = ..., trained_tokens: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProgressReply(_message.Message):
     __slots__ = ("sessions", "steps", "tokens", "received_bytes", "sent_bytes")

@@ -97,7 +97,8 @@ class TrunkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitRound(self, request, context):
-        """Averages the contributions of exactly the named survivors. Idempotent for (round, survivors).
+        """Averages the contributions of exactly the named survivors, or with `partial` of those of them that contributed
+        here. Idempotent for (round, survivors, partial).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -125,14 +125,17 @@ def model_agreement(fingerprint: str, cut: CutLayers, dtype: str, attn_implement
 
 def require_agreement(client: pb.ModelAgreement, trunk: pb.ModelAgreement) -> None:
     """Raise AgreementError that names every field which differs, with both sides' values."""
-    names = [field.name for field in pb.ModelAgreement.DESCRIPTOR.fields]
-    differences = [
-        f"{name} is {getattr(client, name)!r} at the client and {getattr(trunk, name)!r} at the trunk"
-        for name in names
-        if getattr(client, name) != getattr(trunk, name)
+    if found := differences(client, "the client", trunk, "the trunk"):
+        raise AgreementError("; ".join(found))
+
+
+def differences(one: pb.ModelAgreement, where: str, other: pb.ModelAgreement, elsewhere: str) -> list[str]:
+    """Each field that differs, with the values here and there."""
+    return [
+        f"{name} is {getattr(one, name)!r} at {where} and {getattr(other, name)!r} at {elsewhere}"
+        for name in (field.name for field in pb.ModelAgreement.DESCRIPTOR.fields)
+        if getattr(one, name) != getattr(other, name)
     ]
-    if differences:
-        raise AgreementError("; ".join(differences))
 
 
 def lora_to_wire(spec: LoraSpec) -> pb.Lora:

@@ -6,7 +6,7 @@ torch is imported inside the functions: commands that only read SQL must not wai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,19 @@ class ClientPart:
         vector_d = self.vector_d.copy()
         vector_d[where] = (vector_d[where].astype(np.float64) + mean).astype(np.float32)
         return ClientPart(self.names, self.shapes, vector_d)
+
+
+def weighted_mean(parts: Sequence[tuple[str, bytes, int]]) -> bytes:
+    """The mean of (whose, safetensors, weight), summed in float64 in that order.
+
+    Raises AgreementError for adapters of different tensors, ModelError for bytes that are none.
+    """
+    from contract.adapter_mean import AdapterMean
+
+    mean = AdapterMean()
+    for whose, data, weight in parts:
+        mean.add(whose, data, weight)
+    return mean.to_bytes()
 
 
 def draw_first_adapter(config: RunConfig, model_dir: Path) -> FirstAdapter:

@@ -23,11 +23,12 @@ from orchestrator.export import Export, export_adapter, record_structure
 from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.protection import told_coverage, told_spent
+from orchestrator.replicas import connect
 from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
-from orchestrator.trunk import Trunk, require_served
+from orchestrator.trunk import require_served
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
 from storage.ledger import Ledger
@@ -67,7 +68,7 @@ def conduct(start: Start) -> Export:
         with _refusal_recorded(start, run_id):
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
-            trunk = held.enter_context(closing(Trunk(config.trunk_address)))
+            trunk = held.enter_context(closing(connect(config.trunk_address)))
             served = trunk.describe()
         start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
         exchange = Exchange(start.grid, start.clock)

@@ -50,6 +50,18 @@ class TrunkAverage:
     trained_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkPart:
+    """What one of several trunks answers to a commit: the average over those survivors, `clients`, that it knows.
+
+    Where they trained no tokens, or nobody is known there, `sha256` is empty.
+    """
+
+    sha256: str
+    trained_tokens: int
+    clients: tuple[str, ...]
+
+
 class Trunk:
     """A connection to one trunk. Each method raises the error that the trunk named.
 
@@ -108,12 +120,23 @@ class Trunk:
 
     def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
         """Average the trunk parts of exactly `survivors`, which all started from `base_sha256`. Idempotent."""
+        reply = self._commit(key, base_sha256, survivors, partial=False)
+        return TrunkAverage(reply.adapter_sha256, reply.trained_tokens)
+
+    def commit_part(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkPart:
+        """Average the trunk parts of those of `survivors` that contributed to this trunk. Idempotent."""
+        reply = self._commit(key, base_sha256, survivors, partial=True)
+        return TrunkPart(reply.adapter_sha256, reply.trained_tokens, tuple(reply.clients))
+
+    def _commit(
+        self, key: RoundKey, base_sha256: str, survivors: Sequence[str], *, partial: bool
+    ) -> pb.CommitRoundReply:
         request = pb.CommitRoundRequest(
-            round=wire.round_to_wire(key), base_sha256=base_sha256, survivors=sorted(survivors)
+            round=wire.round_to_wire(key), base_sha256=base_sha256, survivors=sorted(survivors), partial=partial
         )
         with _told_by(self.address):
             reply: pb.CommitRoundReply = self._stub.CommitRound(request, timeout=TRANSFER_TIMEOUT_S)
-        return TrunkAverage(reply.adapter_sha256, reply.trained_tokens)
+        return reply
 
     def progress(self, key: RoundKey) -> RoundProgress:
         """What the trunk has seen of this attempt so far; the counters only rise."""

@@ -63,6 +63,13 @@ def serve(
     attn_implementation: Annotated[Attention, typer.Option(help="As the clients'.")] = Attention.SDPA,
     device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
+    lanes: Annotated[
+        int, typer.Option(min=0, help="Passes computed at once; 0 takes one for each thread, 8 at most, 1 on a GPU.")
+    ] = 0,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Rows times tokens at which a pass takes in no more clients; 1 gives each its own."),
+    ] = 512,
     state_dir: Annotated[
         Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
     ] = None,
@@ -70,9 +77,18 @@ def serve(
     max_pending: Annotated[int, typer.Option(min=1, help="Forwards of a session that wait for a backward.")] = 16,
     pending_ttl_s: Annotated[float, typer.Option(min=0.1, help="Seconds such a forward may wait.")] = 600.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
-    max_pending_tokens: Annotated[
-        int, typer.Option(min=1, help="Rows times tokens of all sessions' forwards that wait for a backward.")
-    ] = 131072,
+    memory_budget: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for sessions, beside the model: 8G, 512M; auto takes 60 % of what is free after loading. With "
+            "less, graphs are computed again, requests wait, and idle adapters go to disk.",
+        ),
+    ] = "auto",
+    spill_budget: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Disk under the state directory for requests that memory has no room for."),
+    ] = "16G",
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
@@ -95,11 +111,14 @@ def serve(
         attn_implementation=attn_implementation.value,
         device=device.value,
         threads=threads,
+        lanes=lanes,
+        batch_tokens=batch_tokens,
         max_sessions=max_sessions,
         max_pending=max_pending,
         pending_ttl_s=pending_ttl_s,
         max_tokens=max_tokens,
-        max_pending_tokens=max_pending_tokens,
+        memory_budget=memory_budget,
+        spill_budget=spill_budget,
         idle_timeout_s=idle_timeout_s,
         grace_s=grace_s,
         announce_file=announce_file,

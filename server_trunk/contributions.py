@@ -3,7 +3,8 @@
     STATE/artifacts/                              adapters that were put or committed, by SHA-256
     STATE/rounds/RUN/ROUND/artifacts/             trained adapters of this round, by SHA-256
     STATE/rounds/RUN/ROUND/ATTEMPT/CLIENT.json    {adapter_sha256, base_sha256, trained_tokens}
-    STATE/candidates/RUN/ROUND/ATTEMPT/KEY.json   {adapter_sha256, trained_tokens}; KEY names base and survivors
+    STATE/candidates/RUN/ROUND/ATTEMPT/KEY.json   {adapter_sha256, trained_tokens}; KEY names base and survivors;
+                                                  with {clients} beside them where they are part of a round's average
 
 Each JSON file is written last and by rename, so that what it names is there. Not safe to use from several threads.
 """
@@ -15,15 +16,12 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from contract.adapter import from_bytes, to_bytes
+from contract.adapter_mean import AdapterMean
 from contract.durable_file import replace_file
 from contract.errors import AgreementError, FrameError, SessionError, StorageError, UpdateError
 from contract.records import RoundKey
@@ -61,7 +59,20 @@ class Candidate:
     trained_tokens: int
 
 
-Record = TypeVar("Record", Contribution, Candidate)
+@dataclass(frozen=True, slots=True)
+class PartialCandidate:
+    """A candidate over those survivors that contributed here, `clients` in sorted order; maybe nobody.
+
+    Without trained tokens there is no average, and `adapter_sha256` is empty.
+    """
+
+    adapter_sha256: str
+    trained_tokens: int
+    clients: list[str]
+
+
+Record = TypeVar("Record", Contribution, Candidate, PartialCandidate)
+Answer = TypeVar("Answer", Candidate, PartialCandidate)
 
 
 class Contributions:
@@ -102,17 +113,28 @@ class Contributions:
         contribution, an unknown base), AgreementError (one that started from another base or has another shape),
         UpdateError (no trained tokens), StorageError, IntegrityError.
         """
-        names = sorted(survivors)
-        if not names or len(set(names)) != len(names):
-            raise FrameError(
-                f"survivors has {len(names)} names, {len(set(names))} of them different; it needs each once"
-            )
-        digest = hashlib.sha256(json.dumps([base_sha256, names]).encode()).hexdigest()
+        names = _each_once(survivors)
+        return self._kept(key, [base_sha256, names], Candidate, lambda: self._average(key, base_sha256, names))
+
+    def commit_part(self, key: RoundKey, base_sha256: str, survivors: Collection[str]) -> PartialCandidate:
+        """As `commit`, but over those of `survivors` that contributed here: other trunks have the others.
+
+        The answer is kept by all the survivors that were named, and so is the same again even once the round's
+        contributions are removed. Raises what `commit` does, but for survivors without a contribution or tokens.
+        """
+        names = _each_once(survivors)
+        return self._kept(
+            key, [base_sha256, names, "partial"], PartialCandidate, lambda: self._average_here(key, base_sha256, names)
+        )
+
+    def _kept(self, key: RoundKey, terms: list[Any], answer: type[Answer], make: Callable[[], Answer]) -> Answer:
+        """What `make` answered when it was first called for these terms; earlier rounds' contributions are removed."""
+        digest = hashlib.sha256(json.dumps(terms).encode()).hexdigest()
         record = self._attempt(self._candidates, key) / f"{digest}.json"
         if record.is_file():
-            candidate = _read(record, Candidate)
+            candidate = _read(record, answer)
         else:
-            candidate = self._average(key, base_sha256, names)
+            candidate = make()
             _write_json(record, asdict(candidate))
         self._remove_before(key)
         return candidate
@@ -125,26 +147,28 @@ class Contributions:
                 raise AgreementError(
                     f"client {name} started from adapter {contribution.base_sha256}; the round commits on {base_sha256}"
                 )
-        weight = sum(contribution.trained_tokens for contribution in contributions.values())
-        if weight == 0:
+        if not any(contribution.trained_tokens for contribution in contributions.values()):
             raise UpdateError(f"{_label(key)}: the survivors trained no tokens, so there is nothing to average")
-        sums: dict[str, Tensor] = {}
-        trained = self._trained(key)
+        mean, trained = AdapterMean(), self._trained(key)
         for name, contribution in contributions.items():
-            tensors = from_bytes(trained.get(contribution.adapter_sha256))
-            sums = sums or _zeros(tensors)
-            if _shapes(tensors) != _shapes(sums):
-                raise AgreementError(f"the adapters of clients {names[0]} and {name} have different tensors")
-            for tensor_name, tensor in tensors.items():
-                sums[tensor_name].add_(tensor.to(torch.float64), alpha=contribution.trained_tokens)
-        average = {name: (total / weight).to(torch.float32) for name, total in sums.items()}
-        return Candidate(self.adapters.put(to_bytes(average)), weight)
+            mean.add(f"client {name}", trained.get(contribution.adapter_sha256), contribution.trained_tokens)
+        return Candidate(self.adapters.put(mean.to_bytes()), mean.weight)
+
+    def _average_here(self, key: RoundKey, base_sha256: str, names: list[str]) -> PartialCandidate:
+        here = [name for name in names if self._contributed(key, name)]
+        contributions = self._contributions(key, here)
+        if not any(contribution.trained_tokens for contribution in contributions.values()):
+            return PartialCandidate("", 0, here)
+        average = self._average(key, base_sha256, here)
+        return PartialCandidate(average.adapter_sha256, average.trained_tokens, here)
+
+    def _contributed(self, key: RoundKey, name: str) -> bool:
+        check_name("survivors", name)
+        return (self._attempt(self._rounds, key) / f"{name}.json").is_file()
 
     def _contributions(self, key: RoundKey, names: list[str]) -> dict[str, Contribution]:
         folder = self._attempt(self._rounds, key)
-        for name in names:
-            check_name("survivors", name)
-        missing = [name for name in names if not (folder / f"{name}.json").is_file()]
+        missing = [name for name in names if not self._contributed(key, name)]
         if missing:
             raise SessionError(f"{_label(key)}: no contribution from {', '.join(missing)}")
         return {name: _read(folder / f"{name}.json", Contribution) for name in names}
@@ -166,12 +190,12 @@ def _label(key: RoundKey) -> str:
     return f"run {key.run} round {key.round} attempt {key.attempt}"
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in tensors.items()}
+def _each_once(survivors: Collection[str]) -> list[str]:
+    """The names in sorted order. Raises FrameError for none, or one that is there twice."""
+    names = sorted(survivors)
+    if not names or len(set(names)) != len(names):
+        raise FrameError(f"survivors has {len(names)} names, {len(set(names))} of them different; it needs each once")
+    return names
 
 
 def _log_leftover(function: object, path: str, details: object) -> None:

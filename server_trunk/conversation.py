@@ -1,24 +1,40 @@
-"""One client's session, frame by frame: decode, validate, call the engine on its thread, encode."""
+"""One client's session, frame by frame: decode, validate, hand to the scheduler, encode; answers in the frames' order.
+
+Frames are read while earlier ones are computed, as far as the session's graphs have room, so that a client may keep
+several microbatches on their way.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from contract import codec
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from contract.errors import FrameError
 from contract.wire import CHUNK_BYTES
-from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
-from server_trunk.engine import Engine, Graph
-from server_trunk.requests import ForwardInputs, check_backward, read_forward, read_step
+from server_trunk.engine import Engine
+from server_trunk.lane import Backward, Forward, Graph
+from server_trunk.memory import Hold, MemoryBudget, Spill, Spilled
+from server_trunk.requests import check_backward, read_forward, read_step
+from server_trunk.scheduler import Scheduler
+from server_trunk.seats import Seat
+from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import Session
 from server_trunk.stream import FrameStream
 from server_trunk.worker import Worker
 
+_COPIES = 3
+
 TrunkSession = Session[SessionAdapter, Graph]
+Answer = Callable[[], Awaitable[None]]
 
 
 class Conversation:
@@ -27,22 +43,34 @@ class Conversation:
     def __init__(
         self,
         session: TrunkSession,
+        seat: Seat,
         stream: FrameStream,
         engine: Engine,
+        scheduler: Scheduler,
         contributions: Contributions,
         *,
-        compute: Worker,
         disk: Worker,
+        memory: MemoryBudget,
+        spill: Spill,
         max_tokens: int,
+        patience_s: float,
     ) -> None:
+        """A forward waits for memory no longer than `patience_s`."""
         self._session = session
+        self._seat = seat
         self._stream = stream
         self._engine = engine
+        self._scheduler = scheduler
         self._contributions = contributions
-        self._compute = compute
         self._disk = disk
+        self._memory = memory
+        self._spill = spill
         self._max_tokens = max_tokens
-        self._answers: dict[str, Callable[[Any], Awaitable[None]]] = {
+        self._patience_s = patience_s
+        self._passing: set[Hold] = set()  # of forwards that no backward will follow
+        self._waiting: list[asyncio.Future[Any]] = []
+        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
+        self._requests: dict[str, Callable[[Any], Awaitable[None]]] = {
             "forward": self._forward,
             "backward": self._backward,
             "step": self._step,
@@ -62,14 +90,47 @@ class Conversation:
             codecs=self._session.codecs,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
+        reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
+        try:
+            done, _ = await asyncio.wait((answering, reading), return_when=asyncio.FIRST_EXCEPTION)
+            for task in (answering, reading):
+                if task in done:
+                    task.result()
+        finally:
+            for task in (answering, reading):
+                task.cancel()
+            await asyncio.gather(answering, reading, return_exceptions=True)
+            for hold in self._passing:
+                hold.release()
+
+    async def _read(self) -> None:
+        """Hands on what the client asks for until it closes or hangs up."""
         while (frame := await self._stream.read()) is not None:
             kind = str(frame.WhichOneof("body"))
-            if kind not in self._answers:
+            if kind not in self._requests:
                 raise FrameError(f"a second {kind} frame came; a stream has one session")
-            await self._answers[kind](getattr(frame, kind))
-            self._tally()
+            await self._requests[kind](getattr(frame, kind))
             if kind == "close":
-                return
+                break
+        await self._answers.put(None)
+
+    async def _answer(self) -> None:
+        """Sends what was asked for, in the order in which it was asked."""
+        while (answer := await self._answers.get()) is not None:
+            await answer()
+            self._tally()
+
+    def _handed(self, future: asyncio.Future[Any]) -> list[asyncio.Future[Any]]:
+        """`future` in a list of its own, from which its one reader takes it: an answer must not keep a graph alive."""
+        self._waiting = [one for one in self._waiting if not one.done()]
+        self._waiting.append(future)
+        return [future]
+
+    async def _caught_up(self) -> None:
+        """Wait for all work that was handed on; what fails of it is told by its own answer."""
+        if self._waiting:
+            await asyncio.wait(self._waiting)
+        self._waiting.clear()
 
     def _tally(self) -> None:
         counters = self._session.counters
@@ -88,90 +149,156 @@ class Conversation:
             max_tokens=self._max_tokens,
             max_positions=self._engine.max_positions,
         )
+        hold = Hold(self._memory)
+        holds_others = bool(session.pending.reserved)
         if forward.need_grad:
-            session.pending.reserve(forward.microbatch, inputs.tokens)
-        data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")
-        graph, header, reply = await self._compute.run(self._run_forward, forward, inputs, data)
-        if forward.need_grad:
-            session.pending.add(forward.microbatch, graph)
-            session.count(tokens=inputs.tokens)
-        del graph  # a graph that expires while a slow client reads must not live on here
-        body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
-        await self._stream.write(pb.ServerFrame(forward=body))
-        await self._stream.write_data(reply)
+            session.pending.reserve(forward.microbatch, hold)
+        else:
+            self._passing.add(hold)
+        data, put_aside = await self._received(forward, hold, holds_others)
+        adapter, mask_BT = session.adapter, inputs.mask_BT
+        modes = (forward.autocast_dtype, forward.training, forward.need_grad)
 
-    def _run_forward(
-        self, forward: pb.Forward, inputs: ForwardInputs, data: memoryview
-    ) -> tuple[Graph, pb.TensorHeader, memoryview]:
-        graph = self._engine.forward(
-            self._session.adapter,
-            codec.decode(forward.hidden, data, inputs.mask_BT),
-            inputs.mask_BT,
-            inputs.position_ids,
-            autocast_dtype=forward.autocast_dtype,
-            training=forward.training,
-            need_grad=forward.need_grad,
-        )
-        return graph, *codec.encode(graph.output_BTD, forward.reply_codec, inputs.mask_BT)
+        def asked(hidden_BTD: Tensor) -> Forward:
+            return Forward(adapter, hidden_BTD, mask_BT, inputs.position_ids, *modes)
+
+        def prepare() -> Forward:
+            return asked(hidden_BTD())
+
+        def hidden_BTD() -> Tensor:
+            values_BTD = codec.decode(forward.hidden, data if put_aside is None else put_aside.read(), mask_BT)
+            codec.require_finite(values_BTD, "forward.hidden")
+            return values_BTD
+
+        def finish(answer: tuple[Tensor, Graph]) -> tuple[Graph, pb.TensorHeader, memoryview]:
+            output_BTD, graph = answer
+            if put_aside is not None:
+                graph.put_aside(hidden_BTD)
+            return graph, *codec.encode(output_BTD, forward.reply_codec, mask_BT)
+
+        like = asked(torch.empty(list(forward.hidden.shape), dtype=codec.DTYPES[forward.hidden.dtype], device="meta"))
+        future = self._handed(self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish))
+
+        async def answer() -> None:
+            graph, header, reply = await future.pop()
+            if forward.need_grad:
+                session.pending.add(forward.microbatch, graph)
+                session.count(tokens=inputs.tokens)
+            del graph  # a graph that expires while a slow client reads must not live on here
+            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
+            await self._stream.write(pb.ServerFrame(forward=body))
+            await self._stream.write_data(reply)
+            if not forward.need_grad:
+                self._passing.discard(hold)
+                hold.release()
+
+        await self._answers.put(answer)
+
+    async def _received(self, forward: pb.Forward, hold: Hold, holds_others: bool) -> tuple[memoryview, Spilled | None]:
+        """The request's data, in memory once there is room for it, its answer and its gradient; or else on disk.
+
+        A session that holds nothing waits for its turn. One that does must not: what would make room may be its own
+        backward, which comes behind this request.
+        """
+        header = forward.hidden
+        size = _COPIES * math.prod(header.shape) * codec.DTYPES[header.dtype].itemsize
+        if not holds_others:
+            await hold.wait(size, self._patience_s)
+        elif not hold.grow(size):
+            async with self._spill.turn:
+                data = await self._stream.read_data(header.size_bytes, "forward.hidden")
+                return memoryview(b""), await self._disk.run(self._spill.put, data)
+        return await self._stream.read_data(header.size_bytes, "forward.hidden"), None
 
     async def _backward(self, backward: pb.Backward) -> None:
-        graph = self._session.pending.pop(backward.microbatch)
-        check_backward(backward, graph, self._session.codecs, self._max_tokens)
+        session = self._session
+        graph = session.pending.pop(backward.microbatch)
+        check_backward(backward, graph, session.codecs, self._max_tokens)
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
-        header, reply, norm = await self._compute.run(self._run_backward, backward, graph, data)
-        del graph
-        self._session.pending.settled(backward.microbatch)
-        body = pb.BackwardReply(microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm)
-        await self._stream.write(pb.ServerFrame(backward=body))
-        await self._stream.write_data(reply)
+        adapter, mask_BT = session.adapter, graph.mask_BT
 
-    def _run_backward(
-        self, backward: pb.Backward, graph: Graph, data: memoryview
-    ) -> tuple[pb.TensorHeader | None, memoryview, float]:
-        grad_BTD, norm = self._engine.backward(
-            self._session.adapter,
-            graph,
-            codec.decode(backward.grad, data, graph.mask_BT),
-            want_input_grad=backward.want_input_grad,
-            reset=backward.reset_gradient,
-        )
-        if grad_BTD is None:
-            return None, memoryview(b""), norm
-        return *codec.encode(grad_BTD, backward.reply_codec, graph.mask_BT), norm
+        def prepare(graph: Graph = graph) -> Backward:
+            grad_BTD = codec.decode(backward.grad, data, mask_BT)
+            codec.require_finite(grad_BTD, "backward.grad")
+            return Backward(adapter, graph, grad_BTD, backward.want_input_grad, backward.reset_gradient)
+
+        def finish(answer: tuple[Tensor | None, float]) -> tuple[pb.TensorHeader | None, memoryview, float]:
+            grad_BTD, norm = answer
+            if grad_BTD is None:
+                return None, memoryview(b""), norm
+            return *codec.encode(grad_BTD, backward.reply_codec, mask_BT), norm
+
+        tokens = graph.shape[0] * graph.shape[1]
+        future = self._handed(self._scheduler.backward(self._seat, tokens, graph, prepare, finish))
+
+        async def answer() -> None:
+            header, reply, norm = await future.pop()
+            session.pending.settled(backward.microbatch)
+            body = pb.BackwardReply(microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm)
+            await self._stream.write(pb.ServerFrame(backward=body))
+            await self._stream.write_data(reply)
+
+        await self._answers.put(answer)
 
     async def _step(self, step: pb.Step) -> None:
         settings, grad_scale = read_step(step)
-        self._session.pending.free_all("the session's adapter was stepped after its forward")
-        await self._compute.run(self._engine.step, self._session.adapter, settings, grad_scale)
-        self._session.count(steps=1)
-        await self._stream.write(pb.ServerFrame(step=pb.StepReply(steps=self._session.counters.steps)))
+        await self._caught_up()
+        session, adapter = self._session, self._session.adapter
+        session.pending.free_all("the session's adapter was stepped after its forward")
+        future = self._handed(
+            self._scheduler.other(self._seat, lambda: self._engine.step(adapter, settings, grad_scale))
+        )
+
+        async def answer() -> None:
+            await future.pop()
+            session.count(steps=1)
+            await self._stream.write(pb.ServerFrame(step=pb.StepReply(steps=session.counters.steps)))
+
+        await self._answers.put(answer)
 
     async def _read_adapter(self, request: pb.ReadAdapter) -> None:
-        data = await self._compute.run(self._engine.read, self._session.adapter, gradients=request.gradients)
-        await self._stream.write(pb.ServerFrame(adapter=pb.AdapterReply(size_bytes=len(data))))
-        await self._stream.write_data(memoryview(data))
+        adapter = self._session.adapter
+        future = self._handed(
+            self._scheduler.other(self._seat, lambda: self._engine.read(adapter, gradients=request.gradients))
+        )
+
+        async def answer() -> None:
+            data = await future.pop()
+            await self._stream.write(pb.ServerFrame(adapter=pb.AdapterReply(size_bytes=len(data))))
+            await self._stream.write_data(memoryview(data))
+
+        await self._answers.put(answer)
 
     async def _close(self, close: pb.Close) -> None:
         session = self._session
         if close.contribute and session.round_key is None:
             raise FrameError("close.contribute in a session without a round; there is nothing to contribute to")
-        if close.contribute:
-            await self._compute.run(self._engine.require_finite, session.adapter)
-        adapter = await self._compute.run(self._engine.read, session.adapter, gradients=False)
-        if close.contribute and session.round_key is not None:
-            await self._disk.run(
-                self._contributions.add,
-                session.round_key,
-                session.client_id,
-                session.base_sha256,
-                close.trained_tokens,
-                adapter,
+
+        def last() -> bytes:
+            if close.contribute:
+                self._engine.require_finite(session.adapter)
+            return self._engine.read(session.adapter, gradients=False)
+
+        future = self._handed(self._scheduler.other(self._seat, last))
+
+        async def answer() -> None:
+            adapter = await future.pop()
+            if close.contribute and session.round_key is not None:
+                await self._disk.run(
+                    self._contributions.add,
+                    session.round_key,
+                    session.client_id,
+                    session.base_sha256,
+                    close.trained_tokens,
+                    adapter,
+                )
+            self._tally()
+            reply = pb.CloseReply(
+                adapter_sha256=sha256_hex(adapter),
+                trained_tokens=close.trained_tokens,
+                received_bytes=session.counters.received_bytes,
+                sent_bytes=session.counters.sent_bytes,
             )
-        self._tally()
-        reply = pb.CloseReply(
-            adapter_sha256=sha256_hex(adapter),
-            trained_tokens=close.trained_tokens,
-            received_bytes=session.counters.received_bytes,
-            sent_bytes=session.counters.sent_bytes,
-        )
-        await self._stream.write(pb.ServerFrame(close=reply))
+            await self._stream.write(pb.ServerFrame(close=reply))
+
+        await self._answers.put(answer)

@@ -1,56 +1,24 @@
-"""The trunk's arithmetic: forward, backward and step of one session at a time. No gRPC, no files but the checkpoint.
-
-Everything but `check_lora` must run on one thread, the same for all calls: autocast, hooks and PEFT's slots are not
-shared between threads.
-"""
+"""One frozen trunk and the lanes that compute on it. No gRPC, no files but the checkpoint."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from contract.adapter import to_bytes
 from contract.checkpoint import fingerprint
-from contract.codec import dtype_name, require_finite
-from contract.errors import CapacityError, ConfigError, UpdateError
-from contract.partition import TrunkPart, load_part
+from contract.errors import ConfigError, UpdateError
+from contract.partition import load_part
 from contract.records import AdamWSettings, CutLayers, LoraSpec, Trainable
-from server_trunk.adapters import AdapterSlots, SessionAdapter
-
-AUTOCAST: Mapping[str, torch.dtype | None] = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True, eq=False)
-class Graph:
-    """A forward that waits for its backward: its input (a leaf) and its output, both [B, T, D], and its mask."""
-
-    input_BTD: Tensor
-    output_BTD: Tensor
-    mask_BT: Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.output_BTD.shape)
-
-    @property
-    def dtype(self) -> str:
-        return dtype_name(self.output_BTD.dtype)
-
-
-@contextmanager
-def _memory_bounds() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise CapacityError("the trunk has no memory left for this microbatch; use a smaller one") from error
-        raise
+from server_trunk.graph_meter import GraphMeter
+from server_trunk.lane import Lane
+from server_trunk.session_adapter import SessionAdapter
 
 
 def choose_device(name: str) -> str:
@@ -62,14 +30,38 @@ def choose_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def choose_lanes(asked: int, threads: int, device: str) -> int:
+    """How many passes are computed at once: one for each of up to 8 threads, one on a GPU.
+
+    Two passes of one thread each are faster than one of two threads: nothing waits at the end of each matrix product,
+    least of all for a core that a client is using. Raises ConfigError for more lanes than threads.
+    """
+    if device == "cuda":
+        if asked > 1:
+            raise ConfigError(f"lanes is {asked}; on a GPU one pass is computed at a time: leave it out")
+        return 1
+    if asked > threads:
+        raise ConfigError(f"lanes is {asked}; it must be at most threads, {threads}: a lane needs a thread of its own")
+    return asked or min(threads, 8)
+
+
 class Engine:
-    """One frozen trunk and the arithmetic on it."""
+    """One frozen trunk, loaded once, and its lanes."""
 
     def __init__(
-        self, model_dir: str | Path, cut: CutLayers, *, dtype: str, attn_implementation: str, device: str
+        self,
+        model_dir: str | Path,
+        cut: CutLayers,
+        *,
+        dtype: str,
+        attn_implementation: str,
+        device: str,
+        lanes: int = 0,
     ) -> None:
         """Loads the trunk part. Raises ModelError, UnsupportedModelError, ConfigError."""
         self.device = choose_device(device)
+        self.threads = torch.get_num_threads()
+        lanes = choose_lanes(lanes, self.threads, self.device)
         model = load_part(
             model_dir, cut, "trunk", dtype=dtype, attn_implementation=attn_implementation, device=self.device
         )
@@ -82,77 +74,25 @@ class Engine:
         limit = getattr(model.config, "max_position_embeddings", None)  # where clients read theirs
         self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._part = TrunkPart(model, cut).eval()
-        self._slots = AdapterSlots(model)
+        models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
+        self.meter = GraphMeter(model, self.layers - cut.head - cut.tail, self.hidden_size)
+        self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
 
     def summary(self) -> str:
         """What is served, in words."""
         first, last = self.cut.head, self.layers - self.cut.tail - 1
         return (
             f"(layers {first} to {last} of {self.layers}, {self.parameters / 1e6:.3g} M parameters, {self.dtype}, "
-            f"{self.attn_implementation}, {self.device}, {torch.get_num_threads()} threads)"
+            f"{self.attn_implementation}, {self.device}, {self.threads} threads, {len(self.lanes)} lanes)"
         )
 
     def check_lora(self, spec: LoraSpec) -> None:
         """Raise AgreementError or FrameError unless `spec` fits this trunk; may run on any thread."""
-        self._slots.check(spec)
+        self.lanes[0].slots.check(spec)
 
     def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:
-        """A session's own adapter, from an adapter's tensors or from a seed."""
-        return self._slots.open(spec, start, trainable)
-
-    def close(self, adapter: SessionAdapter) -> None:
-        """Forget a session's adapter."""
-        self._slots.close(adapter)
-
-    def forward(
-        self,
-        adapter: SessionAdapter,
-        hidden_BTD: Tensor,
-        mask_BT: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        autocast_dtype: str,
-        training: bool,
-        need_grad: bool,
-    ) -> Graph:
-        """hidden_BTD through the trunk; the answer's output carries a graph only under `need_grad`.
-
-        Raises NonFiniteError for a NaN or an infinity in `hidden_BTD`, CapacityError when memory runs out.
-        """
-        require_finite(hidden_BTD, "forward.hidden")
-        self._slots.bind(adapter)
-        if self._part.training != training:
-            self._part.train(training)
-        input_BTD = hidden_BTD.to(self.device).requires_grad_(need_grad)
-        mask_here_BT, position_ids = (None if t is None else t.to(self.device) for t in (mask_BT, position_ids))
-        cast = AUTOCAST[autocast_dtype]
-        with (
-            _memory_bounds(),
-            torch.set_grad_enabled(need_grad),
-            torch.autocast(self.device, dtype=cast, enabled=cast is not None),
-        ):
-            output_BTD = self._part(input_BTD, mask_here_BT, position_ids)
-        return Graph(input_BTD, output_BTD, mask_BT)
-
-    def backward(
-        self, adapter: SessionAdapter, graph: Graph, grad_BTD: Tensor, *, want_input_grad: bool, reset: bool
-    ) -> tuple[Tensor | None, float]:
-        """(gradient at the head cut if wanted, norm of the adapter's accumulated gradient); uses `graph` up.
-
-        With `reset`, what accumulated before is forgotten first. Raises NonFiniteError for a NaN or an infinity in
-        `grad_BTD`, CapacityError when memory runs out.
-        """
-        require_finite(grad_BTD, "backward.grad")
-        if reset:
-            adapter.reset_gradient()
-        leaves: list[Tensor] = list(adapter.trainable.values())
-        if want_input_grad:
-            leaves.append(graph.input_BTD)
-        if leaves:
-            with _memory_bounds():
-                torch.autograd.backward([graph.output_BTD], [grad_BTD.to(self.device)], inputs=leaves)
-        return graph.input_BTD.grad, adapter.gradient_norm()
+        """A session's own adapter, from an adapter's tensors or from a seed. On the first lane's thread only."""
+        return self.lanes[0].slots.open(spec, start, trainable)
 
     def step(self, adapter: SessionAdapter, settings: AdamWSettings, grad_scale: float) -> None:
         """One AdamW step of this session's trainable factors."""
@@ -167,3 +107,9 @@ class Engine:
         for name, parameter in adapter.parameters.items():
             if not math.isfinite(float(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
                 raise UpdateError(f"the trained trunk adapter holds a NaN or an infinity in {name}")
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules once more, over the very tensors of `model`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)

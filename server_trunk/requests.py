@@ -13,7 +13,7 @@ from contract.errors import AgreementError, FrameError
 from contract.records import AdamWSettings, LoraSpec, RoundKey, Trainable
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
 from server_trunk.contributions import check_name
-from server_trunk.engine import AUTOCAST, Graph
+from server_trunk.lane import AUTOCAST, Graph
 
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
@@ -29,6 +29,7 @@ class Opening:
     start: str | int
     trainable: Trainable
     codecs: tuple[str, ...]
+    deterministic: bool
     quiet: bool
 
 
@@ -58,6 +59,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         start=hello.seed if start == "seed" else hello.adapter_sha256,
         trainable=_TRAINABLE[hello.trainable],
         codecs=codecs,
+        deterministic=hello.deterministic,
         quiet=hello.quiet,
     )
 

@@ -22,11 +22,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from contract.errors import ConfigError, ListenError, StorageError
 from contract.records import CutLayers
 from contract.wire import message_limits
-from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
-from server_trunk.engine import Engine, Graph, choose_device
+from server_trunk.engine import Engine, choose_device
+from server_trunk.lane import Graph
+from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
+from server_trunk.residents import Residents
+from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
-from server_trunk.sessions import SessionTable, TokenBudget
+from server_trunk.session_adapter import SessionAdapter
+from server_trunk.sessions import SessionTable
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -35,12 +39,14 @@ T = TypeVar("T")
 
 _HANG_UP_S = 2.0
 _DRAIN_POLL_S = 0.05
+_FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
 _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, commits, progress, health
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number."""
+    """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number,
+    `lanes` 0 chooses by threads."""
 
     model: str
     cut: CutLayers
@@ -50,11 +56,14 @@ class ServeOptions:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     threads: int = 0
+    lanes: int = 0
+    batch_tokens: int = 512
     max_sessions: int = 64
     max_pending: int = 16
     pending_ttl_s: float = 600.0
     max_tokens: int = 32768
-    max_pending_tokens: int = 131072
+    memory_budget: str = "auto"
+    spill_budget: str = "16G"
     idle_timeout_s: float = 900.0
     grace_s: float = 30.0
     announce_file: Path | None = None
@@ -89,12 +98,10 @@ class TrunkServer:
         choose_device(options.device)
         if options.announce_file is not None:
             _require_announceable(options.announce_file)
-        if options.max_pending_tokens < options.max_tokens:
-            raise ConfigError(
-                f"max-pending-tokens is {options.max_pending_tokens}, less than max-tokens, "
-                f"{options.max_tokens}: no forward of that size could ever wait for its backward; change one of them"
-            )
-        self._compute = Worker("trunk-compute")
+        self._spill_bytes = parse_size("spill-budget", options.spill_budget)
+        if options.memory_budget != "auto":
+            choose_budget(options.memory_budget, "cpu")
+        self._first_lane = Worker("trunk-lane-1")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
@@ -102,7 +109,6 @@ class TrunkServer:
             options.max_pending,
             options.pending_ttl_s,
             time.monotonic,
-            TokenBudget(options.max_pending_tokens),
         )
 
     async def start(self) -> tuple[str, str]:
@@ -124,17 +130,32 @@ class TrunkServer:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
             contributions = Contributions(options.state_dir)
-            engine = await self._compute.run(self._load)
+            engine = await self._first_lane.run(self._load)
         except BaseException:
             await self._server.stop(None)
             raise
+        self._workers = [self._first_lane]
+        self._workers += [Worker(f"trunk-lane-{number}") for number in range(2, len(engine.lanes) + 1)]
+        self._spill = Spill(options.state_dir, self._spill_bytes)
+        budget = choose_budget(options.memory_budget, engine.device)
+        self._scheduler = Scheduler(
+            list(zip(engine.lanes, self._workers, strict=True)),
+            threads=engine.threads,
+            batch_tokens=options.batch_tokens,
+            graph_bytes=engine.meter.estimate,
+            pass_bytes=int(budget * _FOR_PASSES / len(engine.lanes)),
+            residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
+        )
         self._servicer = TrunkServicer(
             engine,
             self._table,
             contributions,
             Limits(options.max_tokens, options.idle_timeout_s),
-            compute=self._compute,
+            scheduler=self._scheduler,
+            first_lane=self._first_lane,
             disk=self._disk,
+            memory=MemoryBudget(int(budget * _FOR_WAITING)),
+            spill=self._spill,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -160,8 +181,10 @@ class TrunkServer:
         self._sweeper.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
-        self._compute.close()
-        self._disk.close()
+        await self._scheduler.close()
+        for worker in (*self._workers, self._disk):
+            worker.close()
+        self._spill.close()
 
     def _load(self) -> Engine:
         options = self._options
@@ -173,6 +196,7 @@ class TrunkServer:
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             device=options.device,
+            lanes=options.lanes,
         )
 
     async def _sweep(self) -> None:

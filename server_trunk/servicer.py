@@ -21,11 +21,15 @@ from contract.errors import (
     TrunklineError,
 )
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
-from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
-from server_trunk.engine import Engine, Graph
+from server_trunk.engine import Engine
+from server_trunk.lane import Graph
+from server_trunk.memory import MemoryBudget, Spill
 from server_trunk.requests import Opening, read_hello
+from server_trunk.scheduler import Scheduler
+from server_trunk.seats import Seat
+from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
 from server_trunk.transfers import AdapterTransfers
@@ -81,14 +85,20 @@ class TrunkServicer:
         contributions: Contributions,
         limits: Limits,
         *,
-        compute: Worker,
+        scheduler: Scheduler,
+        first_lane: Worker,
         disk: Worker,
+        memory: MemoryBudget,
+        spill: Spill,
     ) -> None:
         self._engine = engine
         self._table = table
         self._contributions = contributions
         self._limits = limits
-        self._compute = compute
+        self._scheduler = scheduler
+        self._first_lane = first_lane
+        self._memory = memory
+        self._spill = spill
         self._disk = disk
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
         self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
@@ -153,10 +163,11 @@ class TrunkServicer:
         self._engine.check_lora(opening.spec)
         with self._table.place():
             adapter = await self._first_adapter(opening)
+            seat = self._scheduler.enter(adapter, deterministic=opening.deterministic)
             try:
-                await self._converse(opening, adapter, stream)
+                await self._converse(opening, seat, stream)
             finally:
-                self._compute.submit(self._engine.close, adapter)
+                self._scheduler.leave(seat)
 
     async def _first_adapter(self, opening: Opening) -> SessionAdapter:
         if isinstance(opening.start, int):
@@ -165,26 +176,32 @@ class TrunkServicer:
             return await self._opened(opening, tensors)
 
     async def _opened(self, opening: Opening, start: Mapping[str, Tensor] | int) -> SessionAdapter:
-        return await self._compute.acquire(
-            self._engine.open, self._engine.close, opening.spec, start, opening.trainable
+        return await self._first_lane.acquire(
+            self._engine.open, SessionAdapter.release, opening.spec, start, opening.trainable
         )
 
-    async def _converse(self, opening: Opening, adapter: SessionAdapter, stream: FrameStream) -> None:
-        base_sha256 = opening.start
+    async def _converse(self, opening: Opening, seat: Seat, stream: FrameStream) -> None:
+        base_sha256, adapter = opening.start, seat.adapter
         if not isinstance(base_sha256, str):
-            base_sha256 = sha256_hex(await self._compute.run(self._engine.read, adapter, gradients=False))
+            read = functools.partial(self._engine.read, adapter, gradients=False)
+            base_sha256 = sha256_hex(await self._scheduler.other(seat, read))
         session = self._table.open(
             opening.client_id, opening.round_key, base_sha256, opening.codecs, adapter, quiet=opening.quiet
         )
+        seat.keeps_graphs = lambda: session.pending.keeps_graphs
         try:
             await Conversation(
                 session,
+                seat,
                 stream,
                 self._engine,
+                self._scheduler,
                 self._contributions,
-                compute=self._compute,
                 disk=self._disk,
+                memory=self._memory,
+                spill=self._spill,
                 max_tokens=self._limits.max_tokens,
+                patience_s=self._limits.idle_timeout_s,
             ).run()
         finally:
             self._table.close(session)
@@ -215,13 +232,22 @@ class TrunkServicer:
 
     @_answers_errors
     async def commit_round(self, request: pb.CommitRoundRequest, context: Context) -> pb.CommitRoundReply:
-        key = round_from_wire(request.round)
-        candidate = await self._disk.run(self._contributions.commit, key, request.base_sha256, list(request.survivors))
+        key, survivors = round_from_wire(request.round), list(request.survivors)
+        if request.partial:
+            part = await self._disk.run(self._contributions.commit_part, key, request.base_sha256, survivors)
+            reply = pb.CommitRoundReply(
+                adapter_sha256=part.adapter_sha256, trained_tokens=part.trained_tokens, clients=part.clients
+            )
+            averaged = len(part.clients)
+        else:
+            whole = await self._disk.run(self._contributions.commit, key, request.base_sha256, survivors)
+            reply = pb.CommitRoundReply(adapter_sha256=whole.adapter_sha256, trained_tokens=whole.trained_tokens)
+            averaged = len(survivors)
         logger.info(
-            "run %s round %d attempt %d: adapter %s averages %d clients",
-            *(key.run, key.round, key.attempt, candidate.adapter_sha256, len(request.survivors)),
+            "run %s round %d attempt %d: adapter %s averages %d of %d clients",
+            *(key.run, key.round, key.attempt, reply.adapter_sha256 or "-", averaged, len(survivors)),
         )
-        return pb.CommitRoundReply(adapter_sha256=candidate.adapter_sha256, trained_tokens=candidate.trained_tokens)
+        return reply
 
     @_answers_errors
     async def progress(self, request: pb.RoundId, context: Context) -> pb.ProgressReply:

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
 from contract.records import RoundKey, RoundProgress
+from server_trunk.memory import Hold
 
 Clock = Callable[[], float]
 Graph = TypeVar("Graph")
@@ -26,49 +27,37 @@ SIGN_OF_LIFE_S = 5.0
 """How often a quiet session shows that it goes on: more seldom than a round may be without progress."""
 
 
-class TokenBudget:
-    """Rows times tokens of the forwards of all sessions whose graphs are held; a graph's memory grows with them."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.taken = 0
-
-    def take(self, tokens: int) -> None:
-        """Raise CapacityError, and take nothing, when that many are not left."""
-        if self.taken + tokens > self.limit:
-            raise CapacityError(
-                f"forwards of {self.taken} tokens wait for their backward at this trunk, and {tokens} more are over "
-                f"its --max-pending-tokens of {self.limit}, which all sessions share: try again later, or with less "
-                "text in a batch"
-            )
-        self.taken += tokens
-
-    def give_back(self, tokens: int) -> None:
-        self.taken -= tokens
-
-
 class PendingGraphs(Generic[Graph]):
     """Graphs by microbatch, at most `limit` of them, each for at most `ttl_s` seconds of `clock`.
 
-    A forward holds its tokens of the budget from `reserve` until its graph is freed or its backward is `settled`.
+    A forward keeps its hold on memory from `reserve` until its graph is freed or its backward is `settled`.
     """
 
-    def __init__(self, limit: int, ttl_s: float, clock: Clock, budget: TokenBudget) -> None:
+    def __init__(self, limit: int, ttl_s: float, clock: Clock) -> None:
         self.limit = limit
         self.ttl_s = ttl_s
         self._clock = clock
-        self._budget = budget
-        self._reserved: dict[int, int] = {}  # microbatch -> tokens, from before its forward to after its backward
+        self._reserved: dict[int, Hold] = {}  # by microbatch, from before its forward to after its backward
         self._graphs: OrderedDict[int, tuple[float, Graph]] = OrderedDict()
         self._expired: OrderedDict[int, str] = OrderedDict()  # microbatch -> why, for the error of a late backward
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def reserve(self, microbatch: int, tokens: int) -> None:
-        """Room for a graph that is not computed yet.
+    @property
+    def reserved(self) -> int:
+        """Forwards that were asked for and whose backward is not done."""
+        return len(self._reserved)
 
-        Raises CapacityError when this session or the budget is full, FrameError when `microbatch` is pending already.
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether the graph of any of them is held, and not only its input."""
+        return any(hold.keeps_graph for hold in self._reserved.values())
+
+    def reserve(self, microbatch: int, hold: Hold) -> None:
+        """A place for a graph that is not computed yet; what `hold` holds is given back with it.
+
+        Raises CapacityError when this session is full, FrameError when `microbatch` is pending already.
         """
         if microbatch in self._reserved:
             raise FrameError(f"microbatch {microbatch} waits for its backward already; each forward needs a new number")
@@ -77,15 +66,14 @@ class PendingGraphs(Generic[Graph]):
                 f"{len(self._reserved)} forwards wait for their backward, which is this trunk's limit: "
                 "run backward on them, or run forwards that need none under torch.no_grad()"
             )
-        self._budget.take(tokens)
-        self._reserved[microbatch] = tokens
+        self._reserved[microbatch] = hold
 
     def add(self, microbatch: int, graph: Graph) -> None:
         """Keep the graph of a forward that was reserved."""
         self._graphs[microbatch] = (self._clock(), graph)
 
     def pop(self, microbatch: int) -> Graph:
-        """The graph, no longer pending; it holds its tokens until it is `settled`.
+        """The graph, no longer pending; its memory is held until it is `settled`.
 
         Raises ExpiredGraphError when it was freed, SessionError when it never was.
         """
@@ -97,7 +85,8 @@ class PendingGraphs(Generic[Graph]):
 
     def settled(self, microbatch: int) -> None:
         """The backward of a graph that was popped is done, and its memory given back."""
-        self._budget.give_back(self._reserved.pop(microbatch, 0))
+        if (hold := self._reserved.pop(microbatch, None)) is not None:
+            hold.release()
 
     def drop(self, microbatches: Iterable[int]) -> None:
         """Free what the client will never ask for."""
@@ -179,11 +168,8 @@ class Session(Generic[Adapter, Graph]):
 class SessionTable(Generic[Adapter, Graph]):
     """The open sessions, at most `max_sessions`, and the totals of the last rounds."""
 
-    def __init__(
-        self, max_sessions: int, max_pending: int, pending_ttl_s: float, clock: Clock, budget: TokenBudget
-    ) -> None:
+    def __init__(self, max_sessions: int, max_pending: int, pending_ttl_s: float, clock: Clock) -> None:
         self.max_sessions = max_sessions
-        self._budget = budget
         self._max_pending = max_pending
         self._pending_ttl_s = pending_ttl_s
         self._clock = clock
@@ -226,7 +212,7 @@ class SessionTable(Generic[Adapter, Graph]):
         """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress."""
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
-        pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock, self._budget)
+        pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
         session = Session(
             secrets.token_hex(8),
             client_id,

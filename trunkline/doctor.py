@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
+from contract.addresses import trunk_addresses
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from storage.home import database_url, home_dir, network_filesystem
-from trunkline.ports import reserve_port, split_address
+from trunkline.ports import reserve_port
 from trunkline.programs import scripts_dir
 from trunkline.workplace import cores
 
@@ -56,12 +58,15 @@ class NotReadyError(Exception):
 @app.command()
 @cli_errors
 def doctor(
-    trunk: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too.")] = None,
+    trunk: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too; or several, parted by commas."),
+    ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Check this machine. Exits 1 if a check fails."""
     if trunk is not None:
-        split_address("trunk", trunk)
+        trunk_addresses(trunk, "trunk")
     findings = list(examine(trunk))
     if output is OutputFormat.TABLE:
         for finding in findings:
@@ -75,7 +80,7 @@ def doctor(
 
 
 def examine(trunk: str | None = None) -> Iterator[Finding]:
-    """Every check in turn; `trunk` (HOST:PORT) adds one for it."""
+    """Every check in turn; `trunk` (HOST:PORT, or several) adds one for it."""
     checks: dict[str, Callable[[], str]] = {
         "python": check_python,
         "packages": check_packages,
@@ -229,15 +234,13 @@ def check_demo() -> str:
 
 
 def check_trunk(address: str) -> str:
-    from orchestrator.trunk import Trunk
+    from orchestrator.replicas import connect
 
-    trunk = Trunk(address)
     try:
-        served = trunk.describe()
+        with closing(connect(address)) as trunk:
+            served = trunk.describe()
     except TrunklineError as error:
         raise NotReadyError(str(error), "start a trunk there, or name another one") from None
-    finally:
-        trunk.close()
     return f"{address} serves model {served.fingerprint[:12]}, cut ({served.cut.head}, {served.cut.tail})"
 
 

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from contract.addresses import split_address
 from contract.config import ConfigValue
 from contract.errors import ConfigError, ConnectionFailedError, RoundError
 from contract.openmp import waiting
-from trunkline.ports import reserve_port, split_address
+from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
 from trunkline.programs import runnable_scripts
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from contract.errors import CapacityError, ConfigError
+from contract.errors import CapacityError
 
 # Below the range from which the kernel takes ports for outgoing connections, so that none of those can slip in
 # between the look and the listen.
@@ -19,14 +19,6 @@ LAST_PORT = 32_000
 TRIES = 200
 
 _held: list[IO[bytes]] = []
-
-
-def split_address(name: str, address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT. Raises ConfigError, in which `name` says what the address is of."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{name} is {address!r}; it must be HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 def reserve_port(host: str = "127.0.0.1") -> int:

@@ -44,7 +44,11 @@ def run(
         Path | None, typer.Option(exists=True, dir_okay=False, help="CA of the SuperLink; without it no TLS is used.")
     ] = None,
     trunk: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="A trunk that serves already; a simulation starts its own.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A trunk that serves already, or several parted by commas; a simulation starts its own.",
+        ),
     ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
@@ -130,14 +134,11 @@ def _require_data(data: str, clients: int) -> None:
 
 
 def require_trunk(address: str) -> None:
-    """Raise ConnectionFailedError, before anything is started, unless a trunk answers at `address`."""
-    from orchestrator.trunk import Trunk
+    """Raise ConnectionFailedError, before anything is started, unless a trunk answers at each of its addresses."""
+    from orchestrator.replicas import connect
 
-    trunk = Trunk(address)
-    try:
+    with closing(connect(address)) as trunk:
         trunk.describe()
-    finally:
-        trunk.close()
 
 
 def require_row(row: RunRow | None) -> RunRow:

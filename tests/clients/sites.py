@@ -19,7 +19,7 @@ from contract.config import RunConfig
 from contract.records import LoraSpec, RoundKey
 from orchestrator.adapters import ClientPart, draw_first_adapter
 from orchestrator.messages import RoundOrder, adapter_record, order_message, read_metrics, read_update
-from orchestrator.trunk import Trunk
+from orchestrator.replicas import ConnectedTrunk, connect
 from tests.contract.families import VOCAB, save_model
 from tests.contract.parity import Tensors
 
@@ -85,20 +85,20 @@ class Version:
 
 @dataclass
 class Orchestrator:
-    """Plays rounds with the code that the real one uses, one client after the other."""
+    """Plays rounds with the code that the real one uses, one client after the other. `address` may be several."""
 
     config: RunConfig
     model_dir: Path
     address: str
     run: str
     spec: LoraSpec = field(init=False)
-    trunk: Trunk = field(init=False)
+    trunk: ConnectedTrunk = field(init=False)
     weights: dict[str, int] = field(default_factory=dict)
 
     def first(self) -> Version:
         drawn = draw_first_adapter(self.config, str(self.model_dir))
         self.spec = drawn.spec
-        self.trunk = Trunk(self.address)
+        self.trunk = connect(self.address)
         self.trunk.put_adapter(drawn.trunk)
         return Version(0, ClientPart.from_bytes(drawn.client), drawn.trunk)
 

@@ -20,8 +20,8 @@ from orchestrator.adapters import ClientPart, draw_first_adapter
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Exchange
 from orchestrator.export import Export
+from orchestrator.replicas import connect
 from orchestrator.run import Start, conduct, first_version, new_run_id
-from orchestrator.trunk import Trunk
 from server_trunk.contributions import Contributions
 from server_trunk.server import ServeOptions
 from storage.artifacts import ArtifactStore
@@ -104,7 +104,7 @@ class Bench:
         run_id = new_run_id(datetime.now(UTC))
         self.store.create_run(run_id, "flower-1", self.config.to_flower(), "simulation", "f" * 64)
         exchange = Exchange(self.grid, self.clock)
-        trunk = Trunk(self.trunk.address)
+        trunk = connect(self.trunk.address)
         return Desk(run_id, self.config, exchange, trunk, self.store, self.artifacts, self.clock)
 
     def first(self, desk: Desk) -> Version:

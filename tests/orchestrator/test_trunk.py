@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from contract import trunk_pb2 as pb
+from contract import wire
 from contract.config import RunConfig
 from contract.errors import (
     AgreementError,
@@ -86,7 +87,8 @@ def test_a_trunk_of_another_protocol_is_named() -> None:
         def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.TrunkDescription:  # noqa: N802
             return pb.TrunkDescription(protocol=99)
 
-    with serving(Newer()) as address, pytest.raises(AgreementError, match="speaks protocol 99, this orchestrator 1"):
+    told = f"speaks protocol 99, this orchestrator {wire.PROTOCOL}"
+    with serving(Newer()) as address, pytest.raises(AgreementError, match=told):
         Trunk(address).describe()
 
 

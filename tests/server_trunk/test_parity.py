@@ -27,6 +27,7 @@ from contract.adapter import (
 from contract.architecture import probe
 from contract.records import CutLayers
 from contract.wire import lora_to_wire
+from server_trunk.lane import Lane
 from server_trunk.server import ServeOptions
 from tests.contract.families import attention, batch, save_model
 from tests.contract.parity import (
@@ -284,17 +285,40 @@ def test_training_mode_reaches_the_trunk(serve_family: Callable[..., Any]) -> No
         assert torch.equal(session.forward(hidden, need_grad=False), still[0])
 
 
-def test_clients_at_the_same_time_get_what_each_would_alone(serve_family: Callable[..., Any]) -> None:
-    def train(client: RemoteClient, seed: int) -> bytes:
-        for step in range(4):
-            client.model(**batch("left", seed=100 * seed + step).inputs()).loss.backward()
-            client.session.step()
-        return client.session.read()
+def trained(client: RemoteClient, seed: int) -> Tensors:
+    for step in range(4):
+        client.model(**batch("left", seed=100 * seed + step).inputs()).loss.backward()
+        client.session.step()
+    return client.trunk_weights()
 
-    with serve_family("llama") as (directory, wire), ThreadPoolExecutor(4) as pool:
-        adapters = [trained_adapter(directory, ALL_LINEAR, seed) for seed in range(4)]
-        clients = [RemoteClient(wire, directory, ALL_LINEAR, adapter, CUT) for adapter in adapters * 2]
-        alone = [train(client, seed) for seed, client in enumerate(clients[:4])]
-        together = list(pool.map(train, clients[4:], range(4)))
-    assert together == alone
-    assert len(set(alone)) == 4
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_clients_at_the_same_time_get_what_each_would_alone(
+    serve_family: Callable[..., Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    forward = Lane.forward
+
+    def noted(lane: Lane, asked: Any, **how: Any) -> Any:
+        passes.append(len(asked))
+        return forward(lane, asked, **how)
+
+    monkeypatch.setattr(Lane, "forward", noted)
+    with serve_family("llama", lanes=1) as (directory, wire), ThreadPoolExecutor(6) as pool:
+        adapters = [trained_adapter(directory, ALL_LINEAR, seed) for seed in range(6)]
+        clients = [
+            RemoteClient(wire, directory, ALL_LINEAR, adapter, CUT, deterministic=deterministic)
+            for adapter in adapters * 2
+        ]
+        alone = [trained(client, seed) for seed, client in enumerate(clients[:6])]
+        assert set(passes) == {1}
+        together = list(pool.map(trained, clients[6:], range(6)))
+    if deterministic:
+        assert set(passes) == {1}
+    for one, other in zip(alone, together, strict=True):
+        for name, value in one.items():
+            if deterministic:
+                assert torch.equal(value, other[name]), name
+            else:  # AdamW's first steps turn rounding of a tiny gradient into up to a step of 1e-2
+                assert torch.allclose(value, other[name], rtol=1e-3, atol=1e-3), name
+    assert not torch.equal(alone[0][name], alone[1][name])

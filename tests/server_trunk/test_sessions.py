@@ -6,7 +6,8 @@ import pytest
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
 from contract.records import RoundKey, RoundProgress
-from server_trunk.sessions import SIGN_OF_LIFE_S, PendingGraphs, Session, SessionTable, TokenBudget
+from server_trunk.memory import Hold, MemoryBudget
+from server_trunk.sessions import SIGN_OF_LIFE_S, PendingGraphs, Session, SessionTable
 
 KEY = RoundKey("run", 1, 1)
 
@@ -24,22 +25,28 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def budget() -> TokenBudget:
-    return TokenBudget(100)
+def budget() -> MemoryBudget:
+    return MemoryBudget(100)
 
 
 @pytest.fixture
-def pending(clock: Clock, budget: TokenBudget) -> PendingGraphs[str]:
-    return PendingGraphs(2, 10.0, clock, budget)
+def pending(clock: Clock) -> PendingGraphs[str]:
+    return PendingGraphs(2, 10.0, clock)
 
 
 @pytest.fixture
-def table(clock: Clock, budget: TokenBudget) -> SessionTable[str, str]:
-    return SessionTable(2, 2, 10.0, clock, budget)
+def table(clock: Clock) -> SessionTable[str, str]:
+    return SessionTable(2, 2, 10.0, clock)
 
 
-def put(pending: PendingGraphs[str], microbatch: int, graph: str = "graph", tokens: int = 1) -> None:
-    pending.reserve(microbatch, tokens)
+def holding(budget: MemoryBudget, size: int) -> Hold:
+    hold = Hold(budget)
+    assert hold.grow(size)
+    return hold
+
+
+def put(pending: PendingGraphs[str], microbatch: int, graph: str = "graph", hold: Hold | None = None) -> None:
+    pending.reserve(microbatch, hold or Hold(MemoryBudget(0)))
     pending.add(microbatch, graph)
 
 
@@ -57,49 +64,39 @@ def test_a_graph_is_taken_once(pending: PendingGraphs[str]) -> None:
 def test_pending_graphs_are_bounded_and_numbers_are_not_reused(pending: PendingGraphs[str]) -> None:
     put(pending, 1)
     with pytest.raises(FrameError, match="microbatch 1 waits for its backward already"):
-        pending.reserve(1, 1)
+        pending.reserve(1, Hold(MemoryBudget(0)))
     put(pending, 2)
     with pytest.raises(CapacityError, match="2 forwards wait for their backward, which is this trunk's limit"):
-        pending.reserve(3, 1)
+        pending.reserve(3, Hold(MemoryBudget(0)))
     pending.drop([1, 99])
-    pending.reserve(3, 1)
+    pending.reserve(3, Hold(MemoryBudget(0)))
     assert len(pending) == 1
 
 
-def test_the_tokens_of_waiting_forwards_are_bounded_over_all_sessions(table: SessionTable[str, str]) -> None:
-    first, second = opened(table).pending, opened(table).pending
-    put(first, 1, tokens=60)
-    put(second, 1, tokens=40)
-    with pytest.raises(CapacityError, match="and 1 more are over its --max-pending-tokens of 100"):
-        second.reserve(2, 1)
-    first.drop([1])
-    second.reserve(2, 60)
-
-
-def test_every_way_a_graph_goes_gives_its_tokens_back(
-    table: SessionTable[str, str], clock: Clock, budget: TokenBudget
+def test_every_way_a_graph_goes_gives_its_memory_back(
+    table: SessionTable[str, str], clock: Clock, budget: MemoryBudget
 ) -> None:
     session = opened(table)
-    put(session.pending, 1, tokens=100)
+    put(session.pending, 1, hold=holding(budget, 100))
     session.pending.pop(1)
     assert budget.taken == 100  # its backward is still to be computed
     session.pending.settled(1)
     assert budget.taken == 0
-    put(session.pending, 2, tokens=100)
+    put(session.pending, 2, hold=holding(budget, 100))
     session.pending.drop([2, 2])
-    put(session.pending, 3, tokens=100)
+    put(session.pending, 3, hold=holding(budget, 100))
     session.pending.free_all("stepped")
-    put(session.pending, 4, tokens=100)
+    put(session.pending, 4, hold=holding(budget, 100))
     clock.now += 11
     table.sweep()
     assert budget.taken == 0
-    put(session.pending, 5, tokens=30)
-    put(session.pending, 6, tokens=30)
+    put(session.pending, 5, hold=holding(budget, 30))
+    put(session.pending, 6, hold=holding(budget, 30))
     session.pending.pop(6)
     table.close(session)
     assert budget.taken == 0
     half = opened(table)
-    half.pending.reserve(1, 50)
+    half.pending.reserve(1, holding(budget, 50))
     table.close(half)
     assert budget.taken == 0
 
@@ -123,7 +120,7 @@ def test_freed_graphs_say_why(pending: PendingGraphs[str]) -> None:
 
 
 def test_what_is_remembered_of_freed_graphs_is_bounded(clock: Clock) -> None:
-    pending: PendingGraphs[str] = PendingGraphs(1000, 10.0, clock, TokenBudget(1000))
+    pending: PendingGraphs[str] = PendingGraphs(1000, 10.0, clock)
     for microbatch in range(1000):
         put(pending, microbatch)
     pending.free_all("gone")

@@ -59,6 +59,14 @@ def test_a_trunk_that_does_not_answer_is_named() -> None:
         doctor.check_trunk("127.0.0.1:9")
 
 
+def test_of_several_trunks_each_must_answer_and_be_an_address() -> None:
+    with pytest.raises(NotReadyError, match=r"127\.0\.0\.1:9 does not answer"):
+        doctor.check_trunk("127.0.0.1:9,127.0.0.1:10")
+    result = CliRunner().invoke(app, ["doctor", "--trunk", "127.0.0.1:9,garbage"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "one of its addresses is 'garbage'; it must be HOST:PORT" in result.stderr
+
+
 @pytest.mark.parametrize("address", ["garbage", "host:", ":1", "host:99999", "host:0", "host:1_0"])
 def test_an_address_that_is_none_is_told_before_anything_is_checked(address: str) -> None:
     result = CliRunner().invoke(app, ["doctor", "--trunk", address])

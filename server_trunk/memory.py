@@ -1,0 +1,214 @@
+"""How much memory sessions may hold between their frames, so that no number of clients takes the trunk out of it.
+
+Half of the budget is for what a pass needs while it runs. The other half is for what waits: requests, inputs and graphs
+of forwards whose backward has not come, and adapters. A graph is kept while there is room; with less room its input
+alone is, and the backward computes the forward again; with none a session waits for its turn, or, where it holds
+something already and so could wait for itself, has its input put on disk. Owned by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+
+from contract.errors import CapacityError, ConfigError, DeadlineError, StorageError
+
+_OF_AVAILABLE = 0.6
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SMALLEST = 64 << 20
+_SPILLED_AT_ONCE = 2
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of "8G", "512MiB" or a plain number. Raises ConfigError, naming the option."""
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    digits, unit = number.rstrip("KMGT"), number[len(number.rstrip("KMGT")) :]
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name} is {text!r}; it must be bytes, such as 8G or 512M") from None
+
+
+def choose_budget(asked: str, device: str) -> int:
+    """Bytes of `--memory-budget`; "auto" is 60 % of what is free once the model is loaded, on the GPU where it is used.
+
+    Raises ConfigError below 64 MiB, in which no pass would fit.
+    """
+    if asked == "auto":
+        free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+        return max(_SMALLEST, int(free * _OF_AVAILABLE))
+    limit = parse_size("memory-budget", asked)
+    if limit < _SMALLEST:
+        raise ConfigError(f"memory-budget is {asked!r}; it must be at least {_SMALLEST >> 20}M, or auto")
+    return limit
+
+
+class MemoryBudget:
+    """Bytes that are held between frames, over all sessions. Who waits for some gets them in the order of asking."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def try_take(self, size: int) -> bool:
+        """Take `size` bytes if they are free and nobody waits for them."""
+        if self._waiting or self.taken + size > self.limit:
+            return False
+        self.taken += size
+        return True
+
+    async def take(self, size: int, timeout_s: float) -> None:
+        """Take `size` bytes once they are free.
+
+        Raises CapacityError where they never can be, DeadlineError after `timeout_s`.
+        """
+        if size > self.limit:
+            raise CapacityError(
+                f"this microbatch needs {size} bytes at the trunk while it waits, whose memory-budget leaves "
+                f"{self.limit} for all sessions: use a smaller one"
+            )
+        if self.try_take(size):
+            return
+        turn = asyncio.get_running_loop().create_future()
+        entry = (size, turn)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.give_back(size)
+            else:
+                self._waiting.remove(entry)
+                self._serve()
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(f"the trunk had no memory to spare for {timeout_s:g} s: try again later") from None
+            raise
+
+    def give_back(self, size: int) -> None:
+        self.taken -= size
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting and self.taken + self._waiting[0][0] <= self.limit:
+            size, turn = self._waiting.popleft()
+            self.taken += size
+            turn.set_result(None)
+
+    @property
+    def scarce(self) -> bool:
+        """Whether somebody waits, or little is left."""
+        return bool(self._waiting) or 4 * self.taken > 3 * self.limit
+
+
+class Hold:
+    """What one request holds of a budget, from its header to the end of its backward."""
+
+    __slots__ = ("_budget", "_released", "_size", "keeps_graph")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self._size = 0
+        self._released = False
+        self.keeps_graph = False
+
+    def grow(self, size: int) -> bool:
+        """Hold `size` bytes more, if they are free."""
+        if self._released or not self._budget.try_take(size):
+            return False
+        self._size += size
+        return True
+
+    async def wait(self, size: int, timeout_s: float) -> None:
+        """As `grow`, once they are free. Raises what MemoryBudget.take raises."""
+        await self._budget.take(size, timeout_s)
+        self._size += size
+
+    def keep_graph(self, size: int) -> bool:
+        """Hold the room of a graph of `size` bytes, if it is free."""
+        self.keeps_graph = self.grow(size)
+        return self.keeps_graph
+
+    def drop_graph(self, size: int) -> None:
+        """Give a graph's room back before it was made."""
+        if self.keeps_graph and not self._released:
+            self.keeps_graph = False
+            self._size -= size
+            self._budget.give_back(size)
+
+    def release(self) -> None:
+        """Give everything back; once."""
+        if not self._released:
+            self._released = True
+            self.keeps_graph = False
+            self._budget.give_back(self._size)
+
+
+class Spilled:
+    """Bytes on disk, there until this object is gone."""
+
+    def __init__(self, spill: Spill, path: Path, size: int) -> None:
+        self._spill, self._path, self._size = spill, path, size
+
+    def read(self) -> memoryview:
+        """All of it, writable. Raises StorageError."""
+        try:
+            return memoryview(bytearray(self._path.read_bytes()))
+        except OSError as error:
+            raise StorageError(f"a request put aside on disk cannot be read: {error.strerror}") from error
+
+    def __del__(self) -> None:
+        self._spill.forget(self._path, self._size)
+
+
+class Spill:
+    """A folder for what memory has no room for, empty at start, at most `limit` bytes."""
+
+    def __init__(self, parent: Path, limit: int) -> None:
+        """Raises StorageError when the folder cannot be made."""
+        try:
+            self._folder = TemporaryDirectory(prefix="spill-", dir=parent, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise StorageError(f"state-dir {parent} cannot be written to: {error.strerror}") from error
+        self._limit = limit
+        self._taken = 0
+        self._made = 0
+        self.turn = asyncio.Semaphore(_SPILLED_AT_ONCE)  # each is in memory on its way to the disk
+        self._lock = threading.Lock()  # whichever thread drops a graph last forgets its file
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._folder.name)
+
+    def put(self, data: memoryview) -> Spilled:
+        """Raises CapacityError when the folder is full, StorageError when it cannot be written."""
+        if self._taken + len(data) > self._limit:
+            raise CapacityError(
+                f"{self._taken} bytes of requests wait on the trunk's disk, and {len(data)} more are over its "
+                f"spill-budget of {self._limit}: try again later"
+            )
+        self._made += 1
+        path = self.folder / f"request-{self._made}"
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise StorageError(f"a request cannot be put aside on disk: {error.strerror}") from error
+        with self._lock:
+            self._taken += len(data)
+        return Spilled(self, path, len(data))
+
+    def forget(self, path: Path, size: int) -> None:
+        path.unlink(missing_ok=True)
+        with self._lock:
+            self._taken -= size
+
+    def close(self) -> None:
+        self._folder.cleanup()

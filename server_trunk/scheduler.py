@@ -1,0 +1,331 @@
+"""Which of the waiting work each lane does next: fair by tokens, in order within a session, many sessions in one pass.
+
+Fairness is start-time fair queueing (Goyal, Vin and Cheng 1996, section 2) with tokens for packet lengths: the session
+that was served the least goes first, and one that comes back from a pause starts where the others are. So a session
+waits for at most one piece of each other session's work, whatever those have queued.
+
+A shared forward is one graph, so its members' backwards are best taken in one pass too. Those that are there wait for
+the others as long as computing their own forward again would take, and no longer. Owned by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from contract.errors import CapacityError, SessionError
+from server_trunk.lane import Backward, Forward, Graph, Lane
+from server_trunk.memory import Hold
+from server_trunk.residents import Residents
+from server_trunk.seats import Job, Seat
+from server_trunk.session_adapter import SessionAdapter
+from server_trunk.worker import Worker
+
+logger = logging.getLogger("trunkline.server_trunk")
+
+ACTIVE_S = 1.0
+"""A session that worked within this time is expected back, so that a lane does not take all threads for another."""
+
+
+class Scheduler:
+    """Work for lanes, from the event loop that makes it."""
+
+    def __init__(
+        self,
+        lanes: Sequence[tuple[Lane, Worker]],
+        *,
+        threads: int,
+        batch_tokens: int,
+        graph_bytes: Callable[[tuple[str, str, int], int], int],
+        pass_bytes: int,
+        residents: Residents,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions.
+
+        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; no pass may hold more than
+        `pass_bytes`.
+        """
+        self._lanes = tuple(lanes)
+        self._free = list(lanes)
+        self._threads = threads
+        self._batch_tokens = batch_tokens
+        self._graph_bytes = graph_bytes
+        self._pass_bytes = pass_bytes
+        self._residents = residents
+        self._clock = clock
+        self._seats: dict[Seat, None] = {}  # in the order of their coming
+        self._turns = 0
+        self._time = 0.0  # the fair queue's own: what the session served last had been served
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alarm: asyncio.TimerHandle | None = None
+
+    # ---- what a session calls ------------------------------------------------------------------------------------
+
+    def enter(self, adapter: SessionAdapter, *, deterministic: bool = False) -> Seat:
+        seat = Seat(adapter, deterministic, served=self._time)
+        self._seats[seat] = None
+        return seat
+
+    def leave(self, seat: Seat) -> None:
+        """Drop what `seat` has queued and, after what it has running, its adapter."""
+        seat.left = True
+        for job in seat.jobs:
+            job.done.cancel()
+        seat.jobs.clear()
+        if not seat.running:
+            self._forget(seat)
+        self._dispatch()
+
+    def forward(
+        self,
+        seat: Seat,
+        tokens: int,
+        shape: Forward,
+        hold: Hold,
+        prepare: Callable[[], Forward],
+        finish: Callable[[tuple[Tensor, Graph]], Any],
+    ) -> asyncio.Future[Any]:
+        """`shape` is the request without its values: what may share a pass is decided before they are decoded.
+
+        The graph is kept where `hold` finds room for it.
+        """
+        needed = self._graph_bytes(shape.kind, tokens) if shape.need_grad else 0
+        if needed > self._pass_bytes:
+            raise CapacityError(
+                f"a microbatch of {tokens} tokens needs about {needed} bytes at this trunk, whose memory-budget leaves "
+                f"{self._pass_bytes} for a pass: use a smaller one"
+            )
+        job = Job("forward", tokens, prepare, finish, _future(), seat.adapter, shape=shape, hold=hold)
+        return self._queue(seat, job)
+
+    def backward(
+        self,
+        seat: Seat,
+        tokens: int,
+        graph: Graph,
+        prepare: Callable[[], Backward],
+        finish: Callable[[tuple[Tensor | None, float]], Any],
+    ) -> asyncio.Future[Any]:
+        return self._queue(seat, Job("backward", tokens, prepare, finish, _future(), seat.adapter, graph=graph))
+
+    def other(self, seat: Seat, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Anything else that must keep its place in the session's order: a step, or reading the adapter."""
+        return self._queue(seat, Job("other", 0, work, lambda answer: answer, _future(), seat.adapter))
+
+    async def close(self) -> None:
+        """Wait for what runs; nothing more is begun."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for seat in list(self._seats):
+            self.leave(seat)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # ---- choosing ------------------------------------------------------------------------------------------------
+
+    def _queue(self, seat: Seat, job: Job) -> asyncio.Future[Any]:
+        if seat.left:
+            raise SessionError("the session is closed; it takes no more work")
+        if not seat.jobs and not seat.running:
+            seat.served = max(seat.served, self._time)
+        seat.jobs.append(job)
+        seat.active_s = self._clock()
+        self._dispatch()
+        return job.done
+
+    def _dispatch(self) -> None:
+        while self._free and (batch := self._next()):
+            lane, worker = self._free.pop(0)
+            for seat, _ in batch:
+                seat.running = True
+            self._time = max(self._time, min(seat.served for seat, _ in batch))
+            self._decide_to_keep([job for _, job in batch])
+            self._turns += 1
+            for seat, job in batch:
+                seat.served += max(job.tokens, 1)
+                seat.turn = self._turns
+            task = asyncio.create_task(self._drive(lane, worker, batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _next(self) -> list[tuple[Seat, Job]]:
+        """The seats to serve together in one pass, each with its first job; none when nothing can be done yet."""
+        waiting = sorted(
+            (seat for seat in self._seats if seat.jobs and not seat.running), key=lambda one: (one.served, one.turn)
+        )
+        soonest = float("inf")
+        for seat in waiting:
+            first = seat.jobs[0]
+            gang = None if first.graph is None else first.graph.gang
+            if first.graph is not None and gang is not None:
+                present = [one for one in waiting if one.jobs[0].graph in gang.rows]
+                if len(present) < len(gang.rows) and self._clock() < gang.due_s:
+                    soonest = min(soonest, gang.due_s)
+                    continue
+                if not gang.worth_it(one.jobs[0].graph for one in present):
+                    gang.part_from(first.graph)
+                    present = [seat]
+                return self._taken(present)
+            return self._taken(self._with_others(seat, waiting) if first.kind == "forward" else [seat])
+        self._wake_at(soonest)
+        return []
+
+    def _taken(self, seats: Sequence[Seat]) -> list[tuple[Seat, Job]]:
+        return [(seat, seat.jobs.popleft()) for seat in seats]
+
+    def _with_others(self, leader: Seat, waiting: Sequence[Seat]) -> list[Seat]:
+        """The leader and those whose forwards fit into its pass: up to a free lane's even share of what waits."""
+        shape = leader.jobs[0].shape
+        if shape is None or leader.deterministic or not leader.adapter.layout.batches:
+            return [leader]
+        fitting = [
+            seat
+            for seat in waiting
+            if (other := seat.jobs[0].shape) is not None
+            and not seat.deterministic
+            and seat.adapter.layout.batches
+            and shape.shares_with(other)
+        ]
+        in_all = sum(seat.jobs[0].tokens for seat in fitting)
+        room = min(self._batch_tokens, max(-(-in_all // len(self._free)), leader.jobs[0].tokens))
+        taken, tokens = [leader], leader.jobs[0].tokens
+        for seat in fitting:
+            together = tokens + seat.jobs[0].tokens
+            if seat is leader or together > room:
+                continue
+            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self._pass_bytes:
+                taken.append(seat)
+                tokens += seat.jobs[0].tokens
+        return taken
+
+    def _decide_to_keep(self, jobs: Sequence[Job]) -> None:
+        """A pass keeps its graph where there is room for all of it; dropout cannot be drawn twice and keeps its own."""
+        sizes = []
+        for job in jobs:
+            if job.shape is None or job.hold is None or not job.shape.need_grad:
+                return
+            sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
+        if jobs[0].shape is not None and jobs[0].shape.draws:
+            return
+        kept = [job.hold.keep_graph(size) for job, size in zip(jobs, sizes, strict=True) if job.hold is not None]
+        if not all(kept):
+            for job, size in zip(jobs, sizes, strict=True):
+                job.keep = False
+                if job.hold is not None:
+                    job.hold.drop_graph(size)
+
+    def _wake_at(self, when_s: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if when_s < float("inf"):
+            delay_s = max(0.0, when_s - self._clock())
+            self._alarm = asyncio.get_running_loop().call_later(delay_s, self._dispatch)
+
+    def _threads_for(self, batch: Sequence[tuple[Seat, Job]]) -> int:
+        """All threads for a pass that nobody else is about to work beside; else the lane's own share."""
+        inside = {seat for seat, _ in batch}
+        if any(seat.deterministic for seat in inside):
+            return self._threads
+        now_s = self._clock()
+        beside = any(
+            seat.running or seat.jobs or now_s - seat.active_s < ACTIVE_S for seat in self._seats if seat not in inside
+        )
+        return max(1, self._threads // len(self._lanes)) if beside else self._threads
+
+    # ---- doing ---------------------------------------------------------------------------------------------------
+
+    async def _drive(self, lane: Lane, worker: Worker, batch: list[tuple[Seat, Job]]) -> None:
+        threads = self._threads_for(batch)
+        began_s = self._clock()
+        try:
+            outcomes = await worker.run(_work, lane, threads, [job for _, job in batch])
+        except Exception as error:  # noqa: BLE001 (told to everybody in the pass)
+            outcomes = [error] * len(batch)
+        finally:
+            self._free.append((lane, worker))
+            now_s = self._clock()
+            for seat, _ in batch:
+                seat.running = False
+                seat.active_s = now_s
+                if seat.left:
+                    self._forget(seat)
+                elif not seat.adapter.evicted:
+                    self._residents.used(seat)
+        for (_, job), outcome in zip(batch, outcomes, strict=True):
+            if job.done.done():
+                continue
+            if isinstance(outcome, BaseException):
+                job.done.set_exception(outcome)
+            else:
+                job.done.set_result(outcome)
+        for _, job in batch:
+            if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
+                job.graph.gang.due_s = now_s + (now_s - began_s)
+        for seat in self._residents.surplus():
+            self.other(seat, functools.partial(self._residents.put_aside, seat.adapter))
+        self._dispatch()
+
+    def _forget(self, seat: Seat) -> None:
+        self._seats.pop(seat, None)
+        self._residents.gone(seat)
+        for lane, worker in self._lanes:
+            worker.submit(lane.slots.close, seat.adapter)
+        seat.adapter.release()
+
+
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
+    """The outcome of each job, in order: what its `finish` made, or the exception that it ended with."""
+    lane.use_threads(threads)
+    outcomes: list[Any] = [None] * len(jobs)
+    ready: list[int] = []
+    asked: list[Any] = []
+    for index, job in enumerate(jobs):
+        try:
+            job.adapter.restore()
+            prepared = job.prepare()
+        except Exception as error:  # noqa: BLE001 (told to who asked)
+            outcomes[index] = error
+            continue
+        if job.kind == "other":
+            outcomes[index] = prepared
+        else:
+            ready.append(index)
+            asked.append(prepared)
+    answers = _pass(lane, jobs[0], asked) if asked else []
+    for index, answer in zip(ready, answers, strict=True):
+        job = jobs[index]
+        if job.kind == "forward" and not isinstance(answer, Exception):
+            job.graph = answer[1]
+        try:
+            outcomes[index] = answer if isinstance(answer, Exception) else job.finish(answer)
+        except Exception as error:  # noqa: BLE001 (told to who asked)
+            outcomes[index] = error
+    return outcomes
+
+
+def _pass(lane: Lane, like: Job, asked: Sequence[Any]) -> list[Any]:
+    """What the lane answers to each request; where memory runs out for all together, to one after the other."""
+    try:
+        if like.kind == "forward":
+            return list(lane.forward(asked, keep=like.keep))
+        return list(lane.backward(asked))
+    except CapacityError as error:
+        if len(asked) == 1:
+            return [error]
+    logger.warning("no memory for a pass of %d sessions; they are served one by one", len(asked))
+    for one in asked:
+        if like.kind == "backward" and one.graph.gang is not None:
+            one.graph.gang.release()
+    return [answer for one in asked for answer in _pass(lane, like, [one])]
