@@ -14,6 +14,7 @@ import torch
 from contract.errors import SessionError
 
 _JOIN_S = 5.0
+_SIGNALS_S = 0.1  # how late Ctrl-C may be noticed
 
 Job = Callable[[], None]
 
@@ -43,7 +44,9 @@ class LanePool:
 
         def wait() -> None:
             for event in ended:
-                event.wait()
+                # A signal that another thread was given wakes nobody here.
+                while not event.wait(_SIGNALS_S):
+                    continue
 
         return wait
 

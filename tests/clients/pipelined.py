@@ -133,6 +133,10 @@ class SlowStream:
     def under_way(self) -> int:
         return len(self.sent) - len(self.answered)
 
+    @property
+    def over(self) -> bool:
+        return self._stream._ended.is_set()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
