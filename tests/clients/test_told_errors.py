@@ -94,7 +94,7 @@ class Stream:
 
 def session_with(stream: Stream) -> RemoteTrunk:
     connection = SimpleNamespace(address="trunk:9", wire_log=None, open_stream=lambda timeout_s: stream)
-    hello = Hello(adapter_sha256="asked")
+    hello = Hello(adapter_sha256="asked", codecs=["identity"])
     return RemoteTrunk(cast(TrunkConnection, connection), hello, hidden_size=8, adapter_bytes=8)
 
 
