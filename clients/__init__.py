@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from clients.pipeline import accumulate
     from clients.split_model import close, export_adapter, load_split_model, trunk_state
 
-__all__ = ["close", "export_adapter", "load_split_model", "trunk_state"]
+__all__ = ["accumulate", "close", "export_adapter", "load_split_model", "trunk_state"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("clients.split_model"), name)
+    module = "clients.pipeline" if name == "accumulate" else "clients.split_model"
+    return getattr(importlib.import_module(module), name)

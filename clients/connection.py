@@ -74,7 +74,7 @@ class TrunkConnection:
 
 
 class FrameStream:
-    """Frames out and in on one call. Not for two threads at once; a stream that failed stays failed.
+    """Frames out and in on one call. One thread may send while another receives; a stream that failed stays failed.
 
     Replies are read by the caller's own thread, so nothing piles up here: gRPC's flow control holds the peer back.
     A watching thread cancels the call when a wait runs past its limit.
@@ -143,8 +143,8 @@ class FrameStream:
             try:
                 return self._outgoing.put(frame, timeout=_WATCH_INTERVAL_S)
             except queue.Full:
-                self._expired = time.monotonic() > deadline
-                if self._expired:
+                if time.monotonic() > deadline:
+                    self._expired = True
                     break
         raise self._failure() from None
 

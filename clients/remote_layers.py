@@ -10,22 +10,48 @@ A frozen trunk trains nothing: its anchor needs no gradient, and no optimiser ne
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from clients.remote_trunk import Crossing, PendingGraph, RemoteTrunk
+from clients.exchanges import Exchange
+from clients.lanes import LanePool
+from clients.remote_trunk import Crossing, PendingGraph, RemoteTrunk, Told
+from clients.window import Window
 from contract.errors import ConfigError, NonFiniteError
 from contract.records import AdamWSettings, LoraSpec
 
 _OTHER_ADAMS = ("amsgrad", "maximize")
 _NO_PASS = -1
+_IN_A_LANE = -2
+
+
+class Lane(Protocol):
+    """One of several microbatches under way at once, each of which lets others compute while it waits."""
+
+    def cross(self, hidden_BTD: Tensor, crossing: Crossing, *, need_grad: bool) -> Tensor:
+        """hidden_BTD at the head cut -> hidden_BTD at the tail cut; with `need_grad`, the gradient there is noted."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardUnderWay:
+    """A backward at the trunk beside which others may be under way, in one order of requests and answers."""
+
+    exchange: Exchange[Told, tuple[Tensor | None, float]]
+    norm_owed: Callable[[float], Tensor | None]
+
+    def answer(self) -> tuple[Tensor | None, Tensor | None]:
+        """As `RemoteLayers.backward` answers, once `exchange` has run."""
+        input_grad_BTD, norm = self.exchange.answer()
+        return input_grad_BTD, self.norm_owed(norm)
 
 
 class RemoteLayers(nn.Module):
@@ -52,6 +78,11 @@ class RemoteLayers(nn.Module):
         self._unsettled_pass = _NO_PASS  # the backward pass that handed over what is not in the anchor's gradient yet
         self._stepped = False
         self._bypassed = False
+        self.lanes = LanePool()
+        self.window = Window()
+        weakref.finalize(self, self.lanes.let_go)
+        self._here = threading.local()
+        self._under_way = 0  # backward passes in lanes whose share of the norm is not in the anchor's gradient yet
         _LIVE.add(self)
         _watch_optimizers()
 
@@ -61,7 +92,11 @@ class RemoteLayers(nn.Module):
         device = hidden_BTD.device.type
         autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         crossing = Crossing(attention_mask_BT, position_ids, autocast_dtype, self.training)
-        if torch.is_grad_enabled() and (hidden_BTD.requires_grad or self.anchor.requires_grad):
+        need_grad = torch.is_grad_enabled() and (hidden_BTD.requires_grad or self.anchor.requires_grad)
+        lane: Lane | None = getattr(self._here, "lane", None)
+        if lane is not None:
+            return lane.cross(hidden_BTD, crossing, need_grad=need_grad)
+        if need_grad:
             output_BTD: Tensor = _Cross.apply(hidden_BTD, self.anchor, self, crossing)  # type: ignore[no-untyped-call]
             return output_BTD
         output_BTD, _ = self.trunk.forward(hidden_BTD, crossing, need_grad=False)
@@ -76,6 +111,15 @@ class RemoteLayers(nn.Module):
         finally:
             self._bypassed = False
 
+    @contextmanager
+    def through(self, lane: Lane) -> Iterator[None]:
+        """Within, in this thread, `lane` carries what crosses."""
+        self._here.lane = lane
+        try:
+            yield
+        finally:
+            self._here.lane = None
+
     def backward(
         self, graph: PendingGraph, grad_BTD: Tensor, want_input_grad: bool
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -86,6 +130,32 @@ class RemoteLayers(nn.Module):
             )
             return input_grad_BTD, None
         this_pass = torch._C._current_graph_task_id()
+        reset = self._starts_anew(this_pass)
+        input_grad_BTD, norm = self.trunk.backward(
+            graph, grad_BTD, want_input_grad=want_input_grad, reset_gradient=reset
+        )
+        return input_grad_BTD, self._norm_owed(norm, reset, this_pass)
+
+    @contextmanager
+    def backward_under_way(
+        self, graph: PendingGraph, grad_BTD: Tensor, want_input_grad: bool
+    ) -> Iterator[BackwardUnderWay]:
+        """For lanes: as `backward`, begun. Blocks may overlap, if they begin and answer in one order.
+
+        Within the block the anchor's gradient must be brought to the trunk's norm by a backward of the anchor's own:
+        the trunk does not tell, until then, whether a zero there means that nothing has accumulated.
+        """
+        trained = self.anchor.requires_grad
+        reset = trained and not self._under_way and self._starts_anew(_IN_A_LANE)
+        exchange = self.trunk.begin_backward(graph, grad_BTD, want_input_grad=want_input_grad, reset_gradient=reset)
+        self._under_way += 1
+        try:
+            yield BackwardUnderWay(exchange, lambda norm: self._norm_owed(norm, reset, _IN_A_LANE) if trained else None)
+        finally:
+            self._under_way -= 1
+
+    def _starts_anew(self, this_pass: int) -> bool:
+        """Whether the trunk is to forget the gradient it has. Raises ConfigError where it cannot be said."""
         reset = self._unsettled_pass != this_pass and _is_zero(self.anchor.grad)
         if not reset and self._stepped:
             raise ConfigError(
@@ -97,12 +167,13 @@ class RemoteLayers(nn.Module):
                 "torch.autograd.grad was called through the trunk between two backward() calls whose gradients add "
                 "up, and the trunk cannot take its part out again: zero the gradients first"
             )
-        input_grad_BTD, norm = self.trunk.backward(
-            graph, grad_BTD, want_input_grad=want_input_grad, reset_gradient=reset
-        )
+        return reset
+
+    def _norm_owed(self, norm: float, reset: bool, this_pass: int) -> Tensor:
+        """What brings the anchor's gradient to `norm`."""
         told = 0.0 if reset else self._norm_told
         self._norm_told, self._unsettled_pass, self._stepped = norm, this_pass, False
-        return input_grad_BTD, torch.full_like(self.anchor, norm - told)
+        return torch.full_like(self.anchor, norm - told)
 
     def step(self, group: dict[str, Any]) -> None:
         """The trunk's step, as the anchor's parameter `group` says; none when no backward went before it."""

@@ -1,18 +1,17 @@
 """A session with the trunk: the absent layers as calls over one gRPC stream.
 
-One request is under way at a time. The reply to a Step is not waited for: it is read before the next reply, so that the
-trunk's optimiser works while the client's own next batch begins. A session cannot be resumed: when its stream ends, the
-trunk forgets the adapter and the optimiser, and a new session must be opened.
+Several requests may be under way at once (`begin_forward`, `begin_backward`); the trunk answers them in order. The
+reply to a Step is not waited for: it is read before the next reply, so that the trunk's optimiser works while the
+client's own next batch begins. A session cannot be resumed: when its stream ends, the trunk forgets the adapter and
+the optimiser, and a new session must be opened.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from clients.connection import FrameStream, TrunkConnection
+from clients.exchanges import Exchange, Exchanges
 from contract import codec, wire
 from contract.adapter import from_bytes
 from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
@@ -67,8 +67,12 @@ class Crossing:
     training: bool
 
 
+Told = tuple[Any, memoryview | None]
+"""A reply, and the bytes of the tensor that it announced, if it did."""
+
+
 class RemoteTrunk:
-    """One client's session. Safe to use from several threads: they take turns.
+    """One client's session. Safe to use from several threads: requests take turns on the stream.
 
     Every method raises the trunk's own error, rebuilt as its class, ConnectionFailedError when the stream is lost and
     DeadlineError after `timeout_s` without a reply; the session is over after any error.
@@ -100,12 +104,15 @@ class RemoteTrunk:
         self._microbatches = 0
         self._owed_step_replies = 0
         self._dropped: deque[int] = deque()
-        self._lock = threading.Lock()
+        self._held: set[int] = set()  # microbatches whose graph waits at the trunk for a backward that may yet come
         self._stream: FrameStream = connection.open_stream(timeout_s)
+        self._exchanges = Exchanges(self._stream.cancel)
         self._hang_up = weakref.finalize(self, self._stream.cancel)
-        with self._exchange() as stream:
-            stream.send(ClientFrame(hello=hello))
-            self.welcome: Welcome = stream.receive("welcome")
+        with self._exchanges.alone():
+            self._stream.send(ClientFrame(hello=hello))
+            self.welcome: Welcome = self._stream.receive("welcome")
+        self.credits: int = self.welcome.credits
+        """The trunk's latest advice: how many microbatches should be under way at once; 0 for none."""
         if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
             self.abandon()
             raise AgreementError(
@@ -118,6 +125,17 @@ class RemoteTrunk:
         """What one pass over the wire costs each of its rows, by channel."""
         return self._mechanism.events
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the session, where a request did: requests beside it only learn that the session is over."""
+        return self._exchanges.failure
+
+    @property
+    def room(self) -> int:
+        """Microbatches that may be begun now and be under way at once, by the trunk's limit and its latest advice."""
+        room = self.welcome.max_pending - len(self._held)
+        return max(1, min(room, self.credits) if self.credits else room)
+
     def announce(self, rows: Sequence[int]) -> None:
         """Say which of the site's rows the next forward holds, in the batch's order: their privacy is what is spent."""
         self._rows = tuple(rows)
@@ -128,6 +146,14 @@ class RemoteTrunk:
         Raises NonFiniteError, FrameError or FrameTooLargeError, before anything is sent, for activations that are not
         finite, a mask that is not 0/1 [B, T], and more tokens than the trunk takes.
         """
+        exchange = self.begin_forward(hidden_BTD, crossing, need_grad=need_grad)
+        exchange.run()
+        return exchange.answer()
+
+    def begin_forward(
+        self, hidden_BTD: Tensor, crossing: Crossing, *, need_grad: bool
+    ) -> Exchange[Told, tuple[Tensor, PendingGraph | None]]:
+        """A forward that is ready to be sent, of the rows that were announced last. Raises as `forward` does."""
         batch, tokens, _ = hidden_BTD.shape
         if batch * tokens > self.welcome.max_tokens:
             raise FrameTooLargeError(
@@ -135,6 +161,7 @@ class RemoteTrunk:
             )
         request = _forward_request(hidden_BTD, crossing, need_grad)
         rows, mask_BT = self._rows, crossing.attention_mask_BT
+        shape, device, what = tuple(hidden_BTD.shape), hidden_BTD.device, "the hidden states from the trunk"
         released = self._released(
             hidden_BTD,
             "the hidden states at the head cut",
@@ -143,18 +170,27 @@ class RemoteTrunk:
         header, data = codec.encode(released, self._codec, mask_BT)
         request.reply_codec = self._codec
         request.hidden.CopyFrom(header)
-        with self._exchange():
+        graph: PendingGraph | None = None
+
+        def send() -> None:
+            nonlocal graph
             self._microbatches += 1
             request.microbatch = self._microbatches
             while self._dropped:
                 request.dropped.append(self._dropped.popleft())
+            graph = self._pending(request.microbatch, shape, rows, mask_BT) if need_grad else None
             self._send(ClientFrame(forward=request), data)
+
+        def receive() -> Told:
             reply = self._reply("forward")
-            output_BTD = self._tensor(
-                reply.hidden, tuple(hidden_BTD.shape), mask_BT, "the hidden states from the trunk"
-            )
-        graph = self._pending(request.microbatch, tuple(output_BTD.shape), rows, mask_BT) if need_grad else None
-        return output_BTD.to(hidden_BTD.device), graph
+            self.credits = reply.credits or self.credits
+            return reply, self._tensor_bytes(reply.hidden, shape, mask_BT, what)
+
+        def read(told: Told) -> tuple[Tensor, PendingGraph | None]:
+            reply, data = told
+            return self._decoded(reply.hidden, data, mask_BT, what).to(device), graph
+
+        return Exchange(self._exchanges, send, receive, read)
 
     def backward(
         self, graph: PendingGraph, grad_BTD: Tensor, *, want_input_grad: bool, reset_gradient: bool
@@ -164,16 +200,25 @@ class RemoteTrunk:
         Raises NonFiniteError, before anything is sent, for gradients that are not finite, and SessionError for a graph
         whose backward was already called.
         """
+        exchange = self.begin_backward(graph, grad_BTD, want_input_grad=want_input_grad, reset_gradient=reset_gradient)
+        exchange.run()
+        return exchange.answer()
+
+    def begin_backward(
+        self, graph: PendingGraph, grad_BTD: Tensor, *, want_input_grad: bool, reset_gradient: bool
+    ) -> Exchange[Told, tuple[Tensor | None, float]]:
+        """A backward that is ready to be sent, and takes `graph`. Raises as `backward` does."""
         if graph.forget is None or not graph.forget.alive:
             raise SessionError(
                 f"backward a second time through microbatch {graph.microbatch}: the trunk frees its graph at the first "
                 "(retain_graph is not supported)"
             )
-        codec.require_no_loss_on_padding(grad_BTD, graph.mask_BT)
+        mask_BT, device, what = graph.mask_BT, grad_BTD.device, "the gradient from the trunk"
+        codec.require_no_loss_on_padding(grad_BTD, mask_BT)
         released = self._released(
             grad_BTD, "the gradient at the tail cut", lambda values: self._mechanism.backward(values, graph.rows)
         )
-        header, data = codec.encode(released, self._codec, graph.mask_BT)
+        header, data = codec.encode(released, self._codec, mask_BT)
         request = Backward(
             microbatch=graph.microbatch,
             grad=header,
@@ -182,18 +227,23 @@ class RemoteTrunk:
             reply_codec=self._codec,
         )
         graph.forget.detach()
-        input_grad_BTD = None
-        with self._exchange():
-            self._send(ClientFrame(backward=request), data)
+        self._held.discard(graph.microbatch)
+
+        def receive() -> Told:
             reply = self._reply("backward")
-            if want_input_grad:
-                input_grad_BTD = self._tensor(
-                    reply.grad, graph.batch_shape, graph.mask_BT, "the gradient from the trunk"
-                )
-                input_grad_BTD = input_grad_BTD.to(grad_BTD.device)
+            self.credits = reply.credits or self.credits
+            if not want_input_grad:
+                return reply, None
+            return reply, self._tensor_bytes(reply.grad, graph.batch_shape, mask_BT, what)
+
+        def read(told: Told) -> tuple[Tensor | None, float]:
+            reply, data = told
+            input_grad_BTD = None if data is None else self._decoded(reply.grad, data, mask_BT, what).to(device)
             if not 0.0 <= reply.adapter_grad_norm < math.inf:
                 raise NonFiniteError(f"the norm of the trunk adapter's gradient is {reply.adapter_grad_norm}")
-        return input_grad_BTD, reply.adapter_grad_norm
+            return input_grad_BTD, reply.adapter_grad_norm
+
+        return Exchange(self._exchanges, lambda: self._send(ClientFrame(backward=request), data), receive, read)
 
     def step(self, settings: AdamWSettings, grad_scale: float) -> None:
         """One AdamW step of the trunk's half with its gradient times `grad_scale`; an error shows at the next call."""
@@ -205,14 +255,14 @@ class RemoteTrunk:
             weight_decay=settings.weight_decay,
             grad_scale=grad_scale,
         )
-        with self._exchange() as stream:
-            stream.send(ClientFrame(step=request))
+        with self._exchanges.alone():
+            self._stream.send(ClientFrame(step=request))
             self._owed_step_replies += 1
 
     def read_adapter(self, *, gradients: bool = False) -> dict[str, Tensor]:
         """The trunk's half of the adapter, or its accumulated gradients, by canonical name, float32."""
-        with self._exchange() as stream:
-            stream.send(ClientFrame(read_adapter=ReadAdapter(gradients=gradients)))
+        with self._exchanges.alone():
+            self._stream.send(ClientFrame(read_adapter=ReadAdapter(gradients=gradients)))
             size = self._reply("adapter").size_bytes
             if size > self._adapter_bytes:
                 raise FrameTooLargeError(
@@ -225,10 +275,10 @@ class RemoteTrunk:
 
         When this returns, the trunk has acknowledged both.
         """
-        with self._exchange() as stream:
-            stream.send(ClientFrame(close=Close(trained_tokens=trained_tokens, contribute=contribute)))
+        with self._exchanges.alone():
+            self._stream.send(ClientFrame(close=Close(trained_tokens=trained_tokens, contribute=contribute)))
             reply: CloseReply = self._reply("close")
-            stream.finish()
+            self._stream.finish()
         self._hang_up.detach()
         if reply.trained_tokens != trained_tokens:
             # Neither number: under a secure sum the orchestrator is told this text, and the weight is masked.
@@ -240,17 +290,6 @@ class RemoteTrunk:
     def abandon(self) -> None:
         """Drops the session without a word; safe to call more than once, and after `close`."""
         self._hang_up()
-
-    @contextmanager
-    def _exchange(self) -> Iterator[FrameStream]:
-        """The stream for one request. Whatever goes wrong or interrupts in between, what comes next on the stream
-        would answer the wrong question, so that the session ends."""
-        with self._lock:
-            try:
-                yield self._stream
-            except BaseException:
-                self._stream.cancel()
-                raise
 
     def _released(
         self,
@@ -279,7 +318,9 @@ class RemoteTrunk:
             self._owed_step_replies -= 1
         return self._stream.receive(kind)
 
-    def _tensor(self, header: TensorHeader, shape: tuple[int, ...], mask_BT: Tensor | None, what: str) -> Tensor:
+    def _tensor_bytes(
+        self, header: TensorHeader, shape: tuple[int, ...], mask_BT: Tensor | None, what: str
+    ) -> memoryview:
         codec.check_header(
             header,
             codecs=(self._codec,),
@@ -289,7 +330,12 @@ class RemoteTrunk:
             what=what,
             shape=shape,
         )
-        tensor_BTD = codec.decode(header, self._collect(header.size_bytes, what), mask_BT)
+        return self._collect(header.size_bytes, what)
+
+    def _decoded(self, header: TensorHeader, data: memoryview | None, mask_BT: Tensor | None, what: str) -> Tensor:
+        if data is None:
+            raise FrameError(f"{what} did not come")
+        tensor_BTD = codec.decode(header, data, mask_BT)
         codec.require_finite(tensor_BTD, what)
         return tensor_BTD
 
@@ -303,9 +349,15 @@ class RemoteTrunk:
         self, microbatch: int, shape: tuple[int, ...], rows: tuple[int, ...], mask_BT: Tensor | None
     ) -> PendingGraph:
         graph = PendingGraph(microbatch, shape, rows, mask_BT)
-        graph.forget = weakref.finalize(graph, self._dropped.append, microbatch)
+        self._held.add(microbatch)
+        graph.forget = weakref.finalize(graph, _forgotten, microbatch, self._held, self._dropped)
         graph.forget.atexit = False
         return graph
+
+
+def _forgotten(microbatch: int, held: set[int], dropped: deque[int]) -> None:
+    held.discard(microbatch)
+    dropped.append(microbatch)
 
 
 def _without_padding(hidden_BTD: npt.NDArray[np.float32], mask_BT: Tensor | None) -> npt.NDArray[np.float32]:

@@ -179,7 +179,10 @@ def export_adapter(model: nn.Module, directory: str | Path, *, base_model: str |
 
 def close(model: nn.Module, *, trained_tokens: int = 0, contribute: bool = False) -> CloseReply:
     """Ends `model`'s session with the trunk, which then forgets its half of the adapter unless it is a contribution."""
-    return remote_layers(model).trunk.close(trained_tokens=trained_tokens, contribute=contribute)
+    layers = remote_layers(model)
+    reply = layers.trunk.close(trained_tokens=trained_tokens, contribute=contribute)
+    layers.lanes.close()
+    return reply
 
 
 @contextmanager
@@ -188,7 +191,9 @@ def closing_session(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        remote_layers(model).trunk.abandon()
+        layers = remote_layers(model)
+        layers.trunk.abandon()
+        layers.lanes.close()
 
 
 def remote_layers(model: nn.Module) -> RemoteLayers:

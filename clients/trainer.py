@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from clients.data import IGNORED, LengthBucket, TokenRow, collate, row_batches
+from clients.pipeline import backward_all, random_seed
 from contract.config import RunConfig
 from contract.errors import NonFiniteError
 
@@ -66,10 +67,10 @@ def train(
     """Trains `model` in place by `config` for one round: a new AdamW and a learning-rate schedule of their own.
 
     The order of the rows, and what dropout draws, depend on `key` alone. A step's gradient is that of the mean loss
-    over all predicted tokens of its microbatches. Raises NonFiniteError when a loss or a gradient is not finite.
+    over all predicted tokens of its microbatches, several of which a split model has under way at once. Raises
+    NonFiniteError when a loss or a gradient is not finite.
     """
     started = time.monotonic()
-    torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little"))
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = planned_steps(len(rows), config)
@@ -78,9 +79,9 @@ def train(
     total, tokens = 0.0, 0
     for step, microbatches in enumerate(_steps(rows, config, key)):
         count = sum(row.targets for batch_rows in microbatches for row in batch_rows)
-        loss = 0.0
-        for batch_rows in microbatches:
-            loss += _backward(model, announced(batch_rows, model, config, announce), count, step)
+        shares = [partial(_share, model, batch_rows, config, announce, count, step) for batch_rows in microbatches]
+        seeds = [random_seed(key, step, index) for index in range(len(microbatches))]
+        loss = sum(backward_all(model, shares, seeds, config.pipeline_depth), 0.0)
         _clip(parameters, config.max_grad_norm, step)
         optimizer.step()
         scheduler.step()
@@ -138,14 +139,15 @@ def _steps(rows: Sequence[TokenRow], config: RunConfig, key: str) -> Iterator[li
         yield list(itertools.islice(stream, config.gradient_accumulation_steps))
 
 
-def _backward(model: nn.Module, batch: Batch, tokens: int, step: int) -> float:
-    """Adds one microbatch's share of the gradient; answers its share of the step's mean loss."""
+def _share(
+    model: nn.Module, rows: Sequence[TokenRow], config: RunConfig, announce: Announce, tokens: int, step: int
+) -> Tensor:
+    """One microbatch's share of the mean loss over the step's `tokens`."""
+    batch = announced(rows, model, config, announce)
     loss: Tensor = model(**batch).loss
     if not torch.isfinite(loss):
         raise NonFiniteError(f"the loss of training step {step + 1} is {float(loss.detach())}: lower learning-rate")
-    share = loss * (predicted_tokens(batch) / tokens)
-    share.backward()  # type: ignore[no-untyped-call]
-    return float(share.detach())
+    return loss * (predicted_tokens(batch) / tokens)
 
 
 def _clip(parameters: Sequence[Tensor], max_grad_norm: float, step: int) -> None:

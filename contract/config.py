@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -255,6 +254,13 @@ class RunConfig(BaseModel):
     )
     per_device_train_batch_size: int = setting(8, TRAINING_SECTION, "Rows per microbatch.", ge=1)
     gradient_accumulation_steps: int = setting(1, TRAINING_SECTION, "Microbatches per optimiser step.", ge=1)
+    pipeline_depth: int = setting(
+        0,
+        TRAINING_SECTION,
+        "Most microbatches of a step under way at once, so that link and trunk work while the client computes; the "
+        "result is the same. 0 adapts to the round trip, 1 waits for each. DP-SGD always waits.",
+        ge=0,
+    )
     learning_rate: float = setting(2e-4, TRAINING_SECTION, "Peak learning rate of AdamW on both sides.", gt=0.0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
         "constant", TRAINING_SECTION, "Learning rate over the steps of one round, after the warm-up."
@@ -409,28 +415,6 @@ class RunConfig(BaseModel):
             return self.max_tokens
         rows = self.local_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size
         return rows * self.max_length
-
-
-@dataclass(frozen=True, slots=True)
-class SchemaRow:
-    """One setting, as the documentation shows it."""
-
-    section: str
-    key: str
-    type: str
-    default: ConfigValue
-    meaning: str
-
-
-def schema_rows() -> tuple[SchemaRow, ...]:
-    """Every setting in order, grouped by section."""
-    rows = []
-    for name, field in RunConfig.model_fields.items():
-        extra = field.json_schema_extra
-        section = str(extra["section"]) if isinstance(extra, dict) else ""
-        takes = wanted(field.annotation, field.metadata)
-        rows.append(SchemaRow(section, key_of(name), takes, field.default, field.description or ""))
-    return tuple(rows)
 
 
 def _describe(problem: ErrorDetails) -> str:

@@ -161,7 +161,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs")
+    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "credits")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class Welcome(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     adapter_sha256: str
     max_pending: int
@@ -176,7 +177,8 @@ class Welcome(_message.Message):
     chunk_bytes: int
     max_tokens: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    credits: int
+    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., credits: _Optional[int] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "size_bytes", "codec")
@@ -221,12 +223,14 @@ class Forward(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("microbatch", "hidden")
+    __slots__ = ("microbatch", "hidden", "credits")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ...) -> None: ...
+    credits: int
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., credits: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("microbatch", "grad", "want_input_grad", "reset_gradient", "reply_codec")
@@ -243,14 +247,16 @@ class Backward(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., want_input_grad: _Optional[bool] = ..., reset_gradient: _Optional[bool] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
-    __slots__ = ("microbatch", "grad", "adapter_grad_norm")
+    __slots__ = ("microbatch", "grad", "adapter_grad_norm", "credits")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     GRAD_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     grad: TensorHeader
     adapter_grad_norm: float
-    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ...) -> None: ...
+    credits: int
+    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ..., credits: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")

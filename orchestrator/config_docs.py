@@ -10,7 +10,8 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from contract.config import ConfigValue, schema_rows
+from contract.config_schema import schema_rows
+from contract.setting import ConfigValue
 
 PAGE = Path("docs/configuration.md")
 PROJECT = Path("pyproject.toml")

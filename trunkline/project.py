@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from contract.config import ConfigValue, schema_rows
+from contract.config_schema import schema_rows
 from contract.errors import ConfigError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.setting import ConfigValue
 from trunkline.bundle import COMPONENTS
 
 app = typer.Typer()

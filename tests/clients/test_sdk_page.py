@@ -24,7 +24,7 @@ def test_the_snippets_run_in_order_and_leave_adapters_that_stock_peft_loads(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     for snippet in SNIPPETS:
         assert "demo/model" in snippet
         code = snippet.replace("demo/model", str(llama_dir)).replace("127.0.0.1:50051", trunk.address)
@@ -33,6 +33,7 @@ def test_the_snippets_run_in_order_and_leave_adapters_that_stock_peft_loads(
     losses = [float(line.split()[1]) for line in out.splitlines() if re.fullmatch(r"\d \d+\.\d+", line)]
     assert len(losses) == 5
     assert losses[-1] < losses[0]
+    assert re.search(r"^mean loss [1-9]\.\d+$", out, re.MULTILINE)
     assert re.search(r"^[1-9]\d* LoRA tensors$", out, re.MULTILINE)
     for adapter in ("my-adapter", "my-trainer-adapter"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_dir), tmp_path / adapter)

@@ -127,6 +127,7 @@ def sent_fields(played: Round) -> list[tuple[str, int, dict[str, float]]]:
     targets = 0
     shape: dict[str, float] = {}
     chunks: defaultdict[int, int] = defaultdict(int)
+    positions: dict[int, int] = {}
     for index, frame in enumerate(played.frames()):
         kind = str(frame.WhichOneof("body"))
         if kind == "hello":
@@ -135,8 +136,9 @@ def sent_fields(played: Round) -> list[tuple[str, int, dict[str, float]]]:
             header = frame.forward.hidden if kind == "forward" else frame.backward.grad
             rows, tokens, hidden = header.shape
             if kind == "forward":
-                positions = unpadded(frame.forward)
-            shape = {"B": rows, "T": tokens, "D": hidden, "N": positions, "e": ELEMENT_BYTES}
+                positions[frame.forward.microbatch] = unpadded(frame.forward)
+            microbatch = frame.forward.microbatch if kind == "forward" else frame.backward.microbatch
+            shape = {"B": rows, "T": tokens, "D": hidden, "N": positions[microbatch], "e": ELEMENT_BYTES}
             request, owner = kind, index
         if kind == "chunk":
             chunks[owner] += frame.ByteSize()

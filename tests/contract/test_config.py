@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from contract.config import ConfigValue, RunConfig, schema_rows
+from contract.config import ConfigValue, RunConfig
+from contract.config_schema import schema_rows
 from contract.errors import ConfigError
 from orchestrator import config_docs
 

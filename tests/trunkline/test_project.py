@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.config import RunConfig, schema_rows
+from contract.config import RunConfig
+from contract.config_schema import schema_rows
 from contract.errors import ConfigError
 from trunkline.project import SAMPLE_CLIENTS, write_project
 
