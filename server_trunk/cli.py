@@ -45,11 +45,11 @@ HeadOption = Annotated[int, typer.Option("--head-layers", min=0, help="Decoder l
 TailOption = Annotated[int, typer.Option("--tail-layers", min=0, help="Decoder layers that the clients hold above.")]
 
 LanesOption = Annotated[
-    int, typer.Option(min=0, help="Passes computed at once; 0 takes one for each thread, 8 at most, 1 on a GPU.")
+    int, typer.Option(min=0, help="Passes computed at once; 0 tries out one for each thread, 8 at most.")
 ]
 BatchTokensOption = Annotated[
     int,
-    typer.Option(min=1, help="Rows times tokens at which a pass takes in no more clients; 1 gives each its own."),
+    typer.Option(min=0, help="Rows times tokens at which a pass takes in no more clients; 0 tries out what gains."),
 ]
 StateDirOption = Annotated[
     Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
@@ -93,7 +93,7 @@ def serve(
     device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
     lanes: LanesOption = 0,
-    batch_tokens: BatchTokensOption = 512,
+    batch_tokens: BatchTokensOption = 0,
     state_dir: StateDirOption = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
     max_pending: Annotated[int, typer.Option(min=1, help="Forwards of a session that wait for a backward.")] = 16,

@@ -89,6 +89,7 @@ class Conversation:
             max_tokens=self._max_tokens,
             codecs=self._session.codecs,
             credits=self._credits(),
+            autocast_dtype=self._session.autocast_dtype,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
@@ -162,7 +163,8 @@ class Conversation:
             self._passing.add(hold)
         data, put_aside = await self._received(forward, hold, holds_others)
         adapter, mask_BT = session.adapter, inputs.mask_BT
-        modes = (forward.autocast_dtype, forward.training, forward.need_grad)
+        by_session = session.autocast_dtype if not forward.autocast_dtype else ""
+        modes = (forward.autocast_dtype or by_session, forward.training, forward.need_grad, bool(by_session))
 
         def asked(hidden_BTD: Tensor) -> Forward:
             return Forward(adapter, hidden_BTD, mask_BT, inputs.position_ids, *modes)
