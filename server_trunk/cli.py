@@ -8,7 +8,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
 from storage.home import home_dir
+
+if TYPE_CHECKING:
+    from server_trunk.server import ServeOptions
 
 app = typer.Typer(help="The trunk server.", no_args_is_help=True)
 model_app = typer.Typer(help="Checkpoints.", no_args_is_help=True)
@@ -41,6 +44,32 @@ ModelOption = Annotated[str, typer.Option("--model", help="Checkpoint directory 
 HeadOption = Annotated[int, typer.Option("--head-layers", min=0, help="Decoder layers that the clients hold below.")]
 TailOption = Annotated[int, typer.Option("--tail-layers", min=0, help="Decoder layers that the clients hold above.")]
 
+LanesOption = Annotated[
+    int, typer.Option(min=0, help="Passes computed at once; 0 tries out one for each thread, 8 at most.")
+]
+BatchTokensOption = Annotated[
+    int,
+    typer.Option(min=0, help="Rows times tokens at which a pass takes in no more clients; 0 tries out what gains."),
+]
+StateDirOption = Annotated[
+    Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
+]
+MemoryBudgetOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for sessions, beside the model: 8G, 512M; auto takes 60 % of what is free after loading. With "
+        "less, graphs are computed again, requests wait, and idle adapters go to disk.",
+    ),
+]
+SpillBudgetOption = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="Disk under the state directory for requests that memory has no room for."),
+]
+InsecureListenOption = Annotated[
+    bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
+]
+
 
 @app.callback()
 def trunk() -> None:
@@ -63,46 +92,27 @@ def serve(
     attn_implementation: Annotated[Attention, typer.Option(help="As the clients'.")] = Attention.SDPA,
     device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
-    lanes: Annotated[
-        int, typer.Option(min=0, help="Passes computed at once; 0 takes one for each thread, 8 at most, 1 on a GPU.")
-    ] = 0,
-    batch_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Rows times tokens at which a pass takes in no more clients; 1 gives each its own."),
-    ] = 512,
-    state_dir: Annotated[
-        Path | None, typer.Option(help="Adapters and contributions.  [default: TRUNKLINE_HOME/trunk]")
-    ] = None,
+    lanes: LanesOption = 0,
+    batch_tokens: BatchTokensOption = 0,
+    state_dir: StateDirOption = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
     max_pending: Annotated[int, typer.Option(min=1, help="Forwards of a session that wait for a backward.")] = 16,
     pending_ttl_s: Annotated[float, typer.Option(min=0.1, help="Seconds such a forward may wait.")] = 600.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
-    memory_budget: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for sessions, beside the model: 8G, 512M; auto takes 60 % of what is free after loading. With "
-            "less, graphs are computed again, requests wait, and idle adapters go to disk.",
-        ),
-    ] = "auto",
-    spill_budget: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="Disk under the state directory for requests that memory has no room for."),
-    ] = "16G",
+    memory_budget: MemoryBudgetOption = "auto",
+    spill_budget: SpillBudgetOption = "16G",
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
-    insecure_listen: Annotated[
-        bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
-    ] = False,
+    insecure_listen: InsecureListenOption = False,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C."""
     os.environ.update(waiting(os.environ))
-    from server_trunk import server
+    from server_trunk.server import ServeOptions
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("trunkline").setLevel(logging.INFO)
-    options = server.ServeOptions(
+    options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
         listen=listen,
@@ -124,9 +134,15 @@ def serve(
         announce_file=announce_file,
         insecure_listen=insecure_listen,
     )
-    if insecure_listen:
+    _serve(options)
+
+
+def _serve(options: ServeOptions) -> None:
+    from server_trunk import server
+
+    if options.insecure_listen:
         talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
-    talk(f"loading the trunk of {model}")
+    talk(f"loading the trunk of {options.model}")
     served = asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
     if not served:
         talk("told to end before the trunk was ready")

@@ -88,6 +88,8 @@ class Conversation:
             chunk_bytes=CHUNK_BYTES,
             max_tokens=self._max_tokens,
             codecs=self._session.codecs,
+            credits=self._credits(),
+            autocast_dtype=self._session.autocast_dtype,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
@@ -119,6 +121,10 @@ class Conversation:
         while (answer := await self._answers.get()) is not None:
             await answer()
             self._tally()
+
+    def _credits(self) -> int:
+        """Microbatches that the client should have under way: one while memory is short, and all it may otherwise."""
+        return 1 if self._memory.scarce else self._session.pending.limit
 
     def _handed(self, future: asyncio.Future[Any]) -> list[asyncio.Future[Any]]:
         """`future` in a list of its own, from which its one reader takes it: an answer must not keep a graph alive."""
@@ -157,7 +163,8 @@ class Conversation:
             self._passing.add(hold)
         data, put_aside = await self._received(forward, hold, holds_others)
         adapter, mask_BT = session.adapter, inputs.mask_BT
-        modes = (forward.autocast_dtype, forward.training, forward.need_grad)
+        by_session = session.autocast_dtype if not forward.autocast_dtype else ""
+        modes = (forward.autocast_dtype or by_session, forward.training, forward.need_grad, bool(by_session))
 
         def asked(hidden_BTD: Tensor) -> Forward:
             return Forward(adapter, hidden_BTD, mask_BT, inputs.position_ids, *modes)
@@ -185,7 +192,7 @@ class Conversation:
                 session.pending.add(forward.microbatch, graph)
                 session.count(tokens=inputs.tokens)
             del graph  # a graph that expires while a slow client reads must not live on here
-            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
+            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header, credits=self._credits())
             await self._stream.write(pb.ServerFrame(forward=body))
             await self._stream.write_data(reply)
             if not forward.need_grad:
@@ -234,7 +241,9 @@ class Conversation:
         async def answer() -> None:
             header, reply, norm = await future.pop()
             session.pending.settled(backward.microbatch)
-            body = pb.BackwardReply(microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm)
+            body = pb.BackwardReply(
+                microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm, credits=self._credits()
+            )
             await self._stream.write(pb.ServerFrame(backward=body))
             await self._stream.write_data(reply)
 

@@ -7,6 +7,7 @@ rounding, since how a matrix product rounds depends on how many rows it has.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ class Forward:
     autocast_dtype: str = ""
     training: bool = False
     need_grad: bool = True
+    keeps_dtype: bool = False
+    """Whether the answer has the request's dtype, whatever autocast made of it: the client's own layers do not cast."""
     read_again: Callable[[], Tensor] | None = None
     """Gives the hidden states, where they are on disk and `hidden_BTD` is empty, on the meta device."""
 
@@ -69,8 +72,8 @@ class Forward:
         return self.hidden_BTD.shape[0] * self.hidden_BTD.shape[1]
 
     @property
-    def _modes(self) -> tuple[torch.dtype, str, bool, bool]:
-        return self.hidden_BTD.dtype, self.autocast_dtype, self.training, self.need_grad
+    def _modes(self) -> tuple[torch.dtype, str, bool, bool, bool]:
+        return self.hidden_BTD.dtype, self.autocast_dtype, self.keeps_dtype, self.training, self.need_grad
 
     def shares_with(self, other: Forward) -> bool:
         """Whether both can be rows of one pass: they run alike, and neither is padded by more than a fourth."""
@@ -81,6 +84,10 @@ class Forward:
             and self._modes == other._modes
             and bool(4 * max(lengths) <= 5 * min(lengths))
         )
+
+
+_CALLING = threading.local()
+_TRIED_LENGTH = 64
 
 
 class Graph:
@@ -181,13 +188,27 @@ class Lane:
         self._part = TrunkPart(model, cut).eval()
         self.slots = AdapterSlots(model)
         self._grouped = GroupedLora(modules)
-        self._threads = 0
+        self._hidden_size = int(model.config.hidden_size)
+        self._max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self._dtype = next(model.parameters()).dtype
 
     def use_threads(self, threads: int) -> None:
-        """PyTorch's threads for what comes next on this lane; other lanes keep theirs."""
-        if threads != self._threads:
+        """PyTorch's threads for what comes next on the calling thread; others keep theirs."""
+        if getattr(_CALLING, "threads", 0) != threads:
             torch.set_num_threads(threads)
-            self._threads = threads
+            _CALLING.threads = threads
+
+    def try_out(self, tokens: int, autocast_dtype: str) -> None:
+        """One forward of `tokens` in rows of 64, or as long as the model takes, on made-up activations."""
+        length = min(_TRIED_LENGTH, tokens, self._max_positions or _TRIED_LENGTH)
+        hidden_BTD = torch.zeros(max(1, tokens // length), length, self._hidden_size, dtype=self._dtype)
+        cast = AUTOCAST[autocast_dtype]
+        with (
+            torch.no_grad(),
+            self.slots.unadapted(),
+            torch.autocast(self.device, dtype=cast, enabled=cast is not None),
+        ):
+            self._part(hidden_BTD.to(self.device))
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -231,7 +252,7 @@ class Lane:
             torch.autocast(self.device, dtype=cast, enabled=cast is not None),
         ):
             output_BTD: Tensor = self._part(input_BTD, mask_BT, position_ids)
-        return output_BTD
+            return output_BTD.to(input_BTD.dtype) if like.keeps_dtype else output_BTD
 
     def _together(self, asked: Sequence[Forward], keep: bool) -> list[tuple[Tensor, Graph]]:
         order = sorted(asked, key=lambda one: (one.adapter.layout.key, one.rows))

@@ -15,6 +15,7 @@ from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_fro
 from server_trunk.contributions import check_name
 from server_trunk.lane import AUTOCAST, Graph
 
+_TRUNK_AUTOCAST = ("", "bfloat16", "auto")
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
 
@@ -30,6 +31,7 @@ class Opening:
     trainable: Trainable
     codecs: tuple[str, ...]
     deterministic: bool
+    trunk_autocast: str
     quiet: bool
 
 
@@ -46,6 +48,8 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
     codecs = tuple(codec for codec in CODECS if codec in hello.codecs)
     if not codecs:
         raise FrameError(f"hello.codecs is {list(hello.codecs)[:8]}; it must name some of {', '.join(CODECS)}")
+    if hello.trunk_autocast not in _TRUNK_AUTOCAST:
+        raise FrameError(f"hello.trunk_autocast is {hello.trunk_autocast!r}; it must be empty, bfloat16 or auto")
     round_key = round_from_wire(hello.round) if hello.HasField("round") else None
     if round_key is not None:
         check_name("run", round_key.run)
@@ -60,6 +64,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         trainable=_TRAINABLE[hello.trainable],
         codecs=codecs,
         deterministic=hello.deterministic,
+        trunk_autocast=hello.trunk_autocast,
         quiet=hello.quiet,
     )
 

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, choose_device
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
+from server_trunk.probe import Findings, probe
 from server_trunk.residents import Residents
 from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
@@ -46,7 +47,7 @@ _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number,
-    `lanes` 0 chooses by threads."""
+    `lanes` and `batch_tokens` 0 try out what is fastest here."""
 
     model: str
     cut: CutLayers
@@ -57,7 +58,7 @@ class ServeOptions:
     device: str = "auto"
     threads: int = 0
     lanes: int = 0
-    batch_tokens: int = 512
+    batch_tokens: int = 0
     max_sessions: int = 64
     max_pending: int = 16
     pending_ttl_s: float = 600.0
@@ -131,26 +132,26 @@ class TrunkServer:
         try:
             contributions = Contributions(options.state_dir)
             engine = await self._first_lane.run(self._load)
+            found = await self._first_lane.run(self._try_out, engine)
         except BaseException:
             await self._server.stop(None)
             raise
-        self._workers = [self._first_lane]
-        self._workers += [Worker(f"trunk-lane-{number}") for number in range(2, len(engine.lanes) + 1)]
+        self._workers = [self._first_lane, *(Worker(f"trunk-lane-{number}") for number in range(2, found.lanes + 1))]
         self._spill = Spill(options.state_dir, self._spill_bytes)
         budget = choose_budget(options.memory_budget, engine.device)
         self._scheduler = Scheduler(
-            list(zip(engine.lanes, self._workers, strict=True)),
+            list(zip(engine.lanes[: found.lanes], self._workers, strict=True)),
             threads=engine.threads,
-            batch_tokens=options.batch_tokens,
+            batch_tokens=found.batch_tokens,
             graph_bytes=engine.meter.estimate,
-            pass_bytes=int(budget * _FOR_PASSES / len(engine.lanes)),
+            pass_bytes=int(budget * _FOR_PASSES / found.lanes),
             residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
         )
         self._servicer = TrunkServicer(
             engine,
             self._table,
             contributions,
-            Limits(options.max_tokens, options.idle_timeout_s),
+            Limits(options.max_tokens, options.idle_timeout_s, found.autocast_dtype),
             scheduler=self._scheduler,
             first_lane=self._first_lane,
             disk=self._disk,
@@ -163,7 +164,7 @@ class TrunkServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         self._sweeper = asyncio.create_task(self._sweep())
-        return f"{host}:{port}", engine.summary()
+        return f"{host}:{port}", f"{engine.summary()} {found.summary()}"
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Admit no more sessions, let the open ones finish for the grace period (or until `hurry`), then stop."""
@@ -198,6 +199,13 @@ class TrunkServer:
             device=options.device,
             lanes=options.lanes,
         )
+
+    def _try_out(self, engine: Engine) -> Findings:
+        options = self._options
+        if options.batch_tokens:
+            return Findings(options.batch_tokens, len(engine.lanes), "")
+        found = probe(engine.lanes, engine.threads)
+        return replace(found, lanes=len(engine.lanes)) if options.lanes else found
 
     async def _sweep(self) -> None:
         interval_s = min(5.0, self._options.pending_ttl_s / 4)

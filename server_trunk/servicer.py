@@ -69,10 +69,14 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one session may ask of this trunk: B * T of one forward, and seconds between two frames."""
+    """What one session may ask of this trunk: B * T of one forward, and seconds between two frames.
+
+    `autocast_dtype` is what it gets where it leaves the choice to the trunk.
+    """
 
     max_tokens: int
     idle_timeout_s: float
+    autocast_dtype: str = ""
 
 
 class TrunkServicer:
@@ -185,8 +189,15 @@ class TrunkServicer:
         if not isinstance(base_sha256, str):
             read = functools.partial(self._engine.read, adapter, gradients=False)
             base_sha256 = sha256_hex(await self._scheduler.other(seat, read))
+        auto = opening.trunk_autocast == "auto"
         session = self._table.open(
-            opening.client_id, opening.round_key, base_sha256, opening.codecs, adapter, quiet=opening.quiet
+            opening.client_id,
+            opening.round_key,
+            base_sha256,
+            opening.codecs,
+            adapter,
+            quiet=opening.quiet,
+            autocast_dtype=self._limits.autocast_dtype if auto else opening.trunk_autocast,
         )
         seat.keeps_graphs = lambda: session.pending.keeps_graphs
         try:

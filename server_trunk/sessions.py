@@ -152,6 +152,7 @@ class Session(Generic[Adapter, Graph]):
     totals: Counters  # of the round, shared by its sessions
     clock: Clock
     quiet: bool = False
+    autocast_dtype: str = ""
     counters: Counters = field(default_factory=Counters)
     _showed_life: float = float("-inf")
 
@@ -208,6 +209,7 @@ class SessionTable(Generic[Adapter, Graph]):
         adapter: Adapter,
         *,
         quiet: bool = False,
+        autocast_dtype: str = "",
     ) -> Session[Adapter, Graph]:
         """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress."""
         totals = self._totals(round_key) if round_key is not None else Counters()
@@ -224,6 +226,7 @@ class SessionTable(Generic[Adapter, Graph]):
             totals=totals,
             clock=self._clock,
             quiet=quiet,
+            autocast_dtype=autocast_dtype,
         )
         self._open.add(session)
         return session

@@ -22,7 +22,9 @@ async def host(folder: Path) -> None:
     for name, settings in asked["trunks"].items():
         cut = CutLayers(settings.pop("head"), settings.pop("tail"))
         state_dir = Path(asked["state_dir"]) / name
-        server = TrunkServer(ServeOptions(cut=cut, listen="127.0.0.1:0", state_dir=state_dir, device="cpu", **settings))
+        server = TrunkServer(
+            ServeOptions(cut=cut, listen="127.0.0.1:0", state_dir=state_dir, device="cpu", batch_tokens=512, **settings)
+        )
         addresses[name], _ = await server.start()
         servers.append(server)
     (folder / "announce.new").write_text(json.dumps(addresses))

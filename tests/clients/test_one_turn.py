@@ -47,7 +47,7 @@ def fail_at_the_model(sites: SecureSites, session: SecureSession, monkeypatch: p
         "resolve_model": lambda model: model,
         "load_tokenizer": lambda model: None,
         "load_dataset": lambda *_: None,
-        "TrunkConnection": lambda *_, **__: connection,
+        "trunk_route": lambda *_: connection,
         "_open_model": opening,
     }.items():
         monkeypatch.setattr(f"clients.participation.{name}", stub)

@@ -99,7 +99,7 @@ def start_trunk(model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Runni
     started: list[RunningTrunk] = []
 
     def start(**options: Any) -> RunningTrunk:
-        plain = ServeOptions(str(model_dir), CUT, "127.0.0.1:0", tmp_path / "state", device="cpu")
+        plain = ServeOptions(str(model_dir), CUT, "127.0.0.1:0", tmp_path / "state", device="cpu", batch_tokens=512)
         started.append(RunningTrunk(replace(plain, **options)))
         return started[-1]
 
@@ -117,6 +117,7 @@ def trunk(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "127.0.0.1:0",
         tmp_path_factory.mktemp("state"),
         device="cpu",
+        batch_tokens=512,
         max_sessions=8,
         max_pending=3,
         max_tokens=64,

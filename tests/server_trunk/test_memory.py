@@ -252,3 +252,22 @@ def test_idle_adapters_go_to_disk_and_come_back(
         alone.backward(alone.forward(hidden))
         alone.step()
     assert sessions[2].read() == alone.read()
+
+
+def test_clients_are_told_to_have_less_under_way_while_memory_is_short(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server_trunk.server.choose_budget", lambda asked, device: 10 * session_bytes(40))
+    monkeypatch.setattr("server_trunk.server._FOR_PASSES", 100.0)
+    client = WireClient(start_trunk(max_pending=4).address)
+    session = client.session(client.hello(lora))
+    assert session.welcome.credits == 4
+    hidden = torch.zeros(4, 10, HIDDEN)
+    told = []
+    for _ in range(3):
+        session.forward(hidden)
+        told.append(session.credits)
+    assert told == [4, 4, 1]
+    session.backward(hidden, microbatch=1)
+    session.backward(hidden, microbatch=2)
+    assert session.credits == 4

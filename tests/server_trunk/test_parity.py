@@ -63,7 +63,13 @@ def serve_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]
         if not directory.exists():
             save_model(family, directory)
         plain = ServeOptions(
-            str(directory), cut, "127.0.0.1:0", root / "state", attn_implementation=attention(family), device="cpu"
+            str(directory),
+            cut,
+            "127.0.0.1:0",
+            root / "state",
+            attn_implementation=attention(family),
+            device="cpu",
+            batch_tokens=512,
         )
         with running(replace(plain, **options)) as trunk:
             wire = WireClient(trunk.address)

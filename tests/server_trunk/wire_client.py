@@ -83,7 +83,7 @@ class WireSession:
     def __init__(self, channel: grpc.Channel, hello: pb.Hello | None) -> None:
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.sent_bytes = self.received_bytes = 0
-        self._microbatch = 0
+        self._microbatch = self.credits = 0
         self._masks: dict[int, Tensor | None] = {}
         self.codec = "identity" if hello is None else hello.codecs[0]
         stream = channel.stream_stream("/trunkline.v1.Trunk/Session")
@@ -137,6 +137,7 @@ class WireSession:
         self.send(forward=pb.Forward(**{**plain, **fields}))
         self.send_data(data)
         reply = self.receive("forward")
+        self.credits = reply.credits
         return codec.decode(reply.hidden, self.receive_data(reply.hidden.size_bytes), mask_BT)
 
     @property
@@ -159,6 +160,7 @@ class WireSession:
         )
         self.send_data(data)
         reply = self.receive("backward")
+        self.credits = reply.credits
         if not reply.HasField("grad"):
             return None, reply.adapter_grad_norm
         data = self.receive_data(reply.grad.size_bytes)
