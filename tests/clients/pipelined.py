@@ -108,8 +108,9 @@ class SlowStream:
         self._stream, self._hold = trunk._stream, hold
         self.sent: list[str] = []
         self.answered: list[str] = []
-        self.graphs = self.most_graphs = 0
-        self.advice: list[int] = []
+        self.graphs = 0
+        self.graphs_by_forward: list[int] = []
+        self.advice: int | None = None  # in place of the trunk's own
         trunk._stream = self  # type: ignore[assignment]
 
     def send(self, frame: Any) -> None:
@@ -117,7 +118,7 @@ class SlowStream:
         self.sent.append(kind)
         if kind == "forward":
             self.graphs += 1
-            self.most_graphs = max(self.most_graphs, self.graphs)
+            self.graphs_by_forward.append(self.graphs)
         self._stream.send(frame)
 
     def receive(self, kind: str) -> Any:
@@ -125,9 +126,13 @@ class SlowStream:
         reply = self._stream.receive(kind)
         self.answered.append(kind)
         self.graphs -= kind == "backward"
-        if kind == "forward" and self.advice:
-            reply.credits = self.advice.pop(0)
+        if kind in ("forward", "backward") and self.advice is not None:
+            reply.credits = self.advice
         return reply
+
+    @property
+    def most_graphs(self) -> int:
+        return max(self.graphs_by_forward)
 
     @property
     def under_way(self) -> int:

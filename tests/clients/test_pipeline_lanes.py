@@ -74,17 +74,18 @@ def test_a_tail_goes_before_the_next_head(load: Loader) -> None:
 
 def test_advice_from_the_trunk_narrows_a_step_that_is_on_its_way(load: Loader) -> None:
     model = load()
-    stream = SlowStream(model)
-    stream.advice = [1]
+    stream = SlowStream(model, lambda stream: until(lambda: len(stream.sent) >= 4))
+    stream.advice = 1
     at_width(model, 4)
     accumulate(model, microbatches(), WEIGHTS, depth=4)
     assert remote_layers(model).trunk.credits == 1
-    stream.most_graphs = 0
+    assert stream.graphs_by_forward == [1, 2, 3, 4, 1, 1, 1, 1]
+    stream.graphs_by_forward.clear()
     accumulate(model, microbatches(), WEIGHTS, depth=4)
     assert stream.most_graphs == 1
-    stream.advice = [3]
+    stream.advice = 3
     accumulate(model, microbatches(), WEIGHTS, depth=4)
-    stream.most_graphs = 0
+    stream.graphs_by_forward.clear()
     at_width(model, 4)
     accumulate(model, microbatches(), WEIGHTS, depth=4)
     assert 1 < stream.most_graphs <= 3
@@ -147,6 +148,7 @@ def test_an_error_at_the_trunk_ends_all_of_them_and_is_told_once(
     small = trunk_process(llama_dir, CUT.head, CUT.tail, max_pending=3)
     model = load(address=small.address)
     monkeypatch.setattr(type(remote_layers(model).trunk), "room", MICROBATCHES)
+    remote_layers(model).trunk.credits = 0
     stream = SlowStream(model, lambda stream: until(lambda: len(stream.sent) >= 4))
     at_width(model, 6)
     with pytest.raises(CapacityError, match="3 forwards wait") as caught:
