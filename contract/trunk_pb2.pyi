@@ -177,16 +177,18 @@ class Welcome(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("dtype", "shape", "size_bytes", "codec")
+    __slots__ = ("dtype", "shape", "size_bytes", "codec", "outlier_channels")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     size_bytes: int
     codec: str
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    outlier_channels: int
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[str] = ..., outlier_channels: _Optional[int] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("data",)
@@ -219,12 +221,14 @@ class Forward(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("microbatch", "hidden")
+    __slots__ = ("microbatch", "hidden", "held_s")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ...) -> None: ...
+    held_s: float
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("microbatch", "grad", "want_input_grad", "reset_gradient", "reply_codec")
@@ -241,14 +245,16 @@ class Backward(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., want_input_grad: _Optional[bool] = ..., reset_gradient: _Optional[bool] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
-    __slots__ = ("microbatch", "grad", "adapter_grad_norm")
+    __slots__ = ("microbatch", "grad", "adapter_grad_norm", "held_s")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     GRAD_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     grad: TensorHeader
     adapter_grad_norm: float
-    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ...) -> None: ...
+    held_s: float
+    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")
