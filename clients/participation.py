@@ -23,6 +23,7 @@ from aggregation import tally
 from aggregation.protocol import PlainSumClient
 from clients.connection import TrunkConnection
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
+from clients.link import WireCodecs
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
@@ -130,7 +131,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, connection: Tr
         cut=config.cut,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
-        codec=config.codec,
+        codecs=WireCodecs(config.codec, config.gradient_codec),
         timeout_s=config.round_timeout_s,
         mechanism=wire_mechanism(config),
     )

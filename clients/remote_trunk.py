@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clients.connection import FrameStream, TrunkConnection
+from clients.link import EXACT, CodecPolicy, Exchange, WireCodecs
 from contract import codec, wire
 from contract.adapter import from_bytes
 from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
@@ -83,16 +85,17 @@ class RemoteTrunk:
         adapter_bytes: int,
         timeout_s: float = 300.0,
         mechanism: WireMechanism | None = None,
+        codecs: WireCodecs = EXACT,
     ) -> None:
         """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
 
         Every value passes `mechanism` on its way out; one that is not Off needs `announce` before each forward.
-        Raises AgreementError when the two sides do not hold the same model, or the trunk names an unexpected adapter.
+        Raises AgreementError when the two sides do not hold the same model, the trunk does not take the codecs that
+        are named, or names an unexpected adapter.
         """
         self.address = connection.address
         self.wire_log = connection.wire_log
         self._connection = connection  # a channel that nobody holds closes itself
-        self._codec = hello.codecs[0]
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes
         self._mechanism: WireMechanism = mechanism or Off()
@@ -104,8 +107,10 @@ class RemoteTrunk:
         self._stream: FrameStream = connection.open_stream(timeout_s)
         self._hang_up = weakref.finalize(self, self._stream.cancel)
         with self._exchange() as stream:
-            stream.send(ClientFrame(hello=hello))
+            stream.send(ClientFrame(hello=_offering(hello, codecs)))
             self.welcome: Welcome = stream.receive("welcome")
+            codecs.require_accepted(self.welcome.codecs, self.address)
+        self._codecs = CodecPolicy(codecs, self.welcome.codecs, connection.round_trip_s)
         if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
             self.abandon()
             raise AgreementError(
@@ -140,19 +145,23 @@ class RemoteTrunk:
             "the hidden states at the head cut",
             lambda values: self._mechanism.forward(_without_padding(values, mask_BT), rows),
         )
-        header, data = codec.encode(released, self._codec, mask_BT)
-        request.reply_codec = self._codec
+        request.reply_codec = self._codecs.now.forward
+        header, data = codec.encode(released, request.reply_codec, mask_BT)
         request.hidden.CopyFrom(header)
         with self._exchange():
             self._microbatches += 1
             request.microbatch = self._microbatches
             while self._dropped:
                 request.dropped.append(self._dropped.popleft())
+            timing = _Timing(header, mask_BT)
             self._send(ClientFrame(forward=request), data)
             reply = self._reply("forward")
+            timing.answered(reply.held_s, reply.hidden.size_bytes)
             output_BTD = self._tensor(
-                reply.hidden, tuple(hidden_BTD.shape), mask_BT, "the hidden states from the trunk"
+                reply.hidden, request.reply_codec, tuple(hidden_BTD.shape), mask_BT, "the hidden states from the trunk"
             )
+            if need_grad:
+                self._codecs.observe("forward", timing.exchange())
         graph = self._pending(request.microbatch, tuple(output_BTD.shape), rows, mask_BT) if need_grad else None
         return output_BTD.to(hidden_BTD.device), graph
 
@@ -173,26 +182,30 @@ class RemoteTrunk:
         released = self._released(
             grad_BTD, "the gradient at the tail cut", lambda values: self._mechanism.backward(values, graph.rows)
         )
-        header, data = codec.encode(released, self._codec, graph.mask_BT)
+        reply_codec = self._codecs.now.backward
+        header, data = codec.encode(released, reply_codec, graph.mask_BT)
         request = Backward(
             microbatch=graph.microbatch,
             grad=header,
             want_input_grad=want_input_grad,
             reset_gradient=reset_gradient,
-            reply_codec=self._codec,
+            reply_codec=reply_codec,
         )
         graph.forget.detach()
         input_grad_BTD = None
         with self._exchange():
+            timing = _Timing(header, graph.mask_BT)
             self._send(ClientFrame(backward=request), data)
             reply = self._reply("backward")
+            timing.answered(reply.held_s, reply.grad.size_bytes)
             if want_input_grad:
                 input_grad_BTD = self._tensor(
-                    reply.grad, graph.batch_shape, graph.mask_BT, "the gradient from the trunk"
+                    reply.grad, reply_codec, graph.batch_shape, graph.mask_BT, "the gradient from the trunk"
                 )
                 input_grad_BTD = input_grad_BTD.to(grad_BTD.device)
             if not 0.0 <= reply.adapter_grad_norm < math.inf:
                 raise NonFiniteError(f"the norm of the trunk adapter's gradient is {reply.adapter_grad_norm}")
+            self._codecs.observe("backward", timing.exchange())
         return input_grad_BTD, reply.adapter_grad_norm
 
     def step(self, settings: AdamWSettings, grad_scale: float) -> None:
@@ -279,10 +292,12 @@ class RemoteTrunk:
             self._owed_step_replies -= 1
         return self._stream.receive(kind)
 
-    def _tensor(self, header: TensorHeader, shape: tuple[int, ...], mask_BT: Tensor | None, what: str) -> Tensor:
+    def _tensor(
+        self, header: TensorHeader, codec_name: str, shape: tuple[int, ...], mask_BT: Tensor | None, what: str
+    ) -> Tensor:
         codec.check_header(
             header,
-            codecs=(self._codec,),
+            codecs=(codec_name,),
             mask_BT=mask_BT,
             hidden_size=self._hidden_size,
             max_tokens=self.welcome.max_tokens,
@@ -306,6 +321,37 @@ class RemoteTrunk:
         graph.forget = weakref.finalize(graph, self._dropped.append, microbatch)
         graph.forget.atexit = False
         return graph
+
+
+class _Timing:
+    """The times of one exchange, from the moment that its request goes out."""
+
+    def __init__(self, header: TensorHeader, mask_BT: Tensor | None) -> None:
+        self._header, self._mask_BT = header, mask_BT
+        self._started_s = time.monotonic()
+
+    def answered(self, held_s: float, size_bytes: int) -> None:
+        """The reply's first frame has come, before its tensor of `size_bytes`."""
+        self._answered_s, self._held_s, self._received_bytes = time.monotonic(), held_s, size_bytes
+
+    def exchange(self) -> Exchange:
+        """The reply's tensor has come, where one was due."""
+        return Exchange(
+            sizes=codec.sizes(self._header, self._mask_BT),
+            sent_bytes=self._header.size_bytes,
+            received_bytes=self._received_bytes,
+            started_s=self._started_s,
+            answered_s=self._answered_s,
+            ended_s=time.monotonic(),
+            held_s=self._held_s,
+        )
+
+
+def _offering(hello: Hello, codecs: WireCodecs) -> Hello:
+    offer = Hello()
+    offer.CopyFrom(hello)
+    offer.codecs[:] = codecs.offered()
+    return offer
 
 
 def _without_padding(hidden_BTD: npt.NDArray[np.float32], mask_BT: Tensor | None) -> npt.NDArray[np.float32]:

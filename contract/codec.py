@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from contract import quantize
-from contract.errors import ConfigError, FrameError, FrameTooLargeError, NonFiniteError
+from contract.errors import FrameError, FrameTooLargeError, NonFiniteError
 from contract.trunk_pb2 import TensorHeader
 
 CODECS = ("identity", "bf16", "fp16", "int8")
@@ -24,12 +24,6 @@ above 65504 and loses below 6e-8."""
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_codec(codec: str) -> None:
-    """Raise ConfigError unless `codec` is one of CODECS."""
-    if codec not in CODECS:
-        raise ConfigError(f"codec is {codec!r}; it must be one of {', '.join(CODECS)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -48,6 +42,12 @@ def encoded_bytes(positions: int, hidden_size: int, dtype: str, codec: str, outl
     if codec == "int8":
         return quantize.size_bytes(positions, hidden_size, outlier_channels)
     return positions * hidden_size * _wire_dtype(dtype, codec).itemsize
+
+
+def sizes(header: TensorHeader, mask_BT: Tensor | None) -> dict[str, int]:
+    """What the tensor that `header` announces takes by each codec, outlier channels apart."""
+    positions, hidden_size = sent_positions(mask_BT, header.shape), header.shape[-1]
+    return {name: encoded_bytes(positions, hidden_size, header.dtype, name) for name in CODECS}
 
 
 def _sent_BT(mask_BT: Tensor) -> Tensor:

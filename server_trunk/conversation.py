@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -91,12 +92,13 @@ class Conversation:
         if forward.need_grad:
             session.pending.reserve(forward.microbatch, inputs.tokens)
         data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")
+        came_s = time.monotonic()
         graph, header, reply = await self._compute.run(self._run_forward, forward, inputs, data)
         if forward.need_grad:
             session.pending.add(forward.microbatch, graph)
             session.count(tokens=inputs.tokens)
         del graph  # a graph that expires while a slow client reads must not live on here
-        body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header)
+        body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header, held_s=time.monotonic() - came_s)
         await self._stream.write(pb.ServerFrame(forward=body))
         await self._stream.write_data(reply)
 
@@ -118,10 +120,13 @@ class Conversation:
         graph = self._session.pending.pop(backward.microbatch)
         check_backward(backward, graph, self._session.codecs, self._max_tokens)
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
+        came_s = time.monotonic()
         header, reply, norm = await self._compute.run(self._run_backward, backward, graph, data)
         del graph
         self._session.pending.settled(backward.microbatch)
-        body = pb.BackwardReply(microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm)
+        body = pb.BackwardReply(
+            microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm, held_s=time.monotonic() - came_s
+        )
         await self._stream.write(pb.ServerFrame(backward=body))
         await self._stream.write_data(reply)
 
