@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from contract.errors import AgreementError, ConfigError, ConnectionFailedError
+from contract.records import DELTA_CODEC, gradient_codec
 
 logger = logging.getLogger("trunkline.clients")
 
@@ -43,11 +44,14 @@ class WireCodecs:
 
     @classmethod
     def named(cls, codec: str, codec_backward: str, known: Collection[str]) -> WireCodecs:
-        """As a setting names them, `same` for the other's. Raises ConfigError unless both are `known` or `auto`."""
-        found = cls(codec, codec if codec_backward == "same" else codec_backward)
-        for key, name in (("codec", found.forward), ("codec-backward", found.backward)):
-            if name not in (*known, AUTO):
-                raise ConfigError(f"{key} is {name!r}; it must be one of {', '.join((*known, AUTO))}")
+        """As a setting names them, `same` for the other's. Raises ConfigError unless both are `known` or `auto`.
+
+        `int4-delta`, of activations alone, need not be among those.
+        """
+        found = cls(codec, gradient_codec(codec, codec_backward))
+        for key, name, more in (("codec", codec, (DELTA_CODEC, AUTO)), ("codec-backward", found.backward, (AUTO,))):
+            if name not in (*known, *more):
+                raise ConfigError(f"{key} is {name!r}; it must be one of {', '.join((*known, *more))}")
         return found
 
     def __str__(self) -> str:
@@ -55,14 +59,16 @@ class WireCodecs:
 
     def offered(self) -> list[str]:
         """What the hello says that this client may use."""
-        named = [name for name in (self.forward, self.backward) if name != AUTO]
         automatic = AUTO_CODECS if AUTO in (self.forward, self.backward) else ()
-        return list(dict.fromkeys([*named, *automatic]))
+        return list(dict.fromkeys([*self._named(), *automatic]))
+
+    def _named(self) -> list[str]:
+        named = [name for name in (self.forward, self.backward) if name != AUTO]
+        return [*named, DELTA_START] if self.forward == DELTA_CODEC else named
 
     def require_accepted(self, accepted: Collection[str], address: str) -> None:
         """Raise AgreementError unless the trunk takes each named codec, and for `auto` one at least."""
-        named = {name for name in (self.forward, self.backward) if name != AUTO}
-        lost = sorted(named - set(accepted))
+        lost = set(self._named()) - set(accepted)
         automatic = AUTO not in (self.forward, self.backward) or set(accepted) & set(AUTO_CODECS)
         if lost or not automatic:
             raise AgreementError(
@@ -72,6 +78,8 @@ class WireCodecs:
 
 
 EXACT = WireCodecs()
+DELTA_START = "int8"
+"""What goes in full by int4-delta, and what crosses without training."""
 
 
 @dataclass(frozen=True, slots=True)

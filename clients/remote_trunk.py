@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from clients.connection import FrameStream, TrunkConnection
-from clients.link import EXACT, CodecPolicy, Exchange, WireCodecs
+from clients.link import DELTA_START, EXACT, CodecPolicy, Exchange, WireCodecs
+from clients.sample_places import SamplePlaces
 from contract import codec, wire
 from contract.adapter import from_bytes
-from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.delta import SampleCache, Samples
+from contract.errors import AgreementError, ConfigError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
 from contract.privacy_records import Channel, PrivacyEvent
-from contract.records import AdamWSettings
+from contract.records import DELTA_CODEC, AdamWSettings
 from contract.trunk_pb2 import (
     Backward,
     ClientFrame,
@@ -99,6 +101,8 @@ class RemoteTrunk:
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes
         self._mechanism: WireMechanism = mechanism or Off()
+        if codecs.forward == DELTA_CODEC and not isinstance(self._mechanism, Off):
+            raise ConfigError(f"codec is {DELTA_CODEC}, but the wire's noise is drawn anew each time: name another")
         self._rows: tuple[int, ...] = ()
         self._microbatches = 0
         self._owed_step_replies = 0
@@ -111,6 +115,8 @@ class RemoteTrunk:
             self.welcome: Welcome = stream.receive("welcome")
             codecs.require_accepted(self.welcome.codecs, self.address)
         self._codecs = CodecPolicy(codecs, self.welcome.codecs, connection.round_trip_s)
+        self._places = SamplePlaces(self.welcome.sample_cache_bytes, hidden_size)
+        self._samples = SampleCache(self.welcome.sample_cache_bytes, hidden_size)
         if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
             self.abandon()
             raise AgreementError(
@@ -146,9 +152,15 @@ class RemoteTrunk:
             lambda values: self._mechanism.forward(_without_padding(values, mask_BT), rows),
         )
         request.reply_codec = self._codecs.now.forward
-        header, data = codec.encode(released, request.reply_codec, mask_BT)
-        request.hidden.CopyFrom(header)
+        samples = None
+        if request.reply_codec == DELTA_CODEC and not need_grad:
+            request.reply_codec = DELTA_START
+        if request.reply_codec != DELTA_CODEC:
+            header, data = codec.encode(released, request.reply_codec, mask_BT)
         with self._exchange():
+            if request.reply_codec == DELTA_CODEC:
+                samples, header, data = self._as_difference(request, released, mask_BT, rows)
+            request.hidden.CopyFrom(header)
             self._microbatches += 1
             request.microbatch = self._microbatches
             while self._dropped:
@@ -158,7 +170,12 @@ class RemoteTrunk:
             reply = self._reply("forward")
             timing.answered(reply.held_s, reply.hidden.size_bytes)
             output_BTD = self._tensor(
-                reply.hidden, request.reply_codec, tuple(hidden_BTD.shape), mask_BT, "the hidden states from the trunk"
+                reply.hidden,
+                request.reply_codec,
+                tuple(hidden_BTD.shape),
+                mask_BT,
+                "the hidden states from the trunk",
+                samples,
             )
             if need_grad:
                 self._codecs.observe("forward", timing.exchange())
@@ -280,6 +297,16 @@ class RemoteTrunk:
         codec.require_finite(released, what)
         return released
 
+    def _as_difference(
+        self, request: Forward, released: Tensor, mask_BT: Tensor | None, rows: Sequence[int]
+    ) -> tuple[Samples, TensorHeader, memoryview]:
+        """Both ends' caches move with what is sent: the session is over if this fails."""
+        lengths = codec.sent_lengths(mask_BT, released.shape)
+        samples = self._places.plan(rows, lengths)
+        self._samples.admit(samples, lengths)
+        samples.write(request)
+        return samples, *self._samples.encode("head", released, mask_BT, samples)
+
     def _send(self, frame: ClientFrame, data: memoryview) -> None:
         self._stream.send(frame)
         chunk_bytes = min(self.welcome.chunk_bytes or wire.CHUNK_BYTES, wire.CHUNK_BYTES)
@@ -293,7 +320,13 @@ class RemoteTrunk:
         return self._stream.receive(kind)
 
     def _tensor(
-        self, header: TensorHeader, codec_name: str, shape: tuple[int, ...], mask_BT: Tensor | None, what: str
+        self,
+        header: TensorHeader,
+        codec_name: str,
+        shape: tuple[int, ...],
+        mask_BT: Tensor | None,
+        what: str,
+        samples: Samples | None = None,
     ) -> Tensor:
         codec.check_header(
             header,
@@ -303,8 +336,14 @@ class RemoteTrunk:
             max_tokens=self.welcome.max_tokens,
             what=what,
             shape=shape,
+            differences=None if samples is None else samples.differences,
         )
-        tensor_BTD = codec.decode(header, self._collect(header.size_bytes, what), mask_BT)
+        data = self._collect(header.size_bytes, what)
+        if samples is None:
+            tensor_BTD = codec.decode(header, data, mask_BT)
+        else:
+            tensor_BTD = self._samples.decode("tail", header, data, mask_BT, samples)
+            self._places.answered(samples)
         codec.require_finite(tensor_BTD, what)
         return tensor_BTD
 

@@ -93,8 +93,9 @@ def load_split_model(
     every field that leaves is listed there as JSON lines (sizes, never values).
 
     The cut, `dtype` ("float32" or "bfloat16") and `attn_implementation` must be the trunk's. `codec` is that of the
-    activations on the wire: "identity" (exact), "bf16", "fp16", "int8", or "auto" for what the measured link needs;
-    `codec_backward` is that of their gradients, "same" for the same. A wait for the trunk ends after `timeout_s`.
+    activations on the wire: "identity" (exact), "bf16", "fp16", "int8", "int4-delta" for announced rows that come
+    again, or "auto" for what the measured link needs. `codec_backward` is that of the gradients: "same", or any but
+    "int4-delta", for which "same" is "int8". A wait for the trunk ends after `timeout_s`.
 
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """

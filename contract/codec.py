@@ -7,6 +7,7 @@ and `fp16` round to these types on the wire and give the tensor its dtype back o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from contract import quantize
 from contract.errors import FrameError, FrameTooLargeError, NonFiniteError
+from contract.records import DELTA_CODEC
 from contract.trunk_pb2 import TensorHeader
 
 CODECS = ("identity", "bf16", "fp16", "int8")
 """From the least lossy to the smallest, but that bf16 and fp16 lose differently: fp16 has 3 more bits, and overflows
 above 65504 and loses below 6e-8."""
+SESSION_CODECS = (*CODECS, DELTA_CODEC)
+"""Of a session: `contract.delta` has the last, which needs what both ends keep, and is for activations alone."""
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,10 +48,20 @@ def encoded_bytes(positions: int, hidden_size: int, dtype: str, codec: str, outl
     return positions * hidden_size * _wire_dtype(dtype, codec).itemsize
 
 
+def delta_bytes(lengths: Sequence[int], hidden_size: int, differences: Sequence[bool], outlier_channels: int) -> int:
+    """The size by int4-delta of rows of these lengths. Raises FrameError where there is not one difference a row."""
+    if len(differences) != len(lengths):
+        raise FrameError(f"forward.differences has {len(differences)} values; the batch has {len(lengths)} rows")
+    differing = sum(itertools.compress(lengths, differences))
+    full = quantize.size_bytes(sum(lengths) - differing, hidden_size, outlier_channels)
+    return full + differing * (4 + math.ceil(hidden_size / 2))
+
+
 def sizes(header: TensorHeader, mask_BT: Tensor | None) -> dict[str, int]:
-    """What the tensor that `header` announces takes by each codec, outlier channels apart."""
+    """What the tensor that `header` announces takes by each codec, outlier channels aside; all of it as differences."""
     positions, hidden_size = sent_positions(mask_BT, header.shape), header.shape[-1]
-    return {name: encoded_bytes(positions, hidden_size, header.dtype, name) for name in CODECS}
+    found = {name: encoded_bytes(positions, hidden_size, header.dtype, name) for name in CODECS}
+    return found | {DELTA_CODEC: delta_bytes([positions], hidden_size, [True], 0)}
 
 
 def _sent_BT(mask_BT: Tensor) -> Tensor:
@@ -56,6 +70,14 @@ def _sent_BT(mask_BT: Tensor) -> Tensor:
     Padding on the left is sent: the position before the first token predicts it, in a loss over the whole row.
     """
     return mask_BT.flip(1).cummax(1).values.flip(1).to(torch.bool)
+
+
+def sent_lengths(mask_BT: Tensor | None, shape: Sequence[int]) -> list[int]:
+    """How many positions of each row are sent; all of them without a mask."""
+    if mask_BT is None:
+        return [shape[1]] * shape[0]
+    lengths: list[int] = _sent_BT(mask_BT).sum(1).tolist()
+    return lengths
 
 
 def sent_positions(mask_BT: Tensor | None, shape: Sequence[int]) -> int:
@@ -156,10 +178,12 @@ def check_header(
     mask_BT: Tensor | None = None,
     dtypes: Collection[str] = tuple(DTYPES),
     shape: Sequence[int] | None = None,
+    differences: Sequence[bool] | None = None,
 ) -> None:
     """Raise FrameError unless `header` announces a [B, T, hidden_size] tensor of one of `dtypes` that fits.
 
-    With `shape` the tensor must have exactly that shape. FrameTooLargeError: B * T is over `max_tokens`.
+    With `shape` the tensor must have exactly that shape. `differences`: which of its rows go as such, by int4-delta.
+    FrameTooLargeError: B * T is over `max_tokens`.
     """
     if header.codec not in codecs:
         raise FrameError(f"{what}: codec is {header.codec!r}; this session agreed on {' or '.join(codecs)}")
@@ -172,14 +196,17 @@ def check_header(
         raise FrameError(f"{what}: shape is {list(got)}; it must be [B, T, {hidden_size}] with B and T at least 1")
     if got[0] * got[1] > max_tokens:
         raise FrameTooLargeError(f"{what}: {got[0]} x {got[1]} tokens are over the limit of {max_tokens}")
-    most_outliers = quantize.outlier_limit(hidden_size) if header.codec == "int8" else 0
+    most_outliers = quantize.outlier_limit(hidden_size) if header.codec in ("int8", DELTA_CODEC) else 0
     if header.outlier_channels > most_outliers:
         raise FrameError(
             f"{what}: outlier_channels is {header.outlier_channels}; codec {header.codec} keeps at most "
             f"{most_outliers} of {hidden_size} apart"
         )
-    positions = sent_positions(mask_BT, got)
-    size_bytes = encoded_bytes(positions, hidden_size, header.dtype, header.codec, header.outlier_channels)
+    if header.codec == DELTA_CODEC:
+        size_bytes = delta_bytes(sent_lengths(mask_BT, got), hidden_size, differences or (), header.outlier_channels)
+    else:
+        positions = sent_positions(mask_BT, got)
+        size_bytes = encoded_bytes(positions, hidden_size, header.dtype, header.codec, header.outlier_channels)
     if header.size_bytes != size_bytes:
         raise FrameError(
             f"{what}: size_bytes is {header.size_bytes}; {list(got)} {header.dtype} by codec {header.codec} takes "

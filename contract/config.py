@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from contract.errors import ConfigError
 from contract.privacy_settings import check_privacy
-from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers
+from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers, gradient_codec
 from contract.setting import ConfigValue as ConfigValue
 from contract.setting import key_of, setting, wanted
 
@@ -72,14 +72,16 @@ class RunConfig(BaseModel):
     attn_implementation: Literal["sdpa", "eager"] = setting(
         "sdpa", SPLIT_SECTION, "Attention on both sides; another one gives other bits."
     )
-    codec: Literal["identity", "bf16", "fp16", "int8", "auto"] = setting(
+    codec: Literal["identity", "bf16", "fp16", "int8", "int4-delta", "auto"] = setting(
         "identity",
         SPLIT_SECTION,
-        "Encoding of activations on the wire; `identity` loses nothing, `auto` picks identity, bf16 or int8 by the "
-        "measured link, so that no two runs need give the same bits.",
+        "Encoding of activations on the wire; `identity` loses nothing, `int4-delta` sends what changed since a row "
+        "went before, `auto` picks identity, bf16 or int8 by the measured link: no two runs need give the same bits.",
     )
     codec_backward: Literal["same", "identity", "bf16", "fp16", "int8", "auto"] = setting(
-        "same", SPLIT_SECTION, "Encoding of gradients on the wire; `same` takes what `codec` says."
+        "same",
+        SPLIT_SECTION,
+        "Encoding of gradients on the wire; `same` takes what `codec` says, int8 for `int4-delta`.",
     )
 
     num_rounds: int = setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
@@ -368,7 +370,7 @@ class RunConfig(BaseModel):
     @property
     def gradient_codec(self) -> str:
         """What `codec-backward` comes to."""
-        return self.codec if self.codec_backward == "same" else self.codec_backward
+        return gradient_codec(self.codec, self.codec_backward)
 
     def target_module_names(self) -> tuple[str, ...]:
         """`target-modules` as single names, `("all-linear",)` for that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from contract.errors import ConfigError
+from contract.records import DELTA_CODEC
 
 if TYPE_CHECKING:
     from contract.config import RunConfig
@@ -22,6 +23,11 @@ def check_privacy(config: RunConfig) -> None:
         )
     if config.wire == "empirical" and not config.wire_noise and config.gradient_mask == "none":
         raise ConfigError("wire is empirical, but wire-noise is 0 and gradient-mask is none: set one of them")
+    if config.wire != "off" and config.codec == DELTA_CODEC:
+        raise ConfigError(
+            f"codec is {DELTA_CODEC} and wire is {config.wire}; the noise is drawn anew each time a row is sent, so "
+            "that a difference is no smaller than the row: name another codec"
+        )
     if config.wire_length_bucket > config.max_length:
         raise ConfigError(
             f"wire-length-bucket is {config.wire_length_bucket}; it must be at most max-length, {config.max_length}"

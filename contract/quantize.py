@@ -47,13 +47,13 @@ def pack(values_ND: Tensor) -> tuple[Tensor, int]:
     """float32 [N, D] -> (uint8 bytes on the CPU, K). Raises NonFiniteError for a NaN or an infinity."""
     channels_K = _outliers(values_ND)
     if not len(channels_K):
-        scale_N1 = _scale(values_ND, _LEVELS)
-        return _bytes(scale_N1, _rounded(values_ND, scale_N1).to(torch.int8)), 0
+        scale_N1 = scales(values_ND, _LEVELS)
+        return _bytes(scale_N1, rounded(values_ND, scale_N1).to(torch.int8)), 0
     fine_NK = values_ND[:, channels_K]
     values_ND = values_ND.index_fill(1, channels_K, 0.0)
-    scale_N1, fine_scale_N1 = _scale(values_ND, _LEVELS), _scale(fine_NK, _FINE_LEVELS)
-    fine_NK = _rounded(fine_NK, fine_scale_N1).to(torch.int32)
-    low_ND = _rounded(values_ND, scale_N1).to(torch.int8)
+    scale_N1, fine_scale_N1 = scales(values_ND, _LEVELS), scales(fine_NK, _FINE_LEVELS)
+    fine_NK = rounded(fine_NK, fine_scale_N1).to(torch.int32)
+    low_ND = rounded(values_ND, scale_N1).to(torch.int8)
     low_NK = ((fine_NK + 128) & 255) - 128
     low_ND[:, channels_K] = low_NK.to(torch.int8)
     high_NK = ((fine_NK - low_NK) >> 8).to(torch.int8)
@@ -83,6 +83,13 @@ def unpack(data: memoryview, positions: int, hidden_size: int, outlier_channels:
     return values_ND
 
 
+def read_scales(data: memoryview, count: int) -> Tensor:
+    """float32 [count, 1] at the start of `data`. Raises NonFiniteError and FrameError as `unpack`."""
+    found = _read(data, torch.float32, 0, count)
+    _check_scales(found)
+    return found.view(count, 1)
+
+
 def _outliers(values_ND: Tensor) -> Tensor:
     """Ascending numbers of the channels that stick out, at most `outlier_limit` of them: the largest."""
     most = outlier_limit(values_ND.shape[1])
@@ -96,14 +103,15 @@ def _outliers(values_ND: Tensor) -> Tensor:
     return channel_K[peak_K > _STICKS_OUT * peak_D.median()].sort().values
 
 
-def _scale(values_NC: Tensor, levels: int) -> Tensor:
+def scales(values_NC: Tensor, levels: int) -> Tensor:
+    """[N, 1] by which each row takes up all of `levels`. Raises NonFiniteError for a NaN or an infinity."""
     scale_N1 = values_NC.abs().amax(1, keepdim=True) / levels
     if not bool(torch.isfinite(scale_N1).all()):
         raise NonFiniteError("a NaN or an infinity cannot be quantised")
     return scale_N1
 
 
-def _rounded(values_NC: Tensor, scale_N1: Tensor) -> Tensor:
+def rounded(values_NC: Tensor, scale_N1: Tensor) -> Tensor:
     """Half to even. A scale of 0 is that of a row without any value that float32 could tell from 0."""
     return (values_NC / torch.where(scale_N1 > 0, scale_N1, torch.inf)).round_()
 
@@ -118,9 +126,9 @@ def _read(data: memoryview, dtype: torch.dtype, offset: int, count: int) -> Tens
 
 def _check_scales(scales: Tensor) -> None:
     if not math.isfinite(float(scales.sum(dtype=torch.float64))):
-        raise NonFiniteError("an int8 tensor's scale is a NaN or an infinity")
+        raise NonFiniteError("a quantised tensor's scale is a NaN or an infinity")
     if bool((scales < 0).any()):
-        raise FrameError("an int8 tensor's scale is negative")
+        raise FrameError("a quantised tensor's scale is negative")
 
 
 def _check_channels(channels_K: Tensor, hidden_size: int) -> None:

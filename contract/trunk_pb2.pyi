@@ -159,7 +159,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs")
+    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "sample_cache_bytes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,7 @@ class Welcome(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     adapter_sha256: str
     max_pending: int
@@ -174,7 +175,8 @@ class Welcome(_message.Message):
     chunk_bytes: int
     max_tokens: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    sample_cache_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., sample_cache_bytes: _Optional[int] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "size_bytes", "codec", "outlier_channels")
@@ -197,7 +199,7 @@ class TensorChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped", "reply_codec")
+    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped", "reply_codec", "samples", "differences", "forgotten")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     HAS_ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +210,9 @@ class Forward(_message.Message):
     NEED_GRAD_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     REPLY_CODEC_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
     has_attention_mask: bool
@@ -218,7 +223,10 @@ class Forward(_message.Message):
     need_grad: bool
     dropped: _containers.RepeatedScalarFieldContainer[int]
     reply_codec: str
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ...) -> None: ...
+    samples: _containers.RepeatedScalarFieldContainer[int]
+    differences: _containers.RepeatedScalarFieldContainer[bool]
+    forgotten: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ..., samples: _Optional[_Iterable[int]] = ..., differences: _Optional[_Iterable[bool]] = ..., forgotten: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
     __slots__ = ("microbatch", "hidden", "held_s")

@@ -73,6 +73,9 @@ def serve(
     max_pending_tokens: Annotated[
         int, typer.Option(min=1, help="Rows times tokens of all sessions' forwards that wait for a backward.")
     ] = 131072,
+    sample_cache_mib: Annotated[
+        int, typer.Option(min=0, help="Memory that a session by int4-delta may have for samples it sent.")
+    ] = 64,
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
@@ -100,6 +103,7 @@ def serve(
         pending_ttl_s=pending_ttl_s,
         max_tokens=max_tokens,
         max_pending_tokens=max_pending_tokens,
+        sample_cache_mib=sample_cache_mib,
         idle_timeout_s=idle_timeout_s,
         grace_s=grace_s,
         announce_file=announce_file,

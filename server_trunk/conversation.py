@@ -9,7 +9,9 @@ from typing import Any
 from contract import codec
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
+from contract.delta import SampleCache
 from contract.errors import FrameError
+from contract.records import DELTA_CODEC
 from contract.wire import CHUNK_BYTES
 from server_trunk.adapters import SessionAdapter
 from server_trunk.contributions import Contributions
@@ -35,6 +37,7 @@ class Conversation:
         compute: Worker,
         disk: Worker,
         max_tokens: int,
+        sample_cache_bytes: int,
     ) -> None:
         self._session = session
         self._stream = stream
@@ -43,6 +46,8 @@ class Conversation:
         self._compute = compute
         self._disk = disk
         self._max_tokens = max_tokens
+        self._sample_cache_bytes = sample_cache_bytes if DELTA_CODEC in session.codecs else 0
+        self._samples = SampleCache(self._sample_cache_bytes, engine.hidden_size)
         self._answers: dict[str, Callable[[Any], Awaitable[None]]] = {
             "forward": self._forward,
             "backward": self._backward,
@@ -61,6 +66,7 @@ class Conversation:
             chunk_bytes=CHUNK_BYTES,
             max_tokens=self._max_tokens,
             codecs=self._session.codecs,
+            sample_cache_bytes=self._sample_cache_bytes,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         while (frame := await self._stream.read()) is not None:
@@ -91,6 +97,8 @@ class Conversation:
         )
         if forward.need_grad:
             session.pending.reserve(forward.microbatch, inputs.tokens)
+        if inputs.samples is not None:
+            self._samples.admit(inputs.samples, inputs.lengths)
         data = await self._stream.read_data(forward.hidden.size_bytes, "forward.hidden")
         came_s = time.monotonic()
         graph, header, reply = await self._compute.run(self._run_forward, forward, inputs, data)
@@ -105,16 +113,23 @@ class Conversation:
     def _run_forward(
         self, forward: pb.Forward, inputs: ForwardInputs, data: memoryview
     ) -> tuple[Graph, pb.TensorHeader, memoryview]:
+        mask_BT, samples = inputs.mask_BT, inputs.samples
+        if samples is None:
+            hidden_BTD = codec.decode(forward.hidden, data, mask_BT)
+        else:
+            hidden_BTD = self._samples.decode("head", forward.hidden, data, mask_BT, samples)
         graph = self._engine.forward(
             self._session.adapter,
-            codec.decode(forward.hidden, data, inputs.mask_BT),
+            hidden_BTD,
             inputs.mask_BT,
             inputs.position_ids,
             autocast_dtype=forward.autocast_dtype,
             training=forward.training,
             need_grad=forward.need_grad,
         )
-        return graph, *codec.encode(graph.output_BTD, forward.reply_codec, inputs.mask_BT)
+        if samples is None:
+            return graph, *codec.encode(graph.output_BTD, forward.reply_codec, mask_BT)
+        return graph, *self._samples.encode("tail", graph.output_BTD, mask_BT, samples)
 
     async def _backward(self, backward: pb.Backward) -> None:
         graph = self._session.pending.pop(backward.microbatch)

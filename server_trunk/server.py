@@ -55,6 +55,7 @@ class ServeOptions:
     pending_ttl_s: float = 600.0
     max_tokens: int = 32768
     max_pending_tokens: int = 131072
+    sample_cache_mib: int = 64
     idle_timeout_s: float = 900.0
     grace_s: float = 30.0
     announce_file: Path | None = None
@@ -132,7 +133,7 @@ class TrunkServer:
             engine,
             self._table,
             contributions,
-            Limits(options.max_tokens, options.idle_timeout_s),
+            Limits(options.max_tokens, options.idle_timeout_s, options.sample_cache_mib << 20),
             compute=self._compute,
             disk=self._disk,
         )

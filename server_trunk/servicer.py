@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
-from contract.codec import CODECS
+from contract.codec import SESSION_CODECS
 from contract.errors import (
     ConnectionFailedError,
     SessionError,
@@ -65,10 +65,11 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one session may ask of this trunk: B * T of one forward, and seconds between two frames."""
+    """What one session may ask of this trunk: B * T of one forward, seconds between two frames, samples to keep."""
 
     max_tokens: int
     idle_timeout_s: float
+    sample_cache_bytes: int
 
 
 class TrunkServicer:
@@ -185,6 +186,7 @@ class TrunkServicer:
                 compute=self._compute,
                 disk=self._disk,
                 max_tokens=self._limits.max_tokens,
+                sample_cache_bytes=self._limits.sample_cache_bytes,
             ).run()
         finally:
             self._table.close(session)
@@ -202,7 +204,7 @@ class TrunkServicer:
             max_tokens=self._limits.max_tokens,
             open_sessions=self._table.taken,
             max_sessions=self._table.max_sessions,
-            codecs=CODECS,
+            codecs=SESSION_CODECS,
         )
 
     @_answers_errors

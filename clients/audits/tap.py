@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from clients.data import IGNORED, TokenRow, collate
-from clients.link import AUTO, AUTO_CODECS
+from clients.link import AUTO, AUTO_CODECS, DELTA_START
 from clients.wire_privacy import wire_mechanism
 from contract import codec
 from contract.architecture import decoder_layers
 from contract.config import RunConfig
 from contract.partition import TrunkPart, attach_remote, load_part
+from contract.records import DELTA_CODEC
 from privacy.wire import Off, WireMechanism
 
 Singles = npt.NDArray[np.float32]
@@ -179,9 +180,10 @@ class _Loopback(nn.Module):
         self.clear_BTD = self.hidden_BTD = self.answered_BTD = torch.empty(0)
 
     def use(self, config: RunConfig) -> None:
-        """Cross by the codecs of `config`; of those that `auto` may pick, the one that takes least from an attacker."""
-        codecs = [AUTO_CODECS[0] if name == AUTO else name for name in (config.codec, config.gradient_codec)]
-        self._codec, self._gradient_codec = codecs
+        """Cross by the codecs of `config`: the least lossy that `auto` may pick, and what int4-delta begins with."""
+        most_told = {AUTO: AUTO_CODECS[0], DELTA_CODEC: DELTA_START}
+        self._codec = most_told.get(config.codec, config.codec)
+        self._gradient_codec = most_told.get(config.gradient_codec, config.gradient_codec)
 
     def forward(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
         if self.replayed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 import clients
 from clients.split_model import adapter_state, remote_layers, trunk_state
 from contract.codec import CODECS
+from contract.config import RunConfig
 from contract.errors import AgreementError, ConfigError, NonFiniteError
 from contract.trunk_pb2 import ClientFrame
 from contract.trunk_pb2 import Forward as ForwardFrame
@@ -77,6 +78,65 @@ def _values(forward: ForwardFrame) -> int:
     mask = batch("right").inputs()["attention_mask"]
     assert mask.shape == (rows, tokens)
     return int(mask.sum()) * int(hidden)
+
+
+def announced(model: PeftModel, rows: list[int], *, training: bool = True) -> torch.Tensor:
+    remote_layers(model).trunk.announce(rows)
+    with torch.set_grad_enabled(training):
+        loss: torch.Tensor = model(**batch("right", rows=len(rows)).inputs()).loss
+    return loss
+
+
+def test_int4_delta_sends_a_row_in_full_once_and_then_what_changed(llama_dir: Path, trunk: TrunkProcess) -> None:
+    capture = Capture(trunk.address)
+    with opened(llama_dir, capture.address, "int4-delta") as model:
+        for rows in ([3, 5, 9], [3, 5, 9], [3, 5, 2]):
+            announced(model, rows).backward()  # type: ignore[no-untyped-call]
+        announced(model, [3, 5, 9], training=False)
+        clients.close(model)
+    frames = [ClientFrame.FromString(message) for call in capture.messages() if call != [b""] for message in call]
+    capture.close()
+    (hello,) = [frame.hello for frame in frames if frame.HasField("hello")]
+    forwards = [frame.forward for frame in frames if frame.HasField("forward")]
+    assert list(hello.codecs) == ["int4-delta", "int8"]
+    assert [list(forward.differences) for forward in forwards[:3]] == [[False] * 3, [True] * 3, [True, True, False]]
+    assert [list(forward.samples) for forward in forwards[:3]] == [[1, 2, 3], [1, 2, 3], [1, 2, 4]]
+    assert [forward.hidden.codec for forward in forwards] == ["int4-delta"] * 3 + ["int8"]
+    assert forwards[3].reply_codec == "int8"
+    assert not forwards[3].samples
+    assert forwards[1].hidden.size_bytes < 0.6 * forwards[0].hidden.size_bytes
+    assert all(frame.backward.reply_codec == "int8" for frame in frames if frame.HasField("backward"))
+
+
+def test_int4_delta_comes_ever_closer_to_the_exact_loss_of_a_row_that_stays(
+    llama_dir: Path, trunk: TrunkProcess
+) -> None:
+    with opened(llama_dir, trunk.address, "identity") as model:
+        exact = float(announced(model, [1, 2, 3]).detach())
+    with opened(llama_dir, trunk.address, "int4-delta") as model:
+        errors = [abs(float(announced(model, [1, 2, 3]).detach()) - exact) for _ in range(5)]
+    assert errors[4] <= max(errors[0], 1e-3 * exact)
+
+
+def test_a_trunk_without_room_keeps_nothing_and_still_trains(
+    llama_dir: Path, trunk_process: Callable[..., TrunkProcess]
+) -> None:
+    small = trunk_process(llama_dir, CUT.head, CUT.tail, sample_cache_mib=0)
+    with opened(llama_dir, small.address, "int4-delta") as model:
+        for _ in range(2):
+            announced(model, [1, 2, 3]).backward()  # type: ignore[no-untyped-call]
+        places = remote_layers(model).trunk._places
+        assert places.plan([1, 2, 3], [4, 4, 4]).places == (0, 0, 0)
+
+
+def test_wire_privacy_and_int4_delta_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="codec is int4-delta and wire is empirical; the noise is drawn anew"):
+        RunConfig.from_flower({"codec": "int4-delta", "wire": "empirical", "wire-noise": 0.1})
+    with pytest.raises(ConfigError, match="codec is int4-delta and wire is dp"):
+        RunConfig.from_flower({"codec": "int4-delta", "wire": "dp", "dp": "example", "metrics": "off"})
+    with pytest.raises(ConfigError, match="codec-backward is 'int4-delta'"):
+        RunConfig.from_flower({"codec-backward": "int4-delta"})
+    assert RunConfig.from_flower({"codec": "int4-delta"}).gradient_codec == "int8"
 
 
 def test_auto_on_loopback_says_what_it_measured_and_trains(
