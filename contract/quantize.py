@@ -8,13 +8,14 @@ to 16 bits. The bytes, little-endian, K the number of outlier channels:
 
 An outlier's value is (256 high + low) * outlier_scale, any other low * scale. Rounding is half to even.
 
-A randomised Hadamard rotation of each token before quantisation was measured against this (`benchmarks.codecs`, one
-thread, relative error of the channels that do not stick out, by how many of the channels are x60):
+A randomised Hadamard rotation of each token before quantisation was measured against this (`python -m
+benchmarks.codecs`, one thread of a busy machine; relative error of the channels that do not stick out, by how many of
+512 are x60 larger):
 
-    (4, 128, 512)    0      1      4      16   encode + decode       (2, 512, 768)    encode + decode
-    one scale      0.0075 0.138  0.213  0.288    0.3 + 0.1 ms                           1.2 + 0.6 ms
-    kept apart     0.0075 0.0074 0.0074 0.0074   0.7 + 0.1 ms                           2.5 + 0.4 ms
-    rotation       0.0075 0.0123 0.0256 0.0689   2.0 + 1.8 ms                           5.3 + 3.7 ms
+                      0       1       4      16      encode + decode of (4, 128, 512) and of (2, 512, 768)
+    one scale      0.0075  0.138   0.213   0.288
+    kept apart     0.0075  0.0075  0.0075  0.0075    0.9 + 0.2 ms, 4.1 + 0.8 ms
+    rotation       0.0074  0.0126  0.0252  0.0558    1.9 + 1.6 ms, 4.4 + 3.6 ms
 """
 
 from __future__ import annotations
