@@ -5,7 +5,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients
+BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile

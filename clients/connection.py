@@ -64,6 +64,12 @@ class TrunkConnection:
         """What `opening` makes of this connection: there is no other trunk to turn to."""
         return opening(self)
 
+    def round_trip_s(self) -> float:
+        """How long the smallest question and its answer take on this channel. Raises as `describe` does."""
+        started_s = time.monotonic()
+        self.describe()
+        return time.monotonic() - started_s
+
     def open_stream(self, timeout_s: float) -> FrameStream:
         """Starts a session's stream, in which each wait ends after `timeout_s`."""
         method = self._channel.stream_stream(wire.SESSION_METHOD, None, None)

@@ -22,6 +22,7 @@ from peft import PeftModel
 from aggregation import tally
 from aggregation.protocol import PlainSumClient
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key
+from clients.link import WireCodecs
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
@@ -129,7 +130,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRo
         cut=config.cut,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
-        codec=config.codec,
+        codecs=WireCodecs(config.codec, config.gradient_codec),
         timeout_s=config.round_timeout_s,
         mechanism=wire_mechanism(config),
     )

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clients.baton import Baton, CancelledError, Part
+from clients.crossing import Crossing
 from clients.exchanges import Exchange
 from clients.lanes import Randomness, ThreadState, random_devices, randomness_kept
 from clients.remote_layers import RemoteLayers
-from clients.remote_trunk import Crossing, PendingGraph
+from clients.remote_trunk import PendingGraph
 from contract.errors import ConfigError, SessionError
 
 logger = logging.getLogger("trunkline.clients")
@@ -80,18 +81,27 @@ def backward_all(model: nn.Module, shares: Sequence[Share], seeds: Sequence[int]
     """
     devices = random_devices(model)
     layers = next((module for module in model.modules() if isinstance(module, RemoteLayers)), None)
+    draws = [Randomness(seed, devices) for seed in seeds]
     with randomness_kept(devices):
-        if layers is not None:
-            most = min(len(shares), depth or len(shares), layers.trunk.room)
-            if most > 1:
-                return _Step(layers, shares, [Randomness(seed, devices) for seed in seeds]).run(devices, most)
-        found = []
-        for share, seed in zip(shares, seeds, strict=True):
-            Randomness(seed, devices).enter()
-            value = share()
-            value.backward()  # type: ignore[no-untyped-call]
-            found.append(float(value.detach()))
-        return found
+        if layers is None:
+            return _one_by_one(shares, draws)
+        alone = min(len(shares), layers.trunk.alone)
+        found = _one_by_one(shares[:alone], draws[:alone])
+        shares, draws = shares[alone:], draws[alone:]
+        most = min(len(shares), depth or len(shares), layers.trunk.room)
+        if most > 1:
+            return found + _Step(layers, shares, draws).run(devices, most)
+        return found + _one_by_one(shares, draws)
+
+
+def _one_by_one(shares: Sequence[Share], draws: Sequence[Randomness]) -> list[float]:
+    found = []
+    for share, randomness in zip(shares, draws, strict=True):
+        randomness.enter()
+        value = share()
+        value.backward()  # type: ignore[no-untyped-call]
+        found.append(float(value.detach()))
+    return found
 
 
 class _Step:

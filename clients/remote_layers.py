@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from clients.crossing import Crossing
 from clients.exchanges import Exchange
 from clients.lanes import LanePool
-from clients.remote_trunk import Crossing, PendingGraph, RemoteTrunk, Told
+from clients.remote_trunk import PendingGraph, RemoteTrunk, Told
 from clients.window import Window
 from contract.errors import ConfigError, NonFiniteError
 from contract.records import AdamWSettings, LoraSpec

@@ -12,7 +12,6 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,16 @@ import torch
 from torch import Tensor
 
 from clients.connection import FrameStream, TrunkConnection
+from clients.crossing import Crossing, forward_request, without_padding
 from clients.exchanges import Exchange, Exchanges
+from clients.link import DELTA_START, EXACT, CodecPolicy, Timing, WireCodecs
+from clients.sample_places import SamplePlaces
 from contract import codec, wire
 from contract.adapter import from_bytes
-from contract.errors import AgreementError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
+from contract.delta import SampleCache, Samples
+from contract.errors import AgreementError, ConfigError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
 from contract.privacy_records import Channel, PrivacyEvent
-from contract.records import AdamWSettings
+from contract.records import DELTA_CODEC, AdamWSettings
 from contract.trunk_pb2 import (
     Backward,
     ClientFrame,
@@ -57,16 +60,6 @@ class PendingGraph:
         self.forget: weakref.finalize[..., PendingGraph] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Crossing:
-    """What goes with hidden_BTD over the cut: the caller's own mask and positions, and how the layers run."""
-
-    attention_mask_BT: Tensor | None
-    position_ids: Tensor | None
-    autocast_dtype: torch.dtype | None
-    training: bool
-
-
 Told = tuple[Any, memoryview | None]
 """A reply, and the bytes of the tensor that it announced, if it did."""
 
@@ -87,19 +80,22 @@ class RemoteTrunk:
         adapter_bytes: int,
         timeout_s: float = 300.0,
         mechanism: WireMechanism | None = None,
+        codecs: WireCodecs = EXACT,
     ) -> None:
         """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
 
         Every value passes `mechanism` on its way out; one that is not Off needs `announce` before each forward.
-        Raises AgreementError when the two sides do not hold the same model, or the trunk names an unexpected adapter.
+        Raises AgreementError when the two sides do not hold the same model, the trunk does not take the codecs that
+        are named, or names an unexpected adapter.
         """
         self.address = connection.address
         self.wire_log = connection.wire_log
         self._connection = connection  # a channel that nobody holds closes itself
-        self._codec = hello.codecs[0]
         self._hidden_size = hidden_size
         self._adapter_bytes = adapter_bytes
         self._mechanism: WireMechanism = mechanism or Off()
+        if codecs.forward == DELTA_CODEC and not isinstance(self._mechanism, Off):
+            raise ConfigError(f"codec is {DELTA_CODEC}, but the wire's noise is drawn anew each time: name another")
         self._rows: tuple[int, ...] = ()
         self._microbatches = 0
         self._owed_step_replies = 0
@@ -109,8 +105,12 @@ class RemoteTrunk:
         self._exchanges = Exchanges(self._stream.cancel)
         self._hang_up = weakref.finalize(self, self._stream.cancel)
         with self._exchanges.alone():
-            self._stream.send(ClientFrame(hello=hello))
+            self._stream.send(ClientFrame(hello=_offering(hello, codecs)))
             self.welcome: Welcome = self._stream.receive("welcome")
+            codecs.require_accepted(self.welcome.codecs, self.address)
+        self._codecs = CodecPolicy(codecs, self.welcome.codecs, connection.round_trip_s)
+        self._places = SamplePlaces(self.welcome.sample_cache_bytes, hidden_size)
+        self._samples = SampleCache(self.welcome.sample_cache_bytes, hidden_size)
         self.credits: int = self.welcome.credits
         """The trunk's latest advice: how many microbatches should be under way at once; 0 for none."""
         if hello.adapter_sha256 and self.welcome.adapter_sha256 != hello.adapter_sha256:
@@ -136,6 +136,11 @@ class RemoteTrunk:
         room = self.welcome.max_pending - len(self._held)
         return max(1, min(room, self.credits) if self.credits else room)
 
+    @property
+    def alone(self) -> int:
+        """How many microbatches should be sent one by one now, so that the link can be measured."""
+        return self._codecs.wanted_alone
+
     def announce(self, rows: Sequence[int]) -> None:
         """Say which of the site's rows the next forward holds, in the batch's order: their privacy is what is spent."""
         self._rows = tuple(rows)
@@ -159,21 +164,31 @@ class RemoteTrunk:
             raise FrameTooLargeError(
                 f"a batch of {batch} x {tokens} tokens is over the trunk's limit of {self.welcome.max_tokens}"
             )
-        request = _forward_request(hidden_BTD, crossing, need_grad)
+        request = forward_request(hidden_BTD, crossing, need_grad)
         rows, mask_BT = self._rows, crossing.attention_mask_BT
         shape, device, what = tuple(hidden_BTD.shape), hidden_BTD.device, "the hidden states from the trunk"
         released = self._released(
             hidden_BTD,
             "the hidden states at the head cut",
-            lambda values: self._mechanism.forward(_without_padding(values, mask_BT), rows),
+            lambda values: self._mechanism.forward(without_padding(values, mask_BT), rows),
         )
-        header, data = codec.encode(released, self._codec, mask_BT)
-        request.reply_codec = self._codec
-        request.hidden.CopyFrom(header)
+        reply_codec = self._codecs.now.forward
+        if reply_codec == DELTA_CODEC and not need_grad:
+            reply_codec = DELTA_START
+        request.reply_codec = reply_codec
+        encoded = None if reply_codec == DELTA_CODEC else codec.encode(released, reply_codec, mask_BT)
         graph: PendingGraph | None = None
+        samples: Samples | None = None
+        timing = Timing(self._codecs)
 
         def send() -> None:
-            nonlocal graph
+            nonlocal graph, samples
+            if encoded is None:
+                samples, header, data = self._as_difference(request, released, mask_BT, rows)
+            else:
+                header, data = encoded
+            request.hidden.CopyFrom(header)
+            timing.begins(lambda: codec.sizes(header, mask_BT), header.size_bytes)
             self._microbatches += 1
             request.microbatch = self._microbatches
             while self._dropped:
@@ -184,11 +199,14 @@ class RemoteTrunk:
         def receive() -> Told:
             reply = self._reply("forward")
             self.credits = reply.credits or self.credits
-            return reply, self._tensor_bytes(reply.hidden, shape, mask_BT, what)
+            timing.answered(reply.held_s, reply.hidden.size_bytes)
+            data = self._tensor_bytes(reply.hidden, reply_codec, shape, mask_BT, what, samples)
+            timing.ends("forward" if need_grad else None)
+            return reply, data
 
         def read(told: Told) -> tuple[Tensor, PendingGraph | None]:
             reply, data = told
-            return self._decoded(reply.hidden, data, mask_BT, what).to(device), graph
+            return self._decoded(reply.hidden, data, mask_BT, what, samples).to(device), graph
 
         return Exchange(self._exchanges, send, receive, read)
 
@@ -218,23 +236,32 @@ class RemoteTrunk:
         released = self._released(
             grad_BTD, "the gradient at the tail cut", lambda values: self._mechanism.backward(values, graph.rows)
         )
-        header, data = codec.encode(released, self._codec, mask_BT)
+        reply_codec = self._codecs.now.backward
+        header, data = codec.encode(released, reply_codec, mask_BT)
         request = Backward(
             microbatch=graph.microbatch,
             grad=header,
             want_input_grad=want_input_grad,
             reset_gradient=reset_gradient,
-            reply_codec=self._codec,
+            reply_codec=reply_codec,
         )
+        timing = Timing(self._codecs)
         graph.forget.detach()
         self._held.discard(graph.microbatch)
+
+        def send() -> None:
+            timing.begins(lambda: codec.sizes(header, mask_BT), header.size_bytes)
+            self._send(ClientFrame(backward=request), data)
 
         def receive() -> Told:
             reply = self._reply("backward")
             self.credits = reply.credits or self.credits
-            if not want_input_grad:
-                return reply, None
-            return reply, self._tensor_bytes(reply.grad, graph.batch_shape, mask_BT, what)
+            timing.answered(reply.held_s, reply.grad.size_bytes)
+            answer = None
+            if want_input_grad:
+                answer = self._tensor_bytes(reply.grad, reply_codec, graph.batch_shape, mask_BT, what)
+            timing.ends("backward")
+            return reply, answer
 
         def read(told: Told) -> tuple[Tensor | None, float]:
             reply, data = told
@@ -243,7 +270,7 @@ class RemoteTrunk:
                 raise NonFiniteError(f"the norm of the trunk adapter's gradient is {reply.adapter_grad_norm}")
             return input_grad_BTD, reply.adapter_grad_norm
 
-        return Exchange(self._exchanges, lambda: self._send(ClientFrame(backward=request), data), receive, read)
+        return Exchange(self._exchanges, send, receive, read)
 
     def step(self, settings: AdamWSettings, grad_scale: float) -> None:
         """One AdamW step of the trunk's half with its gradient times `grad_scale`; an error shows at the next call."""
@@ -318,24 +345,52 @@ class RemoteTrunk:
             self._owed_step_replies -= 1
         return self._stream.receive(kind)
 
+    def _as_difference(
+        self, request: Forward, released: Tensor, mask_BT: Tensor | None, rows: Sequence[int]
+    ) -> tuple[Samples, TensorHeader, memoryview]:
+        """Both ends' caches move with what is sent: the session is over if this fails."""
+        lengths = codec.sent_lengths(mask_BT, released.shape)
+        samples = self._places.plan(rows, lengths)
+        self._samples.admit(samples, lengths)
+        samples.write(request)
+        return samples, *self._samples.encode("head", released, mask_BT, samples)
+
     def _tensor_bytes(
-        self, header: TensorHeader, shape: tuple[int, ...], mask_BT: Tensor | None, what: str
+        self,
+        header: TensorHeader,
+        codec_name: str,
+        shape: tuple[int, ...],
+        mask_BT: Tensor | None,
+        what: str,
+        samples: Samples | None = None,
     ) -> memoryview:
         codec.check_header(
             header,
-            codecs=(self._codec,),
+            codecs=(codec_name,),
             mask_BT=mask_BT,
             hidden_size=self._hidden_size,
             max_tokens=self.welcome.max_tokens,
             what=what,
             shape=shape,
+            differences=None if samples is None else samples.differences,
         )
         return self._collect(header.size_bytes, what)
 
-    def _decoded(self, header: TensorHeader, data: memoryview | None, mask_BT: Tensor | None, what: str) -> Tensor:
+    def _decoded(
+        self,
+        header: TensorHeader,
+        data: memoryview | None,
+        mask_BT: Tensor | None,
+        what: str,
+        samples: Samples | None = None,
+    ) -> Tensor:
         if data is None:
             raise FrameError(f"{what} did not come")
-        tensor_BTD = codec.decode(header, data, mask_BT)
+        if samples is None:
+            tensor_BTD = codec.decode(header, data, mask_BT)
+        else:
+            tensor_BTD = self._samples.decode("tail", header, data, mask_BT, samples)
+            self._places.answered(samples)
         codec.require_finite(tensor_BTD, what)
         return tensor_BTD
 
@@ -360,24 +415,8 @@ def _forgotten(microbatch: int, held: set[int], dropped: deque[int]) -> None:
     dropped.append(microbatch)
 
 
-def _without_padding(hidden_BTD: npt.NDArray[np.float32], mask_BT: Tensor | None) -> npt.NDArray[np.float32]:
-    """Zeros where the mask says that nothing stands: a row's norm should be that of its text."""
-    return hidden_BTD if mask_BT is None else hidden_BTD * mask_BT.to("cpu", torch.float32).numpy()[:, :, None]
-
-
-def _forward_request(hidden_BTD: Tensor, crossing: Crossing, need_grad: bool) -> Forward:
-    """Everything of a Forward but the tensor and its number. Raises FrameError for a mask that is not 0/1 [B, T]."""
-    request = Forward(training=crossing.training, need_grad=need_grad)
-    mask_BT, position_ids = crossing.attention_mask_BT, crossing.position_ids
-    if mask_BT is not None:
-        if mask_BT.shape != hidden_BTD.shape[:2]:
-            raise FrameError(
-                f"attention_mask has shape {list(mask_BT.shape)}; the hidden states are {list(hidden_BTD.shape)}"
-            )
-        request.has_attention_mask = True
-        request.attention_mask_bits = codec.pack_mask(mask_BT)
-    if position_ids is not None:
-        request.position_ids.extend(codec.pack_positions(position_ids))
-    if crossing.autocast_dtype is not None:
-        request.autocast_dtype = codec.dtype_name(crossing.autocast_dtype)
-    return request
+def _offering(hello: Hello, codecs: WireCodecs) -> Hello:
+    offer = Hello()
+    offer.CopyFrom(hello)
+    offer.codecs[:] = codecs.offered()
+    return offer

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from clients.link import EXACT, WireCodecs
 from clients.remote_layers import RemoteLayers
 from clients.remote_trunk import RemoteTrunk
 from clients.trunk_route import TrunkRoute, trunk_route
@@ -23,7 +24,7 @@ from clients.wire_log import WireLog
 from contract import adapter, wire
 from contract.architecture import LayerProbe, decoder_layers, flat_arguments, probe, unwrap
 from contract.checkpoint import fingerprint
-from contract.codec import check_codec
+from contract.codec import CODECS
 from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
@@ -45,7 +46,7 @@ class SplitSettings:
     cut: CutLayers
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
-    codec: str = "identity"
+    codecs: WireCodecs = EXACT
     device: str = "cpu"
     timeout_s: float = 300.0
     mechanism: WireMechanism | None = None
@@ -79,6 +80,7 @@ def load_split_model(
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
     codec: str = "identity",
+    codec_backward: str = "same",
     seed: int = 0,
     device: str = "cpu",
     timeout_s: float = 300.0,
@@ -92,14 +94,16 @@ def load_split_model(
     whole checkpoint, a client part, or a hub id. Both halves of the adapter are drawn from `seed`. With `wire_log`,
     every field that leaves is listed there as JSON lines (sizes, never values).
 
-    The cut, `dtype` ("float32" or "bfloat16") and `attn_implementation` must be the trunk's; `codec` is "identity"
-    (exact) or "bf16". A wait for the trunk ends after `timeout_s`.
+    The cut, `dtype` ("float32" or "bfloat16") and `attn_implementation` must be the trunk's. `codec` is that of the
+    activations on the wire: "identity" (exact), "bf16", "fp16", "int8", "int4-delta" for announced rows that come
+    again, or "auto" for what the measured link needs. `codec_backward` is that of the gradients: "same", or any but
+    "int4-delta", for which "same" is "int8". A wait for the trunk ends after `timeout_s`.
 
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """
     cut = CutLayers(head_layers, tail_layers)
-    settings = SplitSettings(model_path, cut, dtype, attn_implementation, codec, device, timeout_s)
-    check_codec(codec)
+    codecs = WireCodecs.named(codec, codec_backward, CODECS)
+    settings = SplitSettings(model_path, cut, dtype, attn_implementation, codecs, device, timeout_s)
     route = trunk_route(trunk_address, secrets.token_hex(8), WireLog(wire_log))
     spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
     return open_split_model(settings, spec, route, seed)
@@ -135,9 +139,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
         parameter.requires_grad_(name in trained)
     _refuse_long_sequences(model)
     frozen = not isinstance(start, int) and start.trunk_frozen
-    hello = _hello(
-        agreement, settings.codec, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start
-    )
+    hello = _hello(agreement, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start)
     trunk = route.opened(
         lambda connection: RemoteTrunk(
             connection,
@@ -146,6 +148,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
             adapter_bytes=_size_limit(trunk_shapes),
             timeout_s=settings.timeout_s,
             mechanism=settings.mechanism,
+            codecs=settings.codecs,
         )
     )
     layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
@@ -223,12 +226,9 @@ def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) ->
     return tensors
 
 
-def _hello(
-    agreement: ModelAgreement, codec: str, spec: LoraSpec, trainable: Trainable, start: int | RoundStart
-) -> Hello:
-    hello = Hello(
-        protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable, codecs=[codec]
-    )
+def _hello(agreement: ModelAgreement, spec: LoraSpec, trainable: Trainable, start: int | RoundStart) -> Hello:
+    """All of it but the codecs, which the session itself offers."""
+    hello = Hello(protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable)
     if isinstance(start, int):
         hello.seed = start
     else:

@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from contract.addresses import trunk_addresses
 from contract.errors import ConfigError
-from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers
+from contract.privacy_settings import check_privacy
+from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers, gradient_codec
 from contract.setting import ConfigValue as ConfigValue
 from contract.setting import key_of, setting, wanted
 
@@ -71,8 +72,16 @@ class RunConfig(BaseModel):
     attn_implementation: Literal["sdpa", "eager"] = setting(
         "sdpa", SPLIT_SECTION, "Attention on both sides; another one gives other bits."
     )
-    codec: Literal["identity", "bf16"] = setting(
-        "identity", SPLIT_SECTION, "Encoding of activations and gradients on the wire; `identity` loses nothing."
+    codec: Literal["identity", "bf16", "fp16", "int8", "int4-delta", "auto"] = setting(
+        "identity",
+        SPLIT_SECTION,
+        "Encoding of activations on the wire; `identity` loses nothing, `int4-delta` sends what changed since a row "
+        "went before, `auto` picks identity, bf16 or int8 by the measured link: no two runs need give the same bits.",
+    )
+    codec_backward: Literal["same", "identity", "bf16", "fp16", "int8", "auto"] = setting(
+        "same",
+        SPLIT_SECTION,
+        "Encoding of gradients on the wire; `same` takes what `codec` says, int8 for `int4-delta`.",
     )
 
     num_rounds: int = setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
@@ -324,50 +333,12 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
-        self._check_privacy()
+        check_privacy(self)
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(
                 f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"
             )
         return self
-
-    def _check_privacy(self) -> None:
-        """Raise ConfigError for a mode whose price would not cover what it releases."""
-        if self.dp != "off":
-            self._check_dp()
-        if self.wire == "dp" and (self.dp != "example" or self.metrics != "off"):
-            raise ConfigError(
-                f"wire is dp while dp is {self.dp} and metrics is {self.metrics}; a row's noised activations are "
-                "priced, but what head and tail learn from it would carry it into every later row, and judging sends "
-                "rows again: wire=dp needs dp=example and metrics=off"
-            )
-        if self.wire == "empirical" and not self.wire_noise and self.gradient_mask == "none":
-            raise ConfigError("wire is empirical, but wire-noise is 0 and gradient-mask is none: set one of them")
-        if self.wire_length_bucket > self.max_length:
-            raise ConfigError(
-                f"wire-length-bucket is {self.wire_length_bucket}; it must be at most max-length, {self.max_length}"
-            )
-
-    def _check_dp(self) -> None:
-        if self.secagg == "off":
-            raise ConfigError(f"dp is {self.dp} and secagg is off; it needs the secure sum: secagg must be on")
-        if self.trunk_adapter == "trained" and self.wire != "dp":
-            raise ConfigError(
-                f"dp is {self.dp} and trunk-adapter is trained; the trunk's half would be learned from unpriced "
-                "gradients and released: trunk-adapter must be frozen, or wire must be dp"
-            )
-        if self.early_stopping_patience:
-            raise ConfigError(
-                f"early-stopping-patience is {self.early_stopping_patience} and dp is {self.dp}; when the run ends "
-                "would tell of losses that nothing prices: early-stopping-patience must be 0"
-            )
-        if self.dp == "example" and not self.local_steps:
-            raise ConfigError("dp is example and local-steps is 0; DP-SGD counts steps: local-steps must be at least 1")
-        if self.dp == "example" and self.dtype == "bfloat16":
-            raise ConfigError(
-                "dp is example and dtype is bfloat16; rows' gradients in bfloat16 are too coarse for their norms, and "
-                "so for what they are cut to, to be trusted: dtype must be float32"
-            )
 
     @classmethod
     def from_flower(cls, values: Mapping[str, ConfigValue]) -> RunConfig:
@@ -400,6 +371,11 @@ class RunConfig(BaseModel):
     @property
     def cut(self) -> CutLayers:
         return CutLayers(self.head_layers, self.tail_layers)
+
+    @property
+    def gradient_codec(self) -> str:
+        """What `codec-backward` comes to."""
+        return gradient_codec(self.codec, self.codec_backward)
 
     def target_module_names(self) -> tuple[str, ...]:
         """`target-modules` as single names, `("all-linear",)` for that."""

@@ -14,6 +14,8 @@ Trainable = Literal["A", "B", "AB", "none"]
 """What a session with the trunk trains of the trunk's half: LoRA factors, or nothing."""
 Side = Literal["client", "trunk"]
 
+DELTA_CODEC = "int4-delta"
+"""The one codec that is for activations alone, and needs what both ends keep."""
 MOST_TOKENS = 1 << 32
 SMALLEST_CLIP, LARGEST_CLIP = 2.0**-40, 2.0**40
 """What the fixed point of a round's sum can hold."""
@@ -110,3 +112,10 @@ class RoundProgress:
     tokens: int
     received_bytes: int
     sent_bytes: int
+
+
+def gradient_codec(codec: str, codec_backward: str) -> str:
+    """What gradients cross the wire by; `same` as int4-delta is the codec that it begins with."""
+    if codec_backward != "same":
+        return codec_backward
+    return "int8" if codec == DELTA_CODEC else codec

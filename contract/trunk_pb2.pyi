@@ -163,7 +163,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., trunk_autocast: _Optional[str] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "autocast_dtype", "credits")
+    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "credits", "autocast_dtype", "sample_cache_bytes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -171,8 +171,9 @@ class Welcome(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
-    AUTOCAST_DTYPE_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     adapter_sha256: str
     max_pending: int
@@ -180,21 +181,24 @@ class Welcome(_message.Message):
     chunk_bytes: int
     max_tokens: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    autocast_dtype: str
     credits: int
-    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., autocast_dtype: _Optional[str] = ..., credits: _Optional[int] = ...) -> None: ...
+    autocast_dtype: str
+    sample_cache_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., credits: _Optional[int] = ..., autocast_dtype: _Optional[str] = ..., sample_cache_bytes: _Optional[int] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
-    __slots__ = ("dtype", "shape", "size_bytes", "codec")
+    __slots__ = ("dtype", "shape", "size_bytes", "codec", "outlier_channels")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     size_bytes: int
     codec: str
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    outlier_channels: int
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[str] = ..., outlier_channels: _Optional[int] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("data",)
@@ -203,7 +207,7 @@ class TensorChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped", "reply_codec")
+    __slots__ = ("microbatch", "hidden", "has_attention_mask", "attention_mask_bits", "position_ids", "autocast_dtype", "training", "need_grad", "dropped", "reply_codec", "samples", "differences", "forgotten")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     HAS_ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +218,9 @@ class Forward(_message.Message):
     NEED_GRAD_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     REPLY_CODEC_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
     has_attention_mask: bool
@@ -224,17 +231,22 @@ class Forward(_message.Message):
     need_grad: bool
     dropped: _containers.RepeatedScalarFieldContainer[int]
     reply_codec: str
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ...) -> None: ...
+    samples: _containers.RepeatedScalarFieldContainer[int]
+    differences: _containers.RepeatedScalarFieldContainer[bool]
+    forgotten: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., has_attention_mask: _Optional[bool] = ..., attention_mask_bits: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., autocast_dtype: _Optional[str] = ..., training: _Optional[bool] = ..., need_grad: _Optional[bool] = ..., dropped: _Optional[_Iterable[int]] = ..., reply_codec: _Optional[str] = ..., samples: _Optional[_Iterable[int]] = ..., differences: _Optional[_Iterable[bool]] = ..., forgotten: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("microbatch", "hidden", "credits")
+    __slots__ = ("microbatch", "hidden", "credits", "held_s")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     hidden: TensorHeader
     credits: int
-    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., credits: _Optional[int] = ...) -> None: ...
+    held_s: float
+    def __init__(self, microbatch: _Optional[int] = ..., hidden: _Optional[_Union[TensorHeader, _Mapping]] = ..., credits: _Optional[int] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("microbatch", "grad", "want_input_grad", "reset_gradient", "reply_codec")
@@ -251,16 +263,18 @@ class Backward(_message.Message):
     def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., want_input_grad: _Optional[bool] = ..., reset_gradient: _Optional[bool] = ..., reply_codec: _Optional[str] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
-    __slots__ = ("microbatch", "grad", "adapter_grad_norm", "credits")
+    __slots__ = ("microbatch", "grad", "adapter_grad_norm", "credits", "held_s")
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     GRAD_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     microbatch: int
     grad: TensorHeader
     adapter_grad_norm: float
     credits: int
-    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ..., credits: _Optional[int] = ...) -> None: ...
+    held_s: float
+    def __init__(self, microbatch: _Optional[int] = ..., grad: _Optional[_Union[TensorHeader, _Mapping]] = ..., adapter_grad_norm: _Optional[float] = ..., credits: _Optional[int] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")

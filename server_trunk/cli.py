@@ -101,6 +101,9 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
     memory_budget: MemoryBudgetOption = "auto",
     spill_budget: SpillBudgetOption = "16G",
+    sample_cache_mib: Annotated[
+        int, typer.Option(min=0, help="Memory that a session by int4-delta may have for samples it sent.")
+    ] = 64,
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
@@ -129,6 +132,7 @@ def serve(
         max_tokens=max_tokens,
         memory_budget=memory_budget,
         spill_budget=spill_budget,
+        sample_cache_mib=sample_cache_mib,
         idle_timeout_s=idle_timeout_s,
         grace_s=grace_s,
         announce_file=announce_file,

@@ -7,7 +7,9 @@ several microbatches on their way.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,13 +19,16 @@ from torch import Tensor
 from contract import codec
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
+from contract.delta import SampleCache
 from contract.errors import FrameError
+from contract.records import DELTA_CODEC
 from contract.wire import CHUNK_BYTES
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine
+from server_trunk.incoming import Incoming
 from server_trunk.lane import Backward, Forward, Graph
-from server_trunk.memory import Hold, MemoryBudget, Spill, Spilled
-from server_trunk.requests import check_backward, read_forward, read_step
+from server_trunk.memory import Hold, MemoryBudget, Spill
+from server_trunk.requests import ForwardInputs, check_backward, read_forward, read_step
 from server_trunk.scheduler import Scheduler
 from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
@@ -54,6 +59,7 @@ class Conversation:
         spill: Spill,
         max_tokens: int,
         patience_s: float,
+        sample_cache_bytes: int,
     ) -> None:
         """A forward waits for memory no longer than `patience_s`."""
         self._session = session
@@ -67,6 +73,10 @@ class Conversation:
         self._spill = spill
         self._max_tokens = max_tokens
         self._patience_s = patience_s
+        self._sample_hold = Hold(memory)
+        wanted = sample_cache_bytes if DELTA_CODEC in session.codecs else 0
+        self._sample_cache_bytes = wanted if self._sample_hold.grow(wanted) else 0
+        self._samples = SampleCache(self._sample_cache_bytes, engine.hidden_size)
         self._passing: set[Hold] = set()  # of forwards that no backward will follow
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
@@ -90,6 +100,7 @@ class Conversation:
             codecs=self._session.codecs,
             credits=self._credits(),
             autocast_dtype=self._session.autocast_dtype,
+            sample_cache_bytes=self._sample_cache_bytes,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
@@ -102,7 +113,7 @@ class Conversation:
             for task in (answering, reading):
                 task.cancel()
             await asyncio.gather(answering, reading, return_exceptions=True)
-            for hold in self._passing:
+            for hold in (*self._passing, self._sample_hold):
                 hold.release()
 
     async def _read(self) -> None:
@@ -161,29 +172,24 @@ class Conversation:
             session.pending.reserve(forward.microbatch, hold)
         else:
             self._passing.add(hold)
-        data, put_aside = await self._received(forward, hold, holds_others)
-        adapter, mask_BT = session.adapter, inputs.mask_BT
+        if inputs.samples is not None:
+            self._samples.admit(inputs.samples, inputs.lengths)
+        incoming = await self._received(forward, inputs, hold, holds_others)
+        came_s = time.monotonic()
         by_session = session.autocast_dtype if not forward.autocast_dtype else ""
         modes = (forward.autocast_dtype or by_session, forward.training, forward.need_grad, bool(by_session))
 
         def asked(hidden_BTD: Tensor) -> Forward:
-            return Forward(adapter, hidden_BTD, mask_BT, inputs.position_ids, *modes)
-
-        def prepare() -> Forward:
-            return asked(hidden_BTD())
-
-        def hidden_BTD() -> Tensor:
-            values_BTD = codec.decode(forward.hidden, data if put_aside is None else put_aside.read(), mask_BT)
-            codec.require_finite(values_BTD, "forward.hidden")
-            return values_BTD
+            return Forward(session.adapter, hidden_BTD, inputs.mask_BT, inputs.position_ids, *modes)
 
         def finish(answer: tuple[Tensor, Graph]) -> tuple[Graph, pb.TensorHeader, memoryview]:
             output_BTD, graph = answer
-            if put_aside is not None:
-                graph.put_aside(hidden_BTD)
-            return graph, *codec.encode(output_BTD, forward.reply_codec, mask_BT)
+            if forward.need_grad:
+                incoming.lighten(graph)
+            return graph, *incoming.answer(output_BTD)
 
         like = asked(torch.empty(list(forward.hidden.shape), dtype=codec.DTYPES[forward.hidden.dtype], device="meta"))
+        prepare = functools.partial(_prepared, asked, incoming)
         future = self._handed(self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish))
 
         async def answer() -> None:
@@ -192,7 +198,8 @@ class Conversation:
                 session.pending.add(forward.microbatch, graph)
                 session.count(tokens=inputs.tokens)
             del graph  # a graph that expires while a slow client reads must not live on here
-            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header, credits=self._credits())
+            held_s = time.monotonic() - came_s
+            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header, credits=self._credits(), held_s=held_s)
             await self._stream.write(pb.ServerFrame(forward=body))
             await self._stream.write_data(reply)
             if not forward.need_grad:
@@ -201,27 +208,31 @@ class Conversation:
 
         await self._answers.put(answer)
 
-    async def _received(self, forward: pb.Forward, hold: Hold, holds_others: bool) -> tuple[memoryview, Spilled | None]:
+    async def _received(self, forward: pb.Forward, inputs: ForwardInputs, hold: Hold, holds_others: bool) -> Incoming:
         """The request's data, in memory once there is room for it, its answer and its gradient; or else on disk.
 
         A session that holds nothing waits for its turn. One that does must not: what would make room may be its own
-        backward, which comes behind this request.
+        backward, which comes behind this request. A difference is small, and is put on disk once it is decoded.
         """
         header = forward.hidden
         size = _COPIES * math.prod(header.shape) * codec.DTYPES[header.dtype].itemsize
+        made = functools.partial(Incoming, forward, inputs, self._samples)
         if not holds_others:
             await hold.wait(size, self._patience_s)
         elif not hold.grow(size):
             async with self._spill.turn:
                 data = await self._stream.read_data(header.size_bytes, "forward.hidden")
-                return memoryview(b""), await self._disk.run(self._spill.put, data)
-        return await self._stream.read_data(header.size_bytes, "forward.hidden"), None
+                if inputs.samples is not None:
+                    return made(data, None, self._spill)
+                return made(memoryview(b""), await self._disk.run(self._spill.put, data), self._spill)
+        return made(await self._stream.read_data(header.size_bytes, "forward.hidden"), None, None)
 
     async def _backward(self, backward: pb.Backward) -> None:
         session = self._session
         graph = session.pending.pop(backward.microbatch)
         check_backward(backward, graph, session.codecs, self._max_tokens)
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
+        came_s = time.monotonic()
         adapter, mask_BT = session.adapter, graph.mask_BT
 
         def prepare(graph: Graph = graph) -> Backward:
@@ -242,7 +253,11 @@ class Conversation:
             header, reply, norm = await future.pop()
             session.pending.settled(backward.microbatch)
             body = pb.BackwardReply(
-                microbatch=backward.microbatch, grad=header, adapter_grad_norm=norm, credits=self._credits()
+                microbatch=backward.microbatch,
+                grad=header,
+                adapter_grad_norm=norm,
+                credits=self._credits(),
+                held_s=time.monotonic() - came_s,
             )
             await self._stream.write(pb.ServerFrame(backward=body))
             await self._stream.write_data(reply)
@@ -311,3 +326,7 @@ class Conversation:
             await self._stream.write(pb.ServerFrame(close=reply))
 
         await self._answers.put(answer)
+
+
+def _prepared(asked: Callable[[Tensor], Forward], incoming: Incoming) -> Forward:
+    return asked(incoming.values_BTD())

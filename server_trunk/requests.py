@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from contract import trunk_pb2 as pb
-from contract.codec import CODECS, check_header, unpack_mask, unpack_positions
+from contract.codec import CODECS, SESSION_CODECS, check_header, sent_lengths, unpack_mask, unpack_positions
+from contract.delta import Samples
 from contract.errors import AgreementError, FrameError
-from contract.records import AdamWSettings, LoraSpec, RoundKey, Trainable
+from contract.records import DELTA_CODEC, AdamWSettings, LoraSpec, RoundKey, Trainable
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
 from server_trunk.contributions import check_name
 from server_trunk.lane import AUTOCAST, Graph
@@ -45,9 +46,9 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
         raise FrameError("hello.start is missing; it must be a seed or an adapter_sha256")
     if hello.trainable not in _TRAINABLE:
         raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B, AB or none")
-    codecs = tuple(codec for codec in CODECS if codec in hello.codecs)
+    codecs = tuple(codec for codec in SESSION_CODECS if codec in hello.codecs)
     if not codecs:
-        raise FrameError(f"hello.codecs is {list(hello.codecs)[:8]}; it must name some of {', '.join(CODECS)}")
+        raise FrameError(f"hello.codecs is {list(hello.codecs)[:8]}; it must name some of {', '.join(SESSION_CODECS)}")
     if hello.trunk_autocast not in _TRUNK_AUTOCAST:
         raise FrameError(f"hello.trunk_autocast is {hello.trunk_autocast!r}; it must be empty, bfloat16 or auto")
     round_key = round_from_wire(hello.round) if hello.HasField("round") else None
@@ -71,11 +72,16 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
 
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
-    """What comes with a forward's hidden states: int64 mask_BT, int64 position_ids [1 or B, T], and B * T."""
+    """What comes with a forward's hidden states: int64 mask_BT, int64 position_ids [1 or B, T], and B * T.
+
+    `lengths` are the rows' without padding, and `samples` where they are kept, by int4-delta.
+    """
 
     mask_BT: Tensor | None
     position_ids: Tensor | None
     tokens: int
+    lengths: list[int]
+    samples: Samples | None
 
 
 def read_forward(
@@ -93,8 +99,10 @@ def read_forward(
         max_tokens=max_tokens,
         what="forward.hidden",
         mask_BT=mask_BT,
+        differences=forward.differences,
     )
     check_reply_codec(forward.reply_codec, codecs, "forward")
+    samples = _samples(forward)
     batch, tokens, _ = forward.hidden.shape
     if max_positions is not None and tokens > max_positions:
         raise FrameError(
@@ -109,7 +117,19 @@ def read_forward(
             f"forward.position_ids holds {int(position_ids.max())}; they must be 0 to {max_positions - 1}, below the "
             "model's max_position_embeddings"
         )
-    return ForwardInputs(mask_BT, position_ids, batch * tokens)
+    return ForwardInputs(mask_BT, position_ids, batch * tokens, sent_lengths(mask_BT, forward.hidden.shape), samples)
+
+
+def _samples(forward: pb.Forward) -> Samples | None:
+    """None but by int4-delta, which goes both ways and in training only."""
+    samples = Samples.of(forward)
+    if forward.hidden.codec != DELTA_CODEC:
+        if samples != Samples((), ()) or forward.reply_codec == DELTA_CODEC:
+            raise FrameError(f"forward: samples, or a reply by {DELTA_CODEC}, to a tensor by {forward.hidden.codec}")
+        return None
+    if forward.reply_codec != DELTA_CODEC or not forward.need_grad:
+        raise FrameError(f"forward: a tensor by {DELTA_CODEC} needs a reply by it, and need_grad")
+    return samples
 
 
 def _mask(forward: pb.Forward, max_tokens: int) -> Tensor | None:
@@ -128,6 +148,7 @@ def check_reply_codec(codec: str, codecs: Collection[str], what: str) -> None:
 
 def check_backward(backward: pb.Backward, graph: Graph, codecs: Collection[str], max_tokens: int) -> None:
     """Raise FrameError unless the gradient has the shape, dtype and mask of its forward's output."""
+    codecs = [codec for codec in codecs if codec in CODECS]
     check_reply_codec(backward.reply_codec, codecs, "backward")
     check_header(
         backward.grad,

@@ -64,6 +64,7 @@ class ServeOptions:
     pending_ttl_s: float = 600.0
     max_tokens: int = 32768
     memory_budget: str = "auto"
+    sample_cache_mib: int = 64
     spill_budget: str = "16G"
     idle_timeout_s: float = 900.0
     grace_s: float = 30.0
@@ -102,7 +103,7 @@ class TrunkServer:
         self._spill_bytes = parse_size("spill-budget", options.spill_budget)
         if options.memory_budget != "auto":
             choose_budget(options.memory_budget, "cpu")
-        self._first_lane = Worker("trunk-lane-1")
+        self._first_lane = Worker("trunk-compute-1")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
@@ -136,7 +137,7 @@ class TrunkServer:
         except BaseException:
             await self._server.stop(None)
             raise
-        self._workers = [self._first_lane, *(Worker(f"trunk-lane-{number}") for number in range(2, found.lanes + 1))]
+        self._workers = [self._first_lane, *(Worker(f"trunk-compute-{number}") for number in range(2, found.lanes + 1))]
         self._spill = Spill(options.state_dir, self._spill_bytes)
         budget = choose_budget(options.memory_budget, engine.device)
         self._scheduler = Scheduler(
@@ -151,7 +152,7 @@ class TrunkServer:
             engine,
             self._table,
             contributions,
-            Limits(options.max_tokens, options.idle_timeout_s, found.autocast_dtype),
+            Limits(options.max_tokens, options.idle_timeout_s, options.sample_cache_mib << 20, found.autocast_dtype),
             scheduler=self._scheduler,
             first_lane=self._first_lane,
             disk=self._disk,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
-from contract.codec import CODECS
+from contract.codec import SESSION_CODECS
 from contract.errors import (
     ConnectionFailedError,
     SessionError,
@@ -69,13 +69,14 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one session may ask of this trunk: B * T of one forward, and seconds between two frames.
+    """What one session may ask of this trunk: B * T of one forward, seconds between two frames, samples to keep.
 
     `autocast_dtype` is what it gets where it leaves the choice to the trunk.
     """
 
     max_tokens: int
     idle_timeout_s: float
+    sample_cache_bytes: int = 0
     autocast_dtype: str = ""
 
 
@@ -213,6 +214,7 @@ class TrunkServicer:
                 spill=self._spill,
                 max_tokens=self._limits.max_tokens,
                 patience_s=self._limits.idle_timeout_s,
+                sample_cache_bytes=self._limits.sample_cache_bytes,
             ).run()
         finally:
             self._table.close(session)
@@ -230,7 +232,7 @@ class TrunkServicer:
             max_tokens=self._limits.max_tokens,
             open_sessions=self._table.taken,
             max_sessions=self._table.max_sessions,
-            codecs=CODECS,
+            codecs=SESSION_CODECS,
         )
 
     @_answers_errors

@@ -26,10 +26,13 @@ FLOORS = {
 NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "opacus", "datasets", "safetensors.torch")
-# adapter_proof and architecture are adapter's and partition's other halves.
+# adapter_proof and architecture are adapter's and partition's other halves, quantize and delta are codec's arithmetic.
 HEAVY_IN_CONTRACT = {
     f"contract.{name}"
-    for name in ("adapter", "adapter_mean", "adapter_proof", "architecture", "checkpoint", "codec", "partition")
+    for name in (
+        *("adapter", "adapter_mean", "adapter_proof", "architecture", "checkpoint"),
+        *("codec", "delta", "partition", "quantize"),
+    )
 }
 # Importing these must not import torch, however many modules lie between.
 LIGHT = ("orchestrator", "trunkline", "clients", "clients.app", "clients.cli", "server_trunk.cli")

@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 _MEMBERS, _OTHERS = 200, 1000
 _FITTED = 8
 """Public tokens to learn from, for each of the site's that are audited; as many as those choose between attacks."""
-_SHARED = ("head_layers", "tail_layers", "dtype", "attn_implementation", "codec", "max_length")
+_SHARED = ("head_layers", "tail_layers", "dtype", "attn_implementation", "codec", "codec_backward", "max_length")
 _VERSIONS = ("trunkline", "torch", "transformers", "peft", "numpy", "opacus", "dp-accounting")
 
 

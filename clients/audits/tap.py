@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from clients.data import IGNORED, TokenRow, collate
+from clients.link import AUTO, AUTO_CODECS, DELTA_START
 from clients.wire_privacy import wire_mechanism
 from contract import codec
 from contract.architecture import decoder_layers
 from contract.config import RunConfig
 from contract.partition import TrunkPart, attach_remote, load_part
+from contract.records import DELTA_CODEC
 from privacy.wire import Off, WireMechanism
 
 Singles = npt.NDArray[np.float32]
@@ -70,7 +72,7 @@ class Tap:
         settings = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         self._client = load_part(model_dir, config.cut, "client", **settings)
         trunk = TrunkPart(load_part(model_dir, config.cut, "trunk", **settings), config.cut)
-        self._wire = _Loopback(trunk, config.codec)
+        self._wire = _Loopback(trunk)
         attach_remote(self._client, self._wire)
         self._backbone = decoder_layers(self._client)[0]
         self.output_VD: Tensor = self._client.get_output_embeddings().weight.detach()
@@ -108,7 +110,7 @@ class Tap:
     def _sent(self, rows: Sequence[TokenRow], passes: int) -> list[list[Singles]]:
         in_a_round = self._config.wire_releases if self._config.wire == "dp" else passes
         sums: list[list[npt.NDArray[np.float64]]] = [[] for _ in rows]
-        self._wire.codec = self._config.codec
+        self._wire.use(self._config)
         mechanism: WireMechanism = Off()
         for number in range(passes):
             if number % in_a_round == 0:
@@ -121,6 +123,7 @@ class Tap:
     def simulate_hidden(self, rows: Sequence[TokenRow], passes: int = 1) -> list[tuple[Singles, Singles]]:
         """For an attacker's own rows only what crosses the head cut, and what it was before: (sent, clear), [T, D]."""
         found: list[tuple[Singles, Singles]] = [(np.empty(0, np.float32),) * 2] * len(rows)
+        self._wire.use(self._config)
         for places in batches_of_one_length(rows):
             tokens_BT = collate([rows[place] for place in places])["input_ids"]
             clear_BTD = self._wire.hidden_only(self._backbone, tokens_BT)
@@ -166,14 +169,21 @@ class Tap:
 class _Loopback(nn.Module):
     """Stands for the remote layers: what would leave passes mechanism and codec, as in `clients.remote_trunk`."""
 
-    def __init__(self, trunk: TrunkPart, codec_name: str) -> None:
+    def __init__(self, trunk: TrunkPart) -> None:
         super().__init__()
-        self._trunk, self.codec = trunk, codec_name
+        self._trunk = trunk
+        self._codec = self._gradient_codec = "identity"
         self.mechanism: WireMechanism = Off()
         self.rows: Sequence[int] = ()
         self.replayed: Tensor | None = None
         self._head_only = False
         self.clear_BTD = self.hidden_BTD = self.answered_BTD = torch.empty(0)
+
+    def use(self, config: RunConfig) -> None:
+        """Cross by the codecs of `config`: the least lossy that `auto` may pick, and what int4-delta begins with."""
+        most_told = {AUTO: AUTO_CODECS[0], DELTA_CODEC: DELTA_START}
+        self._codec = most_told.get(config.codec, config.codec)
+        self._gradient_codec = most_told.get(config.gradient_codec, config.gradient_codec)
 
     def forward(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
         if self.replayed is not None:
@@ -198,21 +208,25 @@ class _Loopback(nn.Module):
         return self.clear_BTD
 
     def sent_forward(self, hidden_BTD: Tensor, mechanism: WireMechanism, rows: Sequence[int]) -> Tensor:
-        return self._cross(hidden_BTD, mechanism.forward, rows)
+        return self._cross(hidden_BTD, mechanism.forward, rows, self._codec)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The gradient at the tail cut of the last forward, in clear and as the trunk gets it."""
         grad_BTD = self.answered_BTD.grad
         clear_BTD = torch.zeros_like(self.answered_BTD) if grad_BTD is None else grad_BTD
-        return clear_BTD, self._cross(clear_BTD, self.mechanism.backward, self.rows)
+        return clear_BTD, self._cross(clear_BTD, self.mechanism.backward, self.rows, self._gradient_codec)
 
     def _cross(
-        self, value_BTD: Tensor, mechanism: Callable[[Singles, Sequence[int]], Singles], rows: Sequence[int]
+        self,
+        value_BTD: Tensor,
+        mechanism: Callable[[Singles, Sequence[int]], Singles],
+        rows: Sequence[int],
+        codec_name: str,
     ) -> Tensor:
         value_BTD = value_BTD.detach()
         released = torch.from_numpy(mechanism(value_BTD.float().numpy(), rows)).to(value_BTD.dtype)
         codec.require_finite(released, "what crosses the wire")
-        header, data = codec.encode(released, self.codec)
+        header, data = codec.encode(released, codec_name)
         return codec.decode(header, memoryview(bytearray(data)))
 
 

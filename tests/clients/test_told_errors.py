@@ -76,7 +76,7 @@ class Stream:
 
     def __init__(self, adapter_sha256: str, trained_tokens: int) -> None:
         self.replies = {
-            "welcome": Welcome(adapter_sha256=adapter_sha256),
+            "welcome": Welcome(adapter_sha256=adapter_sha256, codecs=["identity"]),
             "close": CloseReply(trained_tokens=trained_tokens),
         }
 
@@ -93,8 +93,10 @@ class Stream:
 
 
 def session_with(stream: Stream) -> RemoteTrunk:
-    connection = SimpleNamespace(address="trunk:9", wire_log=None, open_stream=lambda timeout_s: stream)
-    hello = Hello(adapter_sha256="asked", codecs=["identity"])
+    connection = SimpleNamespace(
+        address="trunk:9", wire_log=None, open_stream=lambda timeout_s: stream, round_trip_s=lambda: 0.0
+    )
+    hello = Hello(adapter_sha256="asked")
     return RemoteTrunk(cast(TrunkConnection, connection), hello, hidden_size=8, adapter_bytes=8)
 
 

@@ -64,7 +64,11 @@ def test_a_disagreement_names_both_sides(client: WireClient, lora: pb.Lora, fiel
 
 HELLOS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
     ({"protocol": 9}, errors.AgreementError, "protocol is 9 at the client and 2 at the trunk"),
-    ({"codecs": ["zip"]}, errors.FrameError, r"hello.codecs is \['zip'\]; it must name some of identity, bf16"),
+    (
+        {"codecs": ["zip"]},
+        errors.FrameError,
+        r"hello.codecs is \['zip'\]; it must name some of identity, bf16, .*int8",
+    ),
     ({"trainable": "C"}, errors.FrameError, "hello.trainable is 'C'; it must be A, B, AB or none"),
     ({"adapter_sha256": "0" * 64}, errors.SessionError, "does not hold adapter 0{64}; put it first"),
     ({"adapter_sha256": "../../etc/passwd"}, errors.FrameError, "no SHA-256"),
@@ -204,6 +208,64 @@ def test_a_forward_is_refused_before_its_data_is_taken(
     header, _ = codec.encode(HIDDEN_BTD, "identity")
     session.send(forward=pb.Forward(**{"microbatch": 1, "hidden": header, "reply_codec": "identity", **fields}))
     assert_refused(session.ending(), error, line)
+
+
+DELTA_BYTES = 4 * (HIDDEN + 4)
+DELTAS: list[tuple[dict[str, Any], str]] = [
+    ({"samples": [1], "differences": [True]}, "forward.hidden: size_bytes is 144; .* by codec int4-delta takes 80"),
+    ({"samples": [1]}, "forward.differences has 0 values; the batch has 1 rows"),
+    (
+        {"samples": [1, 2], "differences": [False]},
+        "forward.samples has 2 places and 1 differences; the batch has 1 rows",
+    ),
+    ({"samples": [1], "differences": [False], "forgotten": [1]}, "forward.forgotten names .* nothing is kept at"),
+    ({"samples": [1], "differences": [False], "reply_codec": "int8"}, "a tensor by int4-delta needs a reply by it"),
+    ({"samples": [1], "differences": [False], "need_grad": False}, "a tensor by int4-delta needs a reply by it"),
+    (
+        {"samples": [1], "differences": [True], "size": 80},
+        "a row of 4 positions at place 1, where nothing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "line"), DELTAS)
+def test_a_forward_by_int4_delta_that_no_client_sends_is_refused_before_its_data_is_taken(
+    client: WireClient, lora: pb.Lora, fields: dict[str, Any], line: str
+) -> None:
+    given = dict(fields)
+    size = given.pop("size", DELTA_BYTES)
+    hidden = pb.TensorHeader(dtype="float32", codec="int4-delta", shape=[1, 4, HIDDEN], size_bytes=size)
+    session = client.session(client.hello(lora, codecs=["int4-delta", "int8"]))
+    request = {"microbatch": 1, "hidden": hidden, "reply_codec": "int4-delta", "need_grad": True, **given}
+    session.send(forward=pb.Forward(**request))
+    assert_refused(session.ending(), errors.FrameError, line)
+
+
+def test_samples_over_the_sessions_bytes_are_refused(start_trunk: Callable[..., RunningTrunk], lora: pb.Lora) -> None:
+    client = WireClient(start_trunk(sample_cache_mib=0).address)
+    session = client.session(client.hello(lora, codecs=["int4-delta", "int8"]))
+    assert session.welcome.sample_cache_bytes == 0
+    hidden = pb.TensorHeader(dtype="float32", codec="int4-delta", shape=[1, 4, HIDDEN], size_bytes=DELTA_BYTES)
+    forward = pb.Forward(
+        microbatch=1, hidden=hidden, reply_codec="int4-delta", need_grad=True, samples=[1], differences=[False]
+    )
+    session.send(forward=forward)
+    assert_refused(session.ending(), errors.FrameError, "512 bytes would be kept; the session's limit is 0")
+
+
+def test_samples_by_another_codec_and_gradients_by_int4_delta_are_refused(client: WireClient, lora: pb.Lora) -> None:
+    session = client.session(client.hello(lora, codecs=["identity", "int4-delta"]))
+    header, _ = codec.encode(HIDDEN_BTD, "identity")
+    session.send(forward=pb.Forward(microbatch=1, hidden=header, reply_codec="identity", samples=[1]))
+    assert_refused(
+        session.ending(), errors.FrameError, "forward: samples, or a reply by int4-delta, to a tensor by identity"
+    )
+    session = client.session(client.hello(lora, codecs=["identity", "int4-delta"]))
+    session.forward(HIDDEN_BTD)
+    session.send(backward=pb.Backward(microbatch=1, grad=header, reply_codec="int4-delta"))
+    assert_refused(
+        session.ending(), errors.FrameError, "backward.reply_codec is 'int4-delta'; this session agreed on identity"
+    )
 
 
 def test_rows_and_positions_up_to_the_models_limit_are_taken_and_longer_rows_refused(

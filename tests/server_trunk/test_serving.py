@@ -41,7 +41,7 @@ def health(client: WireClient, service: str = "") -> str:
 def test_a_trunk_describes_itself_and_is_healthy(client: WireClient, model_dir: Path) -> None:
     described = client.call("Describe", pb.DescribeRequest())
     assert described.protocol == 2
-    assert list(described.codecs) == ["identity", "bf16"]
+    assert list(described.codecs) == ["identity", "bf16", "fp16", "int8", "int4-delta"]
     assert (described.layers, described.hidden_size, described.max_tokens) == (4, HIDDEN, 64)
     assert (described.model.head_layers, described.model.tail_layers) == (1, 1)
     assert described.model.fingerprint == fingerprint(model_dir)

@@ -14,9 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clients.audits.tap import Tap, passes_of
+from clients.crossing import Crossing
 from clients.data import IGNORED, TokenRow
-from clients.remote_trunk import Crossing, RemoteTrunk
+from clients.link import WireCodecs
+from clients.remote_trunk import RemoteTrunk
 from contract import codec
+from contract.codec import CODECS
 from contract.config import ConfigValue, RunConfig
 from contract.trunk_pb2 import Hello, TensorHeader, Welcome
 from contract.wire import chunk_data
@@ -86,6 +89,9 @@ class DeafTrunk:
     def open_stream(self, timeout_s: float) -> DeafTrunk:
         return self
 
+    def round_trip_s(self) -> float:
+        raise NotImplementedError
+
     def send(self, frame: Any) -> None:
         if frame.HasField("forward"):
             self.headers.append(frame.forward.hidden)
@@ -98,14 +104,14 @@ class DeafTrunk:
 
     def receive(self, kind: str) -> Any:
         if kind == "welcome":
-            return Welcome(max_tokens=4096, chunk_bytes=1 << 16)
+            return Welcome(max_tokens=4096, chunk_bytes=1 << 16, codecs=CODECS)
         raise InterruptedError
 
     def cancel(self) -> None:
         pass
 
 
-@pytest.mark.parametrize("codec_name", ["identity", "bf16"])
+@pytest.mark.parametrize("codec_name", ["identity", "bf16", "int8"])
 @pytest.mark.parametrize(
     "settings", [{"wire": "off"}, {"wire": "empirical", "wire-noise": 0.2}, DP], ids=["off", "empirical", "dp"]
 )
@@ -116,10 +122,11 @@ def test_the_tap_hears_what_a_client_sends(settings: dict[str, ConfigValue], cod
     trunk = DeafTrunk()
     session = RemoteTrunk(
         trunk,
-        Hello(codecs=[codec_name]),
+        Hello(),
         hidden_size=32,
         adapter_bytes=1,
         mechanism=fixed(config),  # type: ignore[arg-type]
+        codecs=WireCodecs(config.codec, config.gradient_codec),
     )
     session.announce([0])
     assert heard.clear is not None
@@ -127,7 +134,7 @@ def test_the_tap_hears_what_a_client_sends(settings: dict[str, ConfigValue], cod
         session.forward(
             torch.from_numpy(heard.clear.hidden_TD)[None], Crossing(None, None, None, False), need_grad=True
         )
-    sent_BTD = codec.decode(trunk.headers[0], memoryview(trunk.sent), codec_name)
+    sent_BTD = codec.decode(trunk.headers[0], memoryview(trunk.sent))
     np.testing.assert_array_equal(heard.hidden_TD, sent_BTD[0])
 
 
