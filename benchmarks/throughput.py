@@ -137,8 +137,8 @@ def add(found: Report, readings: Readings, batch: Batch, clients: int, suffix: s
         if side in readings.wall_s:
             name = f"{prefix}{batch.prefix}ratio_n{clients}{suffix}"
             walls = readings.wall_s[side]
-            yardstick = (readings.wall_s[one][: len(walls)] for one in ("unsplit", "unsplit again"))
-            found.ratios[name] = Ratio.of_pairs(walls, *yardstick).inverse()
+            before, after = (readings.wall_s[one][: len(walls)] for one in ("unsplit", "unsplit again"))
+            found.ratios[name] = Ratio.of_pairs(walls, before, after).inverse()
     name = f"{batch.prefix}ratio_n{clients}{suffix}"
     limit = batch.limit_alone if clients == 1 else batch.limit
     found.targets.append(Target.of_speedup(name, found.ratios[name], limit))
