@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -20,6 +21,8 @@ from rich.table import Table
 BOOTSTRAP_DRAWS = 2000
 MAX_SELF_RATIO_ERROR = 0.03
 """A yardstick that strays more than this from itself cannot judge anything."""
+
+MOST_COLUMNS = 12
 
 Cell = float | int | str | bool | None
 
@@ -129,10 +132,7 @@ class Report:
     def _table(self, console: Console) -> None:
         console.print(f"[bold]{self.benchmark}[/]: {self.workload}")
         if self.results:
-            table = Table(*self.results[0])
-            for row in self.results:
-                table.add_row(*(_shown(cell) for cell in row.values()))
-            console.print(table)
+            console.print(_drawn(self.results))
         for name, ratio in self.ratios.items():
             console.print(
                 f"{name}: median {ratio.median:.3f}, 95 % interval {ratio.low:.3f} to {ratio.high:.3f}, "
@@ -145,18 +145,47 @@ class Report:
 
 
 def machine() -> dict[str, Cell]:
+    """What the figures depend on. `torch_threads` is PyTorch's own choice here, which a benchmark may have changed."""
+    import torch
+
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
+        "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu_model() -> str:
+    """As Linux names it; elsewhere as Python does, which may be no more than the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "transformers", "peft", "flwr", "grpcio", "numpy")
     }
+
+
+def _drawn(rows: Sequence[dict[str, Cell]]) -> Table:
+    """A row a line; a row a column where there are too many columns for a line."""
+    if len(rows[0]) <= MOST_COLUMNS:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*map(_shown, row.values()))
+        return table
+    table = Table("", *(str(number) for number in range(1, len(rows) + 1)))
+    for name in rows[0]:
+        table.add_row(name, *(_shown(row[name]) for row in rows))
+    return table
 
 
 def _shown(cell: Cell) -> str:

@@ -10,9 +10,10 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.processes import Reading, trunk_server, worker
+from benchmarks.processes import Order, Reading, training_workers, trunk_server
 from benchmarks.report import Ratio, Report, Spread, Target
 from benchmarks.workload import Workload
 
@@ -39,15 +40,16 @@ def measure(pairs: int, steps: int, threads: int) -> dict[str, list[Reading]]:
         Workload().write_model(model_dir)
         with (
             trunk_server(model_dir, threads, directory) as (address, trunk),
-            worker(model_dir, threads) as unsplit,
-            worker(model_dir, threads, address, trunk) as split,
+            training_workers(1, model_dir, waits=False) as (unsplit,),
+            training_workers(1, model_dir, waits=True, trunk=trunk) as (split,),
         ):
-            unsplit.read(WARM_UP_STEPS)
-            split.read(WARM_UP_STEPS)
+            alone, through = Order("unsplit", steps, threads), Order("split", steps, threads, address=address)
+            unsplit.read(replace(alone, steps=WARM_UP_STEPS))
+            split.read(replace(through, steps=WARM_UP_STEPS))
             for _ in range(pairs):
-                readings["unsplit"].append(unsplit.read(steps))
-                readings["split"].append(split.read(steps))
-                readings["unsplit_again"].append(unsplit.read(steps))
+                readings["unsplit"].append(unsplit.read(alone))
+                readings["split"].append(split.read(through))
+                readings["unsplit_again"].append(unsplit.read(alone))
     return readings
 
 

@@ -75,7 +75,7 @@ class Engine:
         self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
-        self.meter = GraphMeter(model, self.layers - cut.head - cut.tail, self.hidden_size)
+        self.meter = GraphMeter(model)
         self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
 
     def summary(self) -> str:

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-_GUESSED_VALUES = 40
-"""Values kept per token, layer and hidden unit before the first measurement: twice what LoRA on all linear layers keeps
-of a Llama-class layer in float32."""
+
+class PassKind(NamedTuple):
+    """What decides how many bytes a token's graph has. `length` is T, and `draws` whether there is dropout."""
+
+    layout: str
+    autocast_dtype: str
+    draws: bool
+    length: int
+
+    @property
+    def bucket(self) -> PassKind:
+        """Eager attention keeps a square of the length, so that lengths are told apart by powers of two."""
+        return self._replace(length=self.length.bit_length())
 
 
 class GraphMeter:
-    """Bytes per token of passes that were measured, by kind: the LoRA's layout, the autocast type, and the length."""
+    """Bytes per token of passes that were measured, by kind."""
 
-    def __init__(self, model: nn.Module, layers: int, hidden_size: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._guess = float(_GUESSED_VALUES * 4 * layers * hidden_size)
-        self._per_token: dict[tuple[str, str, int], float] = {}
+        self._values, self._squares = _most_values(model)
+        self._per_token: dict[PassKind, float] = {}
 
-    def estimate(self, kind: tuple[str, str, int], tokens: int) -> int:
+    def estimate(self, kind: PassKind, tokens: int) -> int:
         """Bytes for `tokens` of a kind; from above where that kind was never seen."""
-        return int(tokens * self._per_token.get(self._bucket(kind), self._guess))
+        measured = self._per_token.get(kind.bucket)
+        if measured is None:
+            measured = 4.0 * (2 if kind.draws else 1) * (self._values + self._squares * kind.length)
+        return int(tokens * measured)
 
-    def knows(self, kind: tuple[str, str, int]) -> bool:
-        return self._bucket(kind) in self._per_token
+    def knows(self, kind: PassKind) -> bool:
+        return kind.bucket in self._per_token
 
     @contextmanager
-    def measuring(self, kind: tuple[str, str, int], tokens: int) -> Iterator[None]:
+    def measuring(self, kind: PassKind, tokens: int) -> Iterator[None]:
         """Counts what autograd saves within, each storage once, the frozen weights not at all."""
         seen: dict[int, int] = {}
 
@@ -41,10 +56,21 @@ class GraphMeter:
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield
-        self._per_token[self._bucket(kind)] = sum(seen.values()) / tokens
+        self._per_token[kind.bucket] = sum(seen.values()) / tokens
 
-    @staticmethod
-    def _bucket(kind: tuple[str, str, int]) -> tuple[str, str, int]:
-        """Eager attention keeps a square of the length, so that lengths are told apart by powers of two."""
-        layout, autocast, length = kind
-        return layout, autocast, length.bit_length()
+
+def _most_values(model: PreTrainedModel) -> tuple[int, int]:
+    """Values that a graph can hold of each token, and those of each token and position that it attends to.
+
+    Of the first: what goes into each matrix and comes out, which LoRA keeps in float32 whatever the weights are, and
+    for each norm as much again. Of the second: eager attention's probabilities.
+    """
+    config, values = model.config, 0
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            values += 2 * len(parameter)
+        else:
+            values += sum(parameter.shape[-2:]) * (experts if parameter.dim() == 3 else 1)
+    eager = config._attn_implementation == "eager"
+    return values, 3 * int(config.num_hidden_layers) * int(config.num_attention_heads) if eager else 0

@@ -24,7 +24,7 @@ from contract.errors import CapacityError
 from contract.partition import TrunkPart
 from contract.records import CutLayers
 from server_trunk.adapters import AdapterSlots
-from server_trunk.graph_meter import GraphMeter
+from server_trunk.graph_meter import GraphMeter, PassKind
 from server_trunk.grouped_lora import GroupedLora, Segment
 from server_trunk.session_adapter import SessionAdapter
 
@@ -53,9 +53,8 @@ class Forward:
         return self.hidden_BTD if self.read_again is None else self.read_again()
 
     @property
-    def kind(self) -> tuple[str, str, int]:
-        """What decides how many bytes a token's graph has."""
-        return self.adapter.layout.key, self.autocast_dtype, self.hidden_BTD.shape[1]
+    def kind(self) -> PassKind:
+        return PassKind(self.adapter.layout.key, self.autocast_dtype, self.draws, self.hidden_BTD.shape[1])
 
     @property
     def draws(self) -> bool:

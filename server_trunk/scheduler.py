@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from contract.errors import CapacityError, SessionError
+from server_trunk.graph_meter import PassKind
 from server_trunk.lane import Backward, Forward, Graph, Lane
 from server_trunk.memory import Hold
 from server_trunk.residents import Residents
@@ -42,14 +43,14 @@ class Scheduler:
         *,
         threads: int,
         batch_tokens: int,
-        graph_bytes: Callable[[tuple[str, str, int], int], int],
+        graph_bytes: Callable[[PassKind, int], int],
         pass_bytes: int,
         residents: Residents,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions.
 
-        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; no pass may hold more than
+        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; all that run at once may hold
         `pass_bytes`.
         """
         self._lanes = tuple(lanes)
@@ -58,6 +59,7 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._graph_bytes = graph_bytes
         self._pass_bytes = pass_bytes
+        self._running_bytes = 0
         self._residents = residents
         self._clock = clock
         self._seats: dict[Seat, None] = {}  # in the order of their coming
@@ -151,7 +153,9 @@ class Scheduler:
             for seat, job in batch:
                 seat.served += max(job.tokens, 1)
                 seat.turn = self._turns
-            task = asyncio.create_task(self._drive(lane, worker, batch))
+            needed = self._needed(batch)
+            self._running_bytes += needed
+            task = asyncio.create_task(self._drive(lane, worker, batch, needed))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -172,13 +176,21 @@ class Scheduler:
                 if not gang.worth_it(one.jobs[0].graph for one in present):
                     gang.part_from(first.graph)
                     present = [seat]
-                return self._taken(present)
-            return self._taken(self._with_others(seat, waiting) if first.kind == "forward" else [seat])
+            else:
+                present = self._with_others(seat, waiting) if first.kind == "forward" else [seat]
+            batch = [(one, one.jobs[0]) for one in present]
+            if self._running_bytes and self._running_bytes + self._needed(batch) > self._pass_bytes:
+                return []  # it is their turn all the same: the next pass to end looks again
+            for one in present:
+                one.jobs.popleft()
+            return batch
         self._wake_at(soonest)
         return []
 
-    def _taken(self, seats: Sequence[Seat]) -> list[tuple[Seat, Job]]:
-        return [(seat, seat.jobs.popleft()) for seat in seats]
+    def _needed(self, batch: Sequence[tuple[Seat, Job]]) -> int:
+        """Bytes that a pass may hold while it runs: its graph's, which a backward may have to make again."""
+        shapes = [(job.shape or (job.graph and job.graph.forward), job.tokens) for _, job in batch]
+        return sum(self._graph_bytes(shape.kind, tokens) for shape, tokens in shapes if shape and shape.need_grad)
 
     def _with_others(self, leader: Seat, waiting: Sequence[Seat]) -> list[Seat]:
         """The leader and those whose forwards fit into its pass: up to a free lane's even share of what waits."""
@@ -200,7 +212,7 @@ class Scheduler:
             together = tokens + seat.jobs[0].tokens
             if seat is leader or together > room:
                 continue
-            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self._pass_bytes:
+            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self._pass_bytes // len(self._lanes):
                 taken.append(seat)
                 tokens += seat.jobs[0].tokens
         return taken
@@ -242,7 +254,7 @@ class Scheduler:
 
     # ---- doing ---------------------------------------------------------------------------------------------------
 
-    async def _drive(self, lane: Lane, worker: Worker, batch: list[tuple[Seat, Job]]) -> None:
+    async def _drive(self, lane: Lane, worker: Worker, batch: list[tuple[Seat, Job]], needed: int) -> None:
         threads = self._threads_for(batch)
         began_s = self._clock()
         try:
@@ -251,6 +263,7 @@ class Scheduler:
             outcomes = [error] * len(batch)
         finally:
             self._free.append((lane, worker))
+            self._running_bytes -= needed
             now_s = self._clock()
             for seat, _ in batch:
                 seat.running = False

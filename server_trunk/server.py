@@ -145,7 +145,7 @@ class TrunkServer:
             threads=engine.threads,
             batch_tokens=found.batch_tokens,
             graph_bytes=engine.meter.estimate,
-            pass_bytes=int(budget * _FOR_PASSES / found.lanes),
+            pass_bytes=int(budget * _FOR_PASSES),
             residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
         )
         self._servicer = TrunkServicer(

@@ -233,3 +233,18 @@ def test_what_cannot_share_a_pass_is_told_apart(engines: Any) -> None:
     assert not one.shares_with(request(one.adapter, 2, 8, 0, training=True))
     positions = Forward(one.adapter, one.hidden_BTD, None, torch.arange(8)[None])
     assert not one.shares_with(positions)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_is_estimated_from_above_before_it_was_ever_measured(
+    tmp_path: Path, family: str, dtype: str, dropout: float
+) -> None:
+    save_model(family, tmp_path)
+    engine = Engine(tmp_path, CUT, dtype=dtype, attn_implementation=attention(family), device="cpu", lanes=1)
+    values_BTD = torch.randn(2, 24, HIDDEN, dtype=getattr(torch, dtype))
+    asked = Forward(session(engine, tmp_path, 1, lora_dropout=dropout), values_BTD, None, None, training=True)
+    guessed = engine.meter.estimate(asked.kind, 48)
+    engine.lanes[0].forward([asked])
+    assert 0.2 * guessed < engine.meter.estimate(asked.kind, 48) <= guessed

@@ -375,6 +375,19 @@ def test_a_microbatch_that_no_pass_could_hold_is_refused_at_once() -> None:
     run(play)
 
 
+@pytest.mark.parametrize(("tokens", "at_once"), [(24, 2), (26, 1)])
+def test_passes_that_would_not_fit_into_memory_together_run_one_after_the_other(tokens: int, at_once: int) -> None:
+    async def play(bench: Bench) -> None:
+        bench.hold()
+        waits = [bench.forward(bench.seat(name), tokens) for name in "ab"]
+        await begun(bench)
+        assert sum(seat.running for seat in bench.scheduler._seats) == at_once
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    assert [who for _, (who,) in run(play, lanes=2, batch_tokens=1).passes] == ["a", "b"]
+
+
 def test_adapters_used_longest_ago_are_put_aside_and_come_back_for_their_next_turn() -> None:
     async def play(bench: Bench) -> None:
         seats = [bench.seat(name) for name in "abc"]
