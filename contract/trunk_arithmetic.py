@@ -1,4 +1,4 @@
-"""How a session asks its trunk to compute: by autocast or not, and whether on passes that other clients have no part in.
+"""How a session asks its trunk to compute: by autocast or not, and on passes of its own or shared ones.
 
 No torch: a run's settings, a client and the trunk read the same names here.
 """
