@@ -133,6 +133,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRo
         codecs=WireCodecs(config.codec, config.gradient_codec),
         timeout_s=config.round_timeout_s,
         mechanism=wire_mechanism(config),
+        arithmetic=config.trunk_arithmetic,
     )
     spec = adapter.resolve_lora(resolve_model(site.model), adapter.run_lora(config))
     start = RoundStart(

@@ -8,6 +8,7 @@ the optimiser, and a new session must be opened.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections import deque
@@ -30,6 +31,7 @@ from contract.delta import SampleCache, Samples
 from contract.errors import AgreementError, ConfigError, FrameError, FrameTooLargeError, NonFiniteError, SessionError
 from contract.privacy_records import Channel, PrivacyEvent
 from contract.records import DELTA_CODEC, AdamWSettings
+from contract.trunk_arithmetic import PLAIN, TRUNK_AUTOCAST, TrunkArithmetic
 from contract.trunk_pb2 import (
     Backward,
     ClientFrame,
@@ -43,6 +45,8 @@ from contract.trunk_pb2 import (
     Welcome,
 )
 from privacy.wire import Off, WireMechanism
+
+logger = logging.getLogger("trunkline.clients")
 
 
 class PendingGraph:
@@ -81,12 +85,13 @@ class RemoteTrunk:
         timeout_s: float = 300.0,
         mechanism: WireMechanism | None = None,
         codecs: WireCodecs = EXACT,
+        arithmetic: TrunkArithmetic = PLAIN,
     ) -> None:
         """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
 
         Every value passes `mechanism` on its way out; one that is not Off needs `announce` before each forward.
         Raises AgreementError when the two sides do not hold the same model, the trunk does not take the codecs that
-        are named, or names an unexpected adapter.
+        are named, computes otherwise than `arithmetic` asks, or names an unexpected adapter.
         """
         self.address = connection.address
         self.wire_log = connection.wire_log
@@ -105,9 +110,12 @@ class RemoteTrunk:
         self._exchanges = Exchanges(self._stream.cancel)
         self._hang_up = weakref.finalize(self, self._stream.cancel)
         with self._exchanges.alone():
-            self._stream.send(ClientFrame(hello=_offering(hello, codecs)))
+            self._stream.send(ClientFrame(hello=_offering(hello, codecs, arithmetic)))
             self.welcome: Welcome = self._stream.receive("welcome")
             codecs.require_accepted(self.welcome.codecs, self.address)
+            told = arithmetic.told(self.welcome.autocast_dtype, self.address)
+        if told:
+            logger.info(told)
         self._codecs = CodecPolicy(codecs, self.welcome.codecs, connection.round_trip_s)
         self._places = SamplePlaces(self.welcome.sample_cache_bytes, hidden_size)
         self._samples = SampleCache(self.welcome.sample_cache_bytes, hidden_size)
@@ -415,8 +423,10 @@ def _forgotten(microbatch: int, held: set[int], dropped: deque[int]) -> None:
     dropped.append(microbatch)
 
 
-def _offering(hello: Hello, codecs: WireCodecs) -> Hello:
+def _offering(hello: Hello, codecs: WireCodecs, arithmetic: TrunkArithmetic) -> Hello:
     offer = Hello()
     offer.CopyFrom(hello)
     offer.codecs[:] = codecs.offered()
+    offer.trunk_autocast = TRUNK_AUTOCAST[arithmetic.autocast]
+    offer.deterministic = arithmetic.deterministic
     return offer

@@ -29,6 +29,7 @@ from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
 from contract.records import CutLayers, Factor, LoraSpec, RoundKey, Trainable
+from contract.trunk_arithmetic import PLAIN, TrunkArithmetic
 from contract.trunk_pb2 import CloseReply, Hello, ModelAgreement
 from privacy.wire import WireMechanism
 
@@ -50,6 +51,7 @@ class SplitSettings:
     device: str = "cpu"
     timeout_s: float = 300.0
     mechanism: WireMechanism | None = None
+    arithmetic: TrunkArithmetic = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def load_split_model(
     device: str = "cpu",
     timeout_s: float = 300.0,
     wire_log: str | Path | None = None,
+    trunk_autocast: str = "off",
+    deterministic: bool = False,
 ) -> PeftModel:
     """A PEFT causal LM that holds the first `head_layers` and the last `tail_layers` decoder layers of `model_path`.
 
@@ -99,11 +103,18 @@ def load_split_model(
     again, or "auto" for what the measured link needs. `codec_backward` is that of the gradients: "same", or any but
     "int4-delta", for which "same" is "int8". A wait for the trunk ends after `timeout_s`.
 
+    `trunk_autocast` is what the trunk computes in: "off", its weights' type, as an un-split model would; "bfloat16"; or
+    "auto", bfloat16 where the trunk gains from it. A `deterministic` session shares no pass with another, so that its
+    bits do not depend on who else is there; it takes no dropout, and neither codec nor autocast may go by the clock.
+
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """
     cut = CutLayers(head_layers, tail_layers)
     codecs = WireCodecs.named(codec, codec_backward, CODECS)
-    settings = SplitSettings(model_path, cut, dtype, attn_implementation, codecs, device, timeout_s)
+    arithmetic = TrunkArithmetic(trunk_autocast, deterministic)
+    settings = SplitSettings(
+        model_path, cut, dtype, attn_implementation, codecs, device, timeout_s, arithmetic=arithmetic
+    )
     route = trunk_route(trunk_address, secrets.token_hex(8), WireLog(wire_log))
     spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
     return open_split_model(settings, spec, route, seed)
@@ -114,6 +125,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
     directory = resolve_model(settings.model_path)
     found = probe(directory)
     settings.cut.check(found.layers)
+    settings.arithmetic.check_beside(settings.codecs.forward, settings.codecs.backward, spec.dropout)
     agreement = wire.model_agreement(fingerprint(directory), settings.cut, settings.dtype, settings.attn_implementation)
     # The trunk compares these too; here it shows before a large model is loaded for nothing.
     wire.require_agreement(agreement, route.describe().model)
@@ -149,6 +161,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
             timeout_s=settings.timeout_s,
             mechanism=settings.mechanism,
             codecs=settings.codecs,
+            arithmetic=settings.arithmetic,
         )
     )
     layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
@@ -227,7 +240,7 @@ def _client_adapter(start: RoundStart, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _hello(agreement: ModelAgreement, spec: LoraSpec, trainable: Trainable, start: int | RoundStart) -> Hello:
-    """All of it but the codecs, which the session itself offers."""
+    """All of it but the codecs and the arithmetic, which the session itself asks for."""
     hello = Hello(protocol=wire.PROTOCOL, model=agreement, lora=wire.lora_to_wire(spec), trainable=trainable)
     if isinstance(start, int):
         hello.seed = start

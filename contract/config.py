@@ -21,6 +21,7 @@ from contract.privacy_settings import check_privacy
 from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers, gradient_codec
 from contract.setting import ConfigValue as ConfigValue
 from contract.setting import key_of, setting, wanted
+from contract.trunk_arithmetic import TrunkArithmetic
 
 MODEL_SECTION, SPLIT_SECTION, ROUNDS_SECTION = "Model and data", "The split", "Rounds"
 AGGREGATION_SECTION, TRAINING_SECTION, LORA_SECTION = "Averaging", "Training on a client", "The adapter"
@@ -82,6 +83,18 @@ class RunConfig(BaseModel):
         "same",
         SPLIT_SECTION,
         "Encoding of gradients on the wire; `same` takes what `codec` says, int8 for `int4-delta`.",
+    )
+    trunk_autocast: Literal["off", "bfloat16", "auto"] = setting(
+        "off",
+        SPLIT_SECTION,
+        "What the trunk computes in: `bfloat16` by autocast, which is faster where the processor has it, and no longer "
+        "equals un-split training in float32; `auto` where the trunk found at its start that this gains.",
+    )
+    deterministic: bool = setting(
+        False,
+        SPLIT_SECTION,
+        "The trunk takes no client into a pass with another and always computes with all its threads, so that a "
+        "client's results do not depend on who else trains; slower with several clients.",
     )
 
     num_rounds: int = setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
@@ -334,6 +347,7 @@ class RunConfig(BaseModel):
                 f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
         check_privacy(self)
+        self.trunk_arithmetic.check_beside(self.codec, self.gradient_codec, self.lora_dropout)
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(
                 f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"
@@ -376,6 +390,10 @@ class RunConfig(BaseModel):
     def gradient_codec(self) -> str:
         """What `codec-backward` comes to."""
         return gradient_codec(self.codec, self.codec_backward)
+
+    @property
+    def trunk_arithmetic(self) -> TrunkArithmetic:
+        return TrunkArithmetic(self.trunk_autocast, self.deterministic)
 
     def target_module_names(self) -> tuple[str, ...]:
         """`target-modules` as single names, `("all-linear",)` for that."""

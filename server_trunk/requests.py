@@ -12,11 +12,11 @@ from contract.codec import CODECS, SESSION_CODECS, check_header, sent_lengths, u
 from contract.delta import Samples
 from contract.errors import AgreementError, FrameError
 from contract.records import DELTA_CODEC, AdamWSettings, LoraSpec, RoundKey, Trainable
+from contract.trunk_arithmetic import TRUNK_AUTOCAST
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
 from server_trunk.contributions import check_name
 from server_trunk.lane import AUTOCAST, Graph
 
-_TRUNK_AUTOCAST = ("", "bfloat16", "auto")
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
 
@@ -49,7 +49,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
     codecs = tuple(codec for codec in SESSION_CODECS if codec in hello.codecs)
     if not codecs:
         raise FrameError(f"hello.codecs is {list(hello.codecs)[:8]}; it must name some of {', '.join(SESSION_CODECS)}")
-    if hello.trunk_autocast not in _TRUNK_AUTOCAST:
+    if hello.trunk_autocast not in TRUNK_AUTOCAST.values():
         raise FrameError(f"hello.trunk_autocast is {hello.trunk_autocast!r}; it must be empty, bfloat16 or auto")
     round_key = round_from_wire(hello.round) if hello.HasField("round") else None
     if round_key is not None:

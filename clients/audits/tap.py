@@ -173,6 +173,7 @@ class _Loopback(nn.Module):
         super().__init__()
         self._trunk = trunk
         self._codec = self._gradient_codec = "identity"
+        self._casts = False
         self.mechanism: WireMechanism = Off()
         self.rows: Sequence[int] = ()
         self.replayed: Tensor | None = None
@@ -180,10 +181,14 @@ class _Loopback(nn.Module):
         self.clear_BTD = self.hidden_BTD = self.answered_BTD = torch.empty(0)
 
     def use(self, config: RunConfig) -> None:
-        """Cross by the codecs of `config`: the least lossy that `auto` may pick, and what int4-delta begins with."""
+        """Cross by the codecs of `config`: the least lossy that `auto` may pick, and what int4-delta begins with.
+
+        Under `trunk-autocast="auto"` the trunk does not cast, for the same reason.
+        """
         most_told = {AUTO: AUTO_CODECS[0], DELTA_CODEC: DELTA_START}
         self._codec = most_told.get(config.codec, config.codec)
         self._gradient_codec = most_told.get(config.gradient_codec, config.gradient_codec)
+        self._casts = config.trunk_autocast == "bfloat16"
 
     def forward(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None, position_ids: Tensor | None) -> Tensor:
         if self.replayed is not None:
@@ -192,9 +197,9 @@ class _Loopback(nn.Module):
         if self._head_only:
             return hidden_BTD
         self.hidden_BTD = self.sent_forward(hidden_BTD, self.mechanism, self.rows)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._casts):
             answered_BTD = self._trunk(self.hidden_BTD, attention_mask_BT, position_ids)
-        self.answered_BTD = answered_BTD.detach().requires_grad_()
+        self.answered_BTD = answered_BTD.detach().to(hidden_BTD.dtype).requires_grad_()
         return self.answered_BTD
 
     def hidden_only(self, backbone: nn.Module, tokens_BT: Tensor) -> Tensor:

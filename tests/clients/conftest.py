@@ -16,6 +16,7 @@ from clients.split_model import RoundStart, SplitSettings, closing_session, open
 from contract import adapter
 from contract.architecture import probe
 from contract.records import CutLayers, Factor, RoundKey
+from contract.trunk_arithmetic import PLAIN, TrunkArithmetic
 from orchestrator.trunk import Trunk
 from privacy.wire import WireMechanism
 from tests.clients.sites import save_site_model
@@ -60,6 +61,7 @@ def opened(
     trainable: Factor = "AB",
     trunk_frozen: bool = False,
     mechanism: WireMechanism | None = None,
+    arithmetic: TrunkArithmetic = PLAIN,
 ) -> Iterator[PeftModel]:
     """A split model in a round that starts from `tensors`, as a client app opens it."""
     spec = adapter.resolve_lora(model_dir, lora)
@@ -75,7 +77,9 @@ def opened(
         trunk_frozen=trunk_frozen,
     )
     orchestrator.close()
-    settings = SplitSettings(model_dir, cut, attn_implementation=attn_implementation, mechanism=mechanism)
+    settings = SplitSettings(
+        model_dir, cut, attn_implementation=attn_implementation, mechanism=mechanism, arithmetic=arithmetic
+    )
     model = open_split_model(settings, spec, TrunkConnection(address), start)
     with closing_session(model):
         yield model

@@ -40,6 +40,8 @@ CONFIG = RunConfig.from_flower(
         "lora-r": 4,
         "seed": 5,
         "secagg": "off",
+        "trunk-autocast": "bfloat16",
+        "deterministic": True,
     }
 )
 
@@ -207,6 +209,7 @@ def test_every_field_that_left_is_documented_with_its_size(played: Round) -> Non
         assert size <= limit(table[field], d=played.trained_values, N=1, r=4), f"{field} has {size} bytes"
         seen.add(field)
     expected = {"hello.adapter_sha256", "forward.attention_mask_bits", "chunk.data (forward)", "metrics.eval_loss"}
+    expected |= {"hello.trunk_autocast", "hello.deterministic"}
     training = {"chunk.data (backward)", "step.grad_scale", "close.trained_tokens", "update", "metrics.train_loss"}
     assert expected <= seen
     assert seen & training == (training if "update" in played.reply.content else set())

@@ -78,6 +78,14 @@ def test_a_whole_number_is_taken_where_a_number_is_wanted() -> None:
         ({**FROZEN, "dp": "example", "dtype": "bfloat16"}, "dp is example and dtype is bfloat16; "),
         ({"dp-noise-multiplier": 0}, "dp-noise-multiplier is 0; it must be a number, > 0.0"),
         ({"dp-sample-rate": 1.5}, "dp-sample-rate is 1.5; it must be a number, > 0.0, <= 1.0"),
+        ({"trunk-autocast": "float16"}, "trunk-autocast is 'float16'; it must be off or bfloat16 or auto"),
+        ({"trunk-autocast": True}, "trunk-autocast is True; it must be off or bfloat16 or auto"),
+        ({"deterministic": "yes"}, "deterministic is 'yes'; it must be true or false"),
+        ({"deterministic": True, "trunk-autocast": "auto"}, "deterministic is true and trunk-autocast is auto; "),
+        ({"deterministic": True, "lora-dropout": 0.1}, "deterministic is true and lora-dropout is 0.1; "),
+        ({"deterministic": True, "codec": "auto"}, "deterministic is true and codec is auto; "),
+        ({"deterministic": True, "codec": "int4-delta"}, "deterministic is true and codec is int4-delta; "),
+        ({"deterministic": True, "codec-backward": "auto"}, "deterministic is true and codec-backward is auto; "),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_own_name(values: dict[str, ConfigValue], told: str) -> None:

@@ -161,6 +161,15 @@ def test_only_an_attackers_own_rows_show_what_they_were_before(llama_dir: Path) 
         assert not np.array_equal(sent_TD, clear_TD)
 
 
+def test_the_trunk_of_an_audit_computes_in_bfloat16_where_the_runs_does(llama_dir: Path) -> None:
+    tap, rows = Tap(llama_dir, config_of()), rows_of(6, 9)
+    exact, cast = tap.cross(rows), tap.with_config(config_of(trunk_autocast="bfloat16")).cross(rows)
+    for one, other in zip(exact, cast, strict=True):
+        np.testing.assert_array_equal(other.hidden_TD, one.hidden_TD)
+        assert not np.array_equal(other.answered_TD, one.answered_TD)
+        np.testing.assert_allclose(other.answered_TD, one.answered_TD, atol=0.1)
+
+
 def test_answers_can_be_replayed_for_what_the_tail_makes_of_them(llama_dir: Path) -> None:
     tap = Tap(llama_dir, config_of())
     crossed = tap.cross(rows_of(6, 9))
