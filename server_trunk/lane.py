@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -221,11 +221,7 @@ class Lane:
         return [self._alone(asked[0], keep)] if len(asked) == 1 else self._together(asked, keep)
 
     def _alone(self, asked: Forward, keep: bool) -> tuple[Tensor, Graph]:
-        if keep and not self._meter.knows(asked.kind):
-            with self._meter.measuring(asked.kind, asked.tokens):
-                input_BTD, output_BTD = self._pass(asked, keep)
-        else:
-            input_BTD, output_BTD = self._pass(asked, keep)
+        input_BTD, output_BTD = self._pass(asked, keep)
         graph = Graph(asked, output_BTD)
         if keep:
             graph.input_BTD, graph.output_BTD = input_BTD, output_BTD
@@ -237,7 +233,9 @@ class Lane:
         mask_BT, position_ids = (
             None if value is None else value.to(self.device) for value in (asked.mask_BT, asked.position_ids)
         )
-        return input_BTD, self._run(asked, keep, input_BTD, mask_BT, position_ids)
+        known = not keep or self._meter.knows(asked.kind)
+        with nullcontext() if known else self._meter.measuring(asked.kind, asked.tokens):
+            return input_BTD, self._run(asked, keep, input_BTD, mask_BT, position_ids)
 
     def _run(
         self, like: Forward, keep: bool, input_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None = None

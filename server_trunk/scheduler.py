@@ -11,7 +11,6 @@ the others as long as computing their own forward again would take, and no longe
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from contract.errors import CapacityError, SessionError
+from contract.errors import CapacityError, SessionError, StorageError
 from server_trunk.graph_meter import PassKind
 from server_trunk.lane import Backward, Forward, Graph, Lane
 from server_trunk.memory import Hold
@@ -144,7 +143,7 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         while self._free and (batch := self._next()):
-            lane, worker = self._free.pop(0)
+            lane, worker = self._free.pop()  # the one that worked last, whose heap has room already
             for seat, _ in batch:
                 seat.running = True
             self._time = max(self._time, min(seat.served for seat, _ in batch))
@@ -261,30 +260,41 @@ class Scheduler:
             outcomes = await worker.run(_work, lane, threads, [job for _, job in batch])
         except Exception as error:  # noqa: BLE001 (told to everybody in the pass)
             outcomes = [error] * len(batch)
-        finally:
-            self._free.append((lane, worker))
-            self._running_bytes -= needed
-            now_s = self._clock()
-            for seat, _ in batch:
-                seat.running = False
-                seat.active_s = now_s
-                if seat.left:
-                    self._forget(seat)
-                elif not seat.adapter.evicted:
-                    self._residents.used(seat)
-        for (_, job), outcome in zip(batch, outcomes, strict=True):
+        now_s = self._clock()
+        for (seat, job), outcome in zip(batch, outcomes, strict=True):
+            self._settle(seat, now_s)
+            if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
+                job.graph.gang.due_s = now_s + (now_s - began_s)
             if job.done.done():
                 continue
             if isinstance(outcome, BaseException):
                 job.done.set_exception(outcome)
             else:
                 job.done.set_result(outcome)
-        for _, job in batch:
-            if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
-                job.graph.gang.due_s = now_s + (now_s - began_s)
-        for seat in self._residents.surplus():
-            self.other(seat, functools.partial(self._residents.put_aside, seat.adapter))
+        await self._make_room(worker)
+        self._running_bytes -= needed
+        self._free.append((lane, worker))
         self._dispatch()
+
+    def _settle(self, seat: Seat, now_s: float) -> None:
+        seat.running = False
+        seat.active_s = now_s
+        if seat.left:
+            self._forget(seat)
+        elif not seat.adapter.evicted:
+            self._residents.used(seat)
+
+    async def _make_room(self, worker: Worker) -> None:
+        """Put idle sessions' adapters aside, now: behind the work that waits they would be in memory all the while."""
+        idle = self._residents.surplus()
+        for seat in idle:
+            seat.running = True
+        for seat in idle:
+            try:
+                await worker.run(self._residents.put_aside, seat.adapter)
+            except StorageError as error:
+                logger.warning("an idle session's adapter stays in memory: %s", error)
+            self._settle(seat, seat.active_s)
 
     def _forget(self, seat: Seat) -> None:
         self._seats.pop(seat, None)

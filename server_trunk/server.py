@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import psutil
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -24,6 +26,7 @@ from contract.records import CutLayers
 from contract.wire import message_limits
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, choose_device
+from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
 from server_trunk.probe import Findings, probe
@@ -40,6 +43,7 @@ T = TypeVar("T")
 
 _HANG_UP_S = 2.0
 _DRAIN_POLL_S = 0.05
+_TRIM_S = 0.25
 _FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
 _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, commits, progress, health
 
@@ -165,6 +169,9 @@ class TrunkServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         self._sweeper = asyncio.create_task(self._sweep())
+        # Of a GPU's budget this process's own memory is no part.
+        heap = Heap(psutil.Process().memory_info().rss + budget if engine.device == "cpu" else sys.maxsize)
+        self._trimmer = asyncio.create_task(self._trim(heap))
         return f"{host}:{port}", f"{engine.summary()} {found.summary()}"
 
     async def drain(self, hurry: asyncio.Event) -> None:
@@ -181,6 +188,7 @@ class TrunkServer:
     async def stop(self) -> None:
         """Cut off what is open with UNAVAILABLE and give the threads back."""
         self._sweeper.cancel()
+        self._trimmer.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
         await self._scheduler.close()
@@ -215,6 +223,11 @@ class TrunkServer:
             freed = self._table.sweep()
             if freed:
                 logger.info("freed %d graphs that waited too long for their backward", freed)
+
+    async def _trim(self, heap: Heap) -> None:
+        while True:
+            await asyncio.sleep(_TRIM_S)
+            await self._disk.run(heap.trim)
 
 
 def _require_free(host: str, port: int) -> None:
