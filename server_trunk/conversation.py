@@ -37,6 +37,9 @@ from server_trunk.stream import FrameStream
 from server_trunk.worker import Worker
 
 _COPIES = 3
+_NEIGHBOURS_STEP_WITHIN_S = 0.05
+"""A client on the same cores begins its next batch just then: a step beside its first layer cost both several times
+what the step takes. Others' steps are best done at once, while their next batch is made and on its way."""
 
 TrunkSession = Session[SessionAdapter, Graph]
 Answer = Callable[[], Awaitable[None]]
@@ -270,7 +273,11 @@ class Conversation:
         session, adapter = self._session, self._session.adapter
         session.pending.free_all("the session's adapter was stepped after its forward")
         future = self._handed(
-            self._scheduler.other(self._seat, lambda: self._engine.step(adapter, settings, grad_scale))
+            self._scheduler.other(
+                self._seat,
+                lambda: self._engine.step(adapter, settings, grad_scale),
+                within_s=_NEIGHBOURS_STEP_WITHIN_S if self._stream.on_this_machine else 0.0,
+            )
         )
 
         async def answer() -> None:

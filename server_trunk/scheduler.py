@@ -116,9 +116,13 @@ class Scheduler:
     ) -> asyncio.Future[Any]:
         return self._queue(seat, Job("backward", tokens, prepare, finish, _future(), seat.adapter, graph=graph))
 
-    def other(self, seat: Seat, work: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Anything else that must keep its place in the session's order: a step, or reading the adapter."""
-        return self._queue(seat, Job("other", 0, work, lambda answer: answer, _future(), seat.adapter))
+    def other(self, seat: Seat, work: Callable[[], Any], *, within_s: float = 0.0) -> asyncio.Future[Any]:
+        """Anything else that must keep its place in the session's order: a step, or reading the adapter.
+
+        It is begun before the session's next request, or `within_s`.
+        """
+        job = Job("other", 0, work, lambda answer: answer, _future(), seat.adapter, due_s=self._clock() + within_s)
+        return self._queue(seat, job)
 
     async def close(self) -> None:
         """Wait for what runs; nothing more is begun."""
@@ -166,6 +170,9 @@ class Scheduler:
         soonest = float("inf")
         for seat in waiting:
             first = seat.jobs[0]
+            if len(seat.jobs) == 1 and self._clock() < first.due_s:
+                soonest = min(soonest, first.due_s)
+                continue
             gang = None if first.graph is None else first.graph.gang
             if first.graph is not None and gang is not None:
                 present = [one for one in waiting if one.jobs[0].graph in gang.rows]
@@ -241,7 +248,12 @@ class Scheduler:
             self._alarm = asyncio.get_running_loop().call_later(delay_s, self._dispatch)
 
     def _threads_for(self, batch: Sequence[tuple[Seat, Job]]) -> int:
-        """All threads for a pass that nobody else is about to work beside; else the lane's own share."""
+        """All threads for a pass that nobody else is about to work beside; else the lane's own share.
+
+        One for a step that nothing waits for: the session's next batch is being made on the same cores, maybe.
+        """
+        if batch[0][1].kind == "other" and not batch[0][0].jobs:
+            return 1
         inside = {seat for seat, _ in batch}
         if any(seat.deterministic for seat in inside):
             return self._threads

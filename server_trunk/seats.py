@@ -45,3 +45,5 @@ class Job:
     shape: Forward | None = None
     hold: Hold | None = None
     keep: bool = True
+    due_s: float = float("-inf")
+    """Until then it may wait for what the session asks next."""

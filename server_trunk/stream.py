@@ -21,6 +21,8 @@ class FrameStream:
         self._idle_timeout_s = idle_timeout_s
         self.received_bytes = 0
         self.sent_bytes = 0
+        self.on_this_machine = context.peer().startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:"))
+        """Whether the client's address is a loopback one, so that it may compute on the same cores."""
 
     async def read(self, timeout_s: float | None = None) -> pb.ClientFrame | None:
         """The next frame that is not a chunk, None when the client has hung up.

@@ -350,6 +350,24 @@ def test_a_session_alone_has_all_threads_and_two_have_a_lanes_share_each() -> No
     assert told in ([[2], [4, 2, 4]], [[2, 4], [4, 2]], [[4, 2], [4, 2]], [[2], [4, 4, 4]], [[2, 4], [4, 4]]), told
 
 
+def test_a_step_that_may_wait_is_done_before_the_sessions_next_request_or_when_its_time_is_up() -> None:
+    seen: list[str] = []
+
+    async def play(bench: Bench) -> None:
+        seat, other = bench.seat("a"), bench.seat("b")
+        step = bench.scheduler.other(seat, lambda: seen.append("step"), within_s=0.2)
+        await bench.forward(other)
+        assert not seen, "nobody waits for it yet"
+        await bench.forward(seat)
+        assert seen == ["step"] and step.done()
+        step = bench.scheduler.other(seat, lambda: seen.append("late"), within_s=0.2)
+        bench.now_s += 0.3
+        await asyncio.wait_for(step, 5)
+
+    assert run(play).passes == [("forward", ["b"]), ("forward", ["a"])]
+    assert seen == ["step", "late"]
+
+
 def test_graphs_are_kept_while_there_is_room_and_a_pass_keeps_all_or_none() -> None:
     async def play(bench: Bench) -> None:
         seats = [bench.seat(name) for name in "abcd"]
