@@ -359,7 +359,8 @@ def test_a_step_that_may_wait_is_done_before_the_sessions_next_request_or_when_i
         await bench.forward(other)
         assert not seen, "nobody waits for it yet"
         await bench.forward(seat)
-        assert seen == ["step"] and step.done()
+        assert seen == ["step"]
+        assert step.done()
         step = bench.scheduler.other(seat, lambda: seen.append("late"), within_s=0.2)
         bench.now_s += 0.3
         await asyncio.wait_for(step, 5)
