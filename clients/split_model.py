@@ -105,7 +105,7 @@ def load_split_model(
 
     `trunk_autocast` is what the trunk computes in: "off", its weights' type, as an un-split model would; "bfloat16"; or
     "auto", bfloat16 where the trunk gains from it. A `deterministic` session shares no pass with another, so that its
-    bits do not depend on who else is there; it takes no dropout, and neither codec nor autocast may go by the clock.
+    bits do not depend on who else is there; neither codec nor autocast may go by the clock.
 
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """
@@ -125,7 +125,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
     directory = resolve_model(settings.model_path)
     found = probe(directory)
     settings.cut.check(found.layers)
-    settings.arithmetic.check_beside(settings.codecs.forward, settings.codecs.backward, spec.dropout)
+    settings.arithmetic.check_beside(settings.codecs.forward, settings.codecs.backward)
     agreement = wire.model_agreement(fingerprint(directory), settings.cut, settings.dtype, settings.attn_implementation)
     # The trunk compares these too; here it shows before a large model is loaded for nothing.
     wire.require_agreement(agreement, route.describe().model)

@@ -347,7 +347,7 @@ class RunConfig(BaseModel):
                 f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
         check_privacy(self)
-        self.trunk_arithmetic.check_beside(self.codec, self.gradient_codec, self.lora_dropout)
+        self.trunk_arithmetic.check_beside(self.codec, self.gradient_codec)
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(
                 f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"

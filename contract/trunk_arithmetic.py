@@ -27,7 +27,7 @@ class TrunkArithmetic:
         if self.autocast not in TRUNK_AUTOCAST:
             raise ConfigError(f"trunk-autocast is {self.autocast!r}; it must be {' or '.join(TRUNK_AUTOCAST)}")
 
-    def check_beside(self, codec: str, codec_backward: str, dropout: float) -> None:
+    def check_beside(self, codec: str, codec_backward: str) -> None:
         """Raise ConfigError where `deterministic` stands beside what goes by the clock, or by who else is there."""
         if not self.deterministic:
             return
@@ -39,11 +39,6 @@ class TrunkArithmetic:
             raise ConfigError(
                 "deterministic is true and trunk-autocast is auto; each start of a trunk measures anew what it gains "
                 "from: name bfloat16 or off"
-            )
-        if dropout:
-            raise ConfigError(
-                f"deterministic is true and lora-dropout is {dropout:g}; all sessions of a trunk draw from the same "
-                "random numbers: lora-dropout must be 0"
             )
 
     def told(self, autocast_dtype: str, address: str) -> str:

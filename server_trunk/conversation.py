@@ -183,7 +183,15 @@ class Conversation:
         modes = (forward.autocast_dtype or by_session, forward.training, forward.need_grad, bool(by_session))
 
         def asked(hidden_BTD: Tensor) -> Forward:
-            return Forward(session.adapter, hidden_BTD, inputs.mask_BT, inputs.position_ids, *modes)
+            return Forward(
+                session.adapter,
+                hidden_BTD,
+                inputs.mask_BT,
+                inputs.position_ids,
+                *modes,
+                own_dropout=self._engine.own_dropout,
+                seed=session.seed_of(forward.microbatch),
+            )
 
         def finish(answer: tuple[Tensor, Graph]) -> tuple[Graph, pb.TensorHeader, memoryview]:
             output_BTD, graph = answer

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from contract.adapter import to_bytes
@@ -74,6 +74,7 @@ class Engine:
         limit = getattr(model.config, "max_position_embeddings", None)  # where clients read theirs
         self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.own_dropout = _drops_values(model)
         models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
         self.meter = GraphMeter(model)
         self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
@@ -107,6 +108,16 @@ class Engine:
         for name, parameter in adapter.parameters.items():
             if not math.isfinite(float(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
                 raise UpdateError(f"the trained trunk adapter holds a NaN or an infinity in {name}")
+
+
+def _drops_values(model: PreTrainedModel) -> bool:
+    """Whether the layers have dropout of their own: as a module, or as a number that one hands to a function."""
+    return any(
+        isinstance(module, nn.Dropout)
+        and module.p > 0
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+        for module in model.modules()
+    )
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

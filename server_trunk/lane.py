@@ -44,6 +44,10 @@ class Forward:
     need_grad: bool = True
     keeps_dtype: bool = False
     """Whether the answer has the request's dtype, whatever autocast made of it: the client's own layers do not cast."""
+    own_dropout: bool = False
+    """Whether the frozen layers drop values in training, beside what the adapter drops."""
+    seed: int = 0
+    """What dropout draws follows from it, so that a second forward draws the same."""
     read_again: Callable[[], Tensor] | None = None
     """Gives the hidden states, where they are on disk and `hidden_BTD` is empty, on the meta device."""
 
@@ -58,8 +62,8 @@ class Forward:
 
     @property
     def draws(self) -> bool:
-        """Whether a second forward would draw another dropout, so that the first one's graph must be kept."""
-        return self.training and bool(self.adapter.layout.spec.dropout)
+        """Whether there is dropout."""
+        return self.training and (self.own_dropout or bool(self.adapter.layout.spec.dropout))
 
     @property
     def rows(self) -> int:
@@ -75,10 +79,12 @@ class Forward:
         return self.hidden_BTD.dtype, self.autocast_dtype, self.keeps_dtype, self.training, self.need_grad
 
     def shares_with(self, other: Forward) -> bool:
-        """Whether both can be rows of one pass: they run alike, and neither is padded by more than a fourth."""
+        """Whether both can be rows of one pass: they run alike and draw nothing, and neither is padded by more than
+        a fourth."""
         lengths: list[int] = [self.hidden_BTD.shape[1], other.hidden_BTD.shape[1]]
         return (
-            self.position_ids is None
+            not self.draws
+            and self.position_ids is None
             and other.position_ids is None
             and self._modes == other._modes
             and bool(4 * max(lengths) <= 5 * min(lengths))
@@ -86,6 +92,7 @@ class Forward:
 
 
 _CALLING = threading.local()
+_DRAWING = threading.Lock()
 _TRIED_LENGTH = 64
 
 
@@ -177,6 +184,14 @@ def memory_bounds() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def drawing(seed: int, device: str) -> Iterator[None]:
+    """Within, dropout draws what follows from `seed`, one thread at a time: PyTorch has one generator for all."""
+    with _DRAWING, torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 class Lane:
     """One thread's trunk. Every method must be called on that thread."""
 
@@ -244,6 +259,7 @@ class Lane:
             self._part.train(like.training)
         cast = AUTOCAST[like.autocast_dtype]
         with (
+            drawing(like.seed, self.device) if like.draws else nullcontext(),
             memory_bounds(),
             torch.set_grad_enabled(keep),
             torch.autocast(self.device, dtype=cast, enabled=cast is not None),

@@ -224,14 +224,12 @@ class Scheduler:
         return taken
 
     def _decide_to_keep(self, jobs: Sequence[Job]) -> None:
-        """A pass keeps its graph where there is room for all of it; dropout cannot be drawn twice and keeps its own."""
+        """A pass keeps its graph where there is room for all of it."""
         sizes = []
         for job in jobs:
             if job.shape is None or job.hold is None or not job.shape.need_grad:
                 return
             sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
-        if jobs[0].shape is not None and jobs[0].shape.draws:
-            return
         kept = [job.hold.keep_graph(size) for job, size in zip(jobs, sizes, strict=True) if job.hold is not None]
         if not all(kept):
             for job, size in zip(jobs, sizes, strict=True):

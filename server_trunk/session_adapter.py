@@ -65,8 +65,8 @@ class Layout:
     def batches(self) -> bool:
         """Whether sessions of this layout can share a pass with others: LoRA and rsLoRA, without dropout.
 
-        DoRA needs its merged weight's norm, adapters of fused experts have no row for a batch to split, and dropout
-        draws from one generator: those run one by one.
+        DoRA needs its merged weight's norm, adapters of fused experts have no row for a batch to split, and what
+        dropout draws must not depend on who else is there: those run one by one.
         """
         return not (self.spec.use_dora or self.spec.target_parameters or self.spec.dropout)
 

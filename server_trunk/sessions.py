@@ -6,6 +6,7 @@ from several threads; the servicer's event loop owns it.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -155,6 +156,11 @@ class Session(Generic[Adapter, Graph]):
     autocast_dtype: str = ""
     counters: Counters = field(default_factory=Counters)
     _showed_life: float = float("-inf")
+
+    def seed_of(self, microbatch: int) -> int:
+        """What a microbatch's dropout is drawn from: the same wherever and beside whomever the session runs."""
+        named = f"{self.client_id}/{self.base_sha256}/{microbatch}".encode()
+        return int.from_bytes(hashlib.sha256(named).digest()[:7], "little")
 
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
         """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on."""

@@ -82,7 +82,6 @@ def test_a_whole_number_is_taken_where_a_number_is_wanted() -> None:
         ({"trunk-autocast": True}, "trunk-autocast is True; it must be off or bfloat16 or auto"),
         ({"deterministic": "yes"}, "deterministic is 'yes'; it must be true or false"),
         ({"deterministic": True, "trunk-autocast": "auto"}, "deterministic is true and trunk-autocast is auto; "),
-        ({"deterministic": True, "lora-dropout": 0.1}, "deterministic is true and lora-dropout is 0.1; "),
         ({"deterministic": True, "codec": "auto"}, "deterministic is true and codec is auto; "),
         ({"deterministic": True, "codec": "int4-delta"}, "deterministic is true and codec is int4-delta; "),
         ({"deterministic": True, "codec-backward": "auto"}, "deterministic is true and codec-backward is auto; "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,26 @@ def test_a_graph_is_estimated_from_above_before_it_was_ever_measured(
     guessed = engine.meter.estimate(asked.kind, 48)
     engine.lanes[0].forward([asked])
     assert 0.2 * guessed < engine.meter.estimate(asked.kind, 48) <= guessed
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("llama", 0.5), ("gpt2", 0.0)])
+def test_a_forward_that_is_computed_again_draws_the_same_dropout(tmp_path: Path, family: str, dropout: float) -> None:
+    save_model(family, tmp_path, **({"resid_pdrop": 0.5, "attn_pdrop": 0.5} if family == "gpt2" else {}))
+    engine = Engine(tmp_path, CUT, dtype="float32", attn_implementation=attention(family), device="cpu", lanes=1)
+    assert engine.own_dropout == (family == "gpt2")
+    adapter, lane = session(engine, tmp_path, 1, lora_dropout=dropout), engine.lanes[0]
+
+    def gradients(seed: int, *, keep: bool) -> list[torch.Tensor]:
+        asked = replace(request(adapter, 2, 8, 0, training=True, own_dropout=engine.own_dropout), seed=seed)
+        assert asked.draws
+        assert not asked.shares_with(asked)
+        adapter.reset_gradient()
+        ((output, graph),) = lane.forward([asked], keep=keep)
+        torch.rand(3)  # others draw meanwhile
+        ((grad, _),) = lane.backward([ask(asked, graph)])
+        assert grad is not None
+        return [output, grad, *(value.clone() for value in adapter.gradients().values())]
+
+    kept, again, other = gradients(5, keep=True), gradients(5, keep=False), gradients(6, keep=True)
+    assert all(map(torch.equal, kept, again))
+    assert not torch.equal(kept[0], other[0])
