@@ -68,8 +68,8 @@ class RemoteLayers(nn.Module):
         self.spec = spec
         self.base_model_name = base_model_name
         self.anchor = nn.Parameter(torch.zeros(1), requires_grad=not frozen)
-        self.beside: frozenset[int] = frozenset()
-        """The ids of the client's own trained parameters, which no optimizer may step without the anchor."""
+        self.beside: tuple[weakref.ref[nn.Parameter], ...] = ()
+        """The client's own trained parameters, which no optimizer may step without the anchor."""
         # The collector does not look into a tensor's hooks: one that held this module would keep it for ever.
         settle = weakref.WeakMethod(self._settle)
         if not frozen:
@@ -237,7 +237,9 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     name = type(optimizer).__name__
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layers in _trained():
-        if held & layers.beside and id(layers.anchor) not in held:
+        # Not by ids that were noted down: a parameter that is gone may have left its own to another model's.
+        own = (parameter() for parameter in layers.beside)
+        if id(layers.anchor) not in held and any(id(one) in held for one in own if one is not None):
             raise ConfigError(
                 f"{name} holds this model's own half of the adapter but not the trunk's, which would never be trained: "
                 "give it every parameter of the model with requires_grad, not only those named lora_"

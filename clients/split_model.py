@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import secrets
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
         )
     )
     layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
-    layers.beside = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    layers.beside = tuple(weakref.ref(parameter) for parameter in model.parameters() if parameter.requires_grad)
     attach_remote(model, layers)
     return model
 

@@ -293,6 +293,16 @@ def test_other_optimizers_in_the_process_are_left_alone(split: PeftModel) -> Non
     assert other.tolist() == [0.5, 0.5]
 
 
+def test_an_optimizer_whose_parameters_have_the_ids_of_some_that_are_gone_is_left_alone(split: PeftModel) -> None:
+    for module in list(split.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.dim() == 2:
+                setattr(module, name, None)
+    del module, parameter
+    others = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1000)]
+    torch.optim.AdamW(others).step()
+
+
 def test_gradients_left_over_from_before_a_step_are_refused(split: PeftModel) -> None:
     optimizer = torch.optim.AdamW(trainable(split))
     split(**batch().inputs()).loss.backward()
