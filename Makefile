@@ -5,7 +5,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs
+BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -28,7 +28,7 @@ test-killing: setup ## Kill sites of real deployments in the middle of a round (
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint
 
-bench: setup ## Run the benchmarks; exits 1 when a target falls short
+bench: setup ## Run the benchmarks, an hour and more; exits 1 when a target falls short
 	@failed=; for name in $(BENCHMARKS); do $(PYTHON_IN_VENV) -m benchmarks.$$name $(BENCH_ARGS) || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "benchmarks that failed or fell short:$$failed" >&2; exit 1; }
 

@@ -87,7 +87,8 @@ def draw_slow_links(found: dict[str, Any], path: Path) -> None:
 
 def _saved(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
-    sys.stdout.write(f"{path.relative_to(REPOSITORY)}\n")
+    plt.close(figure)
+    sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
