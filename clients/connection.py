@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -94,6 +95,7 @@ class FrameStream:
         self._call: Any = method(self._frames())
         self._deadline: float | None = None
         self._expired = False
+        self._failed: TrunklineError | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="trunk-watch", daemon=True).start()
 
@@ -132,47 +134,59 @@ class FrameStream:
         return data
 
     def finish(self) -> None:
-        """Ends the stream once everything queued has been sent."""
-        if not self._ended.is_set():
-            self._ended.set()
-            self._hang_up()
+        """Ends the stream once everything queued has been sent and the trunk has ended its side, or the time is up."""
+        if (call := self._call) is None:
+            return
+        self._hang_up()
+        self._deadline = time.monotonic() + self._timeout_s
+        with suppress(grpc.RpcError):  # the goodbye was answered: how the call ends is no matter
+            next(call, None)
+        self._let_go()
 
     def cancel(self) -> None:
         """Drops the stream at once; the trunk forgets the session."""
+        if (call := self._call) is not None:
+            call.cancel()
+            self._hang_up()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The stream is over.
+
+        gRPC's call takes a lock of its own when it is collected. At the interpreter's end a thread of gRPC's may have
+        been stopped with that lock in hand, so that the process would never end: it is collected now.
+        """
         self._ended.set()
-        self._call.cancel()
-        self._hang_up()
+        self._call = None
 
     def _put(self, frame: bytes) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not (self._ended.is_set() or self._call.done()):
+        while (call := self._call) is not None and not call.done():
             try:
                 return self._outgoing.put(frame, timeout=_WATCH_INTERVAL_S)
             except queue.Full:
                 if time.monotonic() > deadline:
                     self._expired = True
                     break
-        raise self._failure() from None
+        raise self._failure(call) from None
 
     def _next(self) -> bytes:
-        if self._ended.is_set():
+        if (call := self._call) is None:
             raise self._failure()
         self._deadline = time.monotonic() + self._timeout_s
         try:
-            frame: bytes = next(self._call)
+            frame: bytes = next(call)
         except (grpc.RpcError, StopIteration) as error:
-            raise self._failure() from error
+            raise self._failure(call) from error
         finally:
             self._deadline = None
         self._wire_log.received(len(frame))
         return frame
 
     def _hang_up(self) -> None:
-        try:
+        # Where the queue is full, gRPC's sending thread takes frames until the cancelled call stops it.
+        with suppress(queue.Full):
             self._outgoing.put_nowait(None)
-        except queue.Full:
-            # gRPC's sending thread takes frames until the cancelled call stops it, so it needs no goodbye.
-            self._call.cancel()
 
     def _frames(self) -> Iterator[bytes]:
         while (frame := self._outgoing.get()) is not None:
@@ -185,20 +199,30 @@ class FrameStream:
                 self._expired = True
                 self.cancel()
 
-    def _failure(self) -> TrunklineError:
-        # What ended the call is asked before cancelling it, which would be the answer otherwise.
-        status = self._call.code() if self._call.done() else None
+    def _failure(self, call: Any = None) -> TrunklineError:
+        """The error that `call` ended with; what came first, if it is asked again."""
+        if self._failed is None and (call is not None or self._expired):
+            # What ended the call is asked before cancelling it, which would be the answer otherwise.
+            self._failed = self._judged(call)
         self.cancel()
+        failed = self._failed or self._over()
+        return type(failed)(str(failed))  # an error's own traceback belongs to who met it
+
+    def _judged(self, call: Any) -> TrunklineError:
         if self._expired:
             return DeadlineError(f"the trunk at {self._address} did not answer within {self._timeout_s:g} s")
+        status = call.code() if call.done() else None
         if status in (None, grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
-            return SessionError(f"the session with the trunk at {self._address} is over: start a new one")
-        if status is grpc.StatusCode.UNAVAILABLE and _named(self._call) is None:
+            return self._over()
+        if status is grpc.StatusCode.UNAVAILABLE and _named(call) is None:
             return ConnectionFailedError(
-                f"the connection to the trunk at {self._address} broke ({_first_line(self._call)}): its session is "
-                "lost with the trunk's half of the adapter and optimiser, start a new one"
+                f"the connection to the trunk at {self._address} broke ({_first_line(call)}): its session is lost with "
+                "the trunk's half of the adapter and optimiser, start a new one"
             )
-        return rebuilt(self._call, self._address)
+        return rebuilt(call, self._address)
+
+    def _over(self) -> SessionError:
+        return SessionError(f"the session with the trunk at {self._address} is over: start a new one")
 
 
 _STATUS_ERRORS: Mapping[grpc.StatusCode, type[TrunklineError]] = {

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,6 +121,21 @@ def test_a_trunk_that_dies_ends_the_session_and_nothing_reconnects(llama_dir: Pa
     with pytest.raises(ConnectionFailedError, match=f"{other_trunk.address} broke .* start a new one"):
         model(**batch().inputs())
     with pytest.raises((ConnectionFailedError, SessionError)):
+        model(**batch().inputs())
+
+
+@pytest.mark.parametrize("end", [clients.close, lambda model: clients.split_model.remote_layers(model).trunk.abandon()])
+def test_a_session_that_is_over_leaves_nothing_for_the_interpreters_end(
+    end: Callable[[PeftModel], object], llama_dir: Path, trunk: TrunkProcess
+) -> None:
+    """gRPC's call takes a lock when it is collected, which a thread that the interpreter stopped may hold for ever."""
+    model = load(llama_dir, trunk.address)
+    model(**batch().inputs()).loss.backward()
+    call = weakref.ref(clients.split_model.remote_layers(model).trunk._stream._call)
+    assert call() is not None
+    end(model)
+    assert call() is None
+    with pytest.raises(SessionError, match="is over: start a new one"):
         model(**batch().inputs())
 
 
