@@ -58,7 +58,7 @@ class Effort:
         return self.pairs.get(clients, min(self.pairs.values()))
 
 
-FULL = Effort(2, 2.0, {1: 15, 2: 9, 4: 7, 8: 5, 16: 5})
+FULL = Effort(2, 4.0, {1: 15, 2: 9, 4: 7, 8: 5, 16: 5})
 QUICK = Effort(1, 0.4, {1: 2})
 
 
