@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import secrets
 import weakref
@@ -35,6 +36,8 @@ from contract.trunk_pb2 import CloseReply, Hello, ModelAgreement
 from privacy.wire import WireMechanism
 
 _HEADER_BYTES = (1 << 10, 1 << 9)  # of an adapter's safetensors: fixed, and per tensor
+
+logger = logging.getLogger("trunkline.clients")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,10 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
     settings.arithmetic.check_beside(settings.codecs.forward, settings.codecs.backward)
     agreement = wire.model_agreement(fingerprint(directory), settings.cut, settings.dtype, settings.attn_implementation)
     # The trunk compares these too; here it shows before a large model is loaded for nothing.
-    wire.require_agreement(agreement, route.describe().model)
+    served = route.describe()
+    wire.require_agreement(agreement, served.model)
+    if served.weights:
+        logger.warning("the trunk computes with %s weights: results are near the un-split model's", served.weights)
     shapes = adapter.adapter_shapes(directory, spec)
     client_shapes, trunk_shapes = adapter.split_adapter(shapes, found, settings.cut)
     if isinstance(start, int):

@@ -7,6 +7,7 @@ subclass that prunes itself while still on the meta device, so that absent weigh
 
 from __future__ import annotations
 
+import copy
 import inspect
 import mmap
 import re
@@ -19,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from contract.architecture import (
@@ -115,6 +117,18 @@ def present_modules(model: nn.Module) -> set[str]:
     }
 
 
+def blank_part(model_dir: str | Path, cut: CutLayers, side: Side) -> PreTrainedModel:
+    """One side's modules without weights, on PyTorch's meta device. Raises as `load_part` does."""
+    config = read_config(resolve_model(model_dir))
+    found = probe_config(config)
+    cut.check(found.layers)
+    with torch.device("meta"):
+        part = _part_class(model_class(config), found, cut, side)._from_config(
+            copy.deepcopy(config), dtype=torch.float32
+        )
+    return cast(PreTrainedModel, part.eval().requires_grad_(False))
+
+
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
@@ -126,11 +140,13 @@ def load_part(
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
     device: str = "cpu",
+    processes: int = 1,
 ) -> PreTrainedModel:
     """One side's model, frozen and in eval mode, from a whole checkpoint or from that side's part.
 
-    Absent weights are never read. Raises ConfigError (cut, dtype), ModelError (a part of another cut, side or dtype;
-    missing, unexpected or misshapen weights; no safetensors) and UnsupportedModelError.
+    With several `processes`, a process group that this one has joined, each gets its share of the weights by the
+    model's own tensor-parallel plan. Absent weights are never read. Raises ConfigError (cut, dtype), ModelError (a part
+    of another cut, side or dtype; missing, unexpected or misshapen weights; no safetensors) and UnsupportedModelError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -142,6 +158,10 @@ def load_part(
     _check_part(directory, cut, side, dtype)
     weights = {tensor.name: _StoredWeight(tensor) for tensor in stored_tensors(directory)}
     config.use_cache = False
+    placed = {"device_map": None if device == "cpu" else {"": device}}
+    if processes > 1:
+        _check_shares(config, processes)
+        placed = {"distributed_config": DistributedConfig(tp_size=processes)}
     part = _part_class(model_class(config), found, cut, side)
     with quiet_loading():
         try:
@@ -152,7 +172,7 @@ def load_part(
                 dtype=DTYPES[dtype],
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
-                device_map=None if device == "cpu" else {"": device},
+                **placed,
             )
             if (directory / GENERATION_FILE).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -177,14 +197,39 @@ class _StoredWeight:
     def __init__(self, stored: StoredTensor) -> None:
         self._stored = stored
 
-    def __getitem__(self, index: object) -> Tensor:
+    def get_shape(self) -> list[int]:
+        return list(self._stored.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
         size, dtype = self._stored.size, STORED_DTYPES[self._stored.dtype]
         if size == 0:
             return torch.empty(self._stored.shape, dtype=dtype)
         # Pages of its own, so that what is only read to be converted goes back whole, not to the allocator's heap.
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         read_into(self._stored, memoryview(pages))
-        return torch.frombuffer(pages, dtype=dtype).reshape(self._stored.shape)
+        return torch.frombuffer(pages, dtype=dtype).reshape(self._stored.shape)[index]
+
+
+TENSOR_PARALLEL_STYLES = frozenset(
+    {"colwise", "rowwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
+    | {"replicated_with_grad_allreduce"}
+)
+"""What transformers' plan may say of a layer's modules. Fused and expert weights are parted in ways of their own."""
+
+
+def _check_shares(config: PretrainedConfig, processes: int) -> None:
+    """Raise UnsupportedModelError unless the layers can be parted among so many processes."""
+    plan = {name: style for name, style in (config.base_model_tp_plan or {}).items() if "*" in name}
+    others = sorted(set(plan.values()) - TENSOR_PARALLEL_STYLES)
+    if not plan or others:
+        reason = f"a tensor-parallel plan with {', '.join(others)}" if others else "no tensor-parallel plan"
+        raise UnsupportedModelError(f"{config.model_type} has {reason}: serve it by one process")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if heads is not None and heads % processes:
+            raise UnsupportedModelError(
+                f"{config.model_type} has {name} {heads}, which {processes} processes cannot part evenly"
+            )
 
 
 def check_attention(config: PretrainedConfig, attn_implementation: str) -> None:
@@ -217,6 +262,7 @@ def _part_class(base: type[PreTrainedModel], found: LayerProbe, cut: CutLayers, 
     def construct(self: PreTrainedModel, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         base.__init__(self, config, *args, **kwargs)
         absent = _prune(self, kept, side, found.returns_tuple)
+        self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule not in absent}
         patterns = {_absent_pattern(name, base.base_model_prefix) for name in absent}
         self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | patterns
 

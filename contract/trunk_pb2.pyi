@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrunkDescription(_message.Message):
-    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions", "codecs")
+    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions", "codecs", "weights")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class TrunkDescription(_message.Message):
     OPEN_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: ModelAgreement
     layers: int
@@ -30,7 +31,8 @@ class TrunkDescription(_message.Message):
     open_sessions: int
     max_sessions: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    weights: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class ModelAgreement(_message.Message):
     __slots__ = ("fingerprint", "head_layers", "tail_layers", "dtype", "attn_implementation", "torch_version", "transformers_version", "peft_version")

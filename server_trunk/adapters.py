@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,7 +39,9 @@ class Slot:
 class AdapterSlots:
     """The slots of one shared trunk model. `model` gets PEFT's wrappers in place."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: str = "") -> None:
+        """Sessions' values are on `device`, which is the model's unless it is named."""
+        self._device = torch.device(device) if device else next(model.parameters()).device
         self._model = model
         self._modules = dict(model.named_modules())
         self._hidden_size = int(model.config.hidden_size)
@@ -75,7 +78,7 @@ class AdapterSlots:
         shapes = {name: tuple(place.shape) for name, place in slot.placeholders.items()}
         if isinstance(start, int):
             start = initial_adapter(shapes, start)
-        return SessionAdapter(Layout(spec, trained, shapes), slot.placeholders, start)
+        return SessionAdapter(Layout(spec, trained, shapes), slot.placeholders, start, self._device)
 
     def close(self, adapter: SessionAdapter) -> None:
         """Forget a session's adapter, so that the model holds it no longer."""

@@ -29,6 +29,11 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Weights(StrEnum):
+    PLAIN = "plain"
+    INT8 = "int8"
+
+
 class Attention(StrEnum):
     SDPA = "sdpa"
     EAGER = "eager"
@@ -44,6 +49,10 @@ ModelOption = Annotated[str, typer.Option("--model", help="Checkpoint directory 
 HeadOption = Annotated[int, typer.Option("--head-layers", min=0, help="Decoder layers that the clients hold below.")]
 TailOption = Annotated[int, typer.Option("--tail-layers", min=0, help="Decoder layers that the clients hold above.")]
 
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(help="int8: the frozen linear layers in 8 bits, by torchao; results are then near the un-split ones."),
+]
 LanesOption = Annotated[
     int, typer.Option(min=0, help="Passes computed at once; 0 tries out one for each thread, 8 at most.")
 ]
@@ -89,6 +98,7 @@ def serve(
     tail_layers: TailOption = 1,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50051",
     dtype: Annotated[Dtype, typer.Option(help="Of the frozen weights.")] = Dtype.FLOAT32,
+    weights: WeightsOption = Weights.PLAIN,
     attn_implementation: Annotated[Attention, typer.Option(help="As the clients'.")] = Attention.SDPA,
     device: Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")] = Device.AUTO,
     threads: Annotated[int, typer.Option(min=0, help="PyTorch threads; 0 leaves its own choice.")] = 0,
@@ -109,7 +119,11 @@ def serve(
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
     insecure_listen: InsecureListenOption = False,
 ) -> None:
-    """Serve the model's middle layers until SIGTERM or Ctrl-C."""
+    """Serve the model's middle layers until SIGTERM or Ctrl-C.
+
+    A model too large for one GPU is parted among several processes by its own tensor-parallel plan:
+    torchrun --nproc-per-node 2 -m trunkline trunk serve --model MODEL
+    """
     os.environ.update(waiting(os.environ))
     from server_trunk.server import ServeOptions
 
@@ -121,6 +135,7 @@ def serve(
         listen=listen,
         state_dir=state_dir if state_dir is not None else home_dir() / "trunk",
         dtype=dtype.value,
+        weights="" if weights is Weights.PLAIN else weights.value,
         attn_implementation=attn_implementation.value,
         device=device.value,
         threads=threads,
@@ -143,7 +158,12 @@ def serve(
 
 def _serve(options: ServeOptions) -> None:
     from server_trunk import server
+    from server_trunk.ranks import Place
 
+    place = Place.told(os.environ)
+    if not place.leads:
+        server.follow(options, place)
+        return
     if options.insecure_listen:
         talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
     talk(f"loading the trunk of {options.model}")

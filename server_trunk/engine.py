@@ -13,12 +13,15 @@ from transformers import PreTrainedModel
 
 from contract.adapter import to_bytes
 from contract.checkpoint import fingerprint
-from contract.errors import ConfigError, UpdateError
-from contract.partition import load_part
+from contract.errors import AgreementError, ConfigError, UnsupportedModelError, UpdateError
+from contract.partition import blank_part, load_part
 from contract.records import AdamWSettings, CutLayers, LoraSpec, Trainable
 from server_trunk.graph_meter import GraphMeter
+from server_trunk.int8_weights import quantize_weights_
 from server_trunk.lane import Lane
-from server_trunk.session_adapter import SessionAdapter
+from server_trunk.ranks import Ranks
+from server_trunk.session_adapter import SessionAdapter, shares_passes
+from server_trunk.sharded_lane import ShardedLane
 
 
 def choose_device(name: str) -> str:
@@ -57,14 +60,23 @@ class Engine:
         attn_implementation: str,
         device: str,
         lanes: int = 0,
+        weights: str = "",
+        ranks: Ranks | None = None,
     ) -> None:
-        """Loads the trunk part. Raises ModelError, UnsupportedModelError, ConfigError."""
+        """Loads the trunk part, with `ranks` this process's share of it, which leads the others.
+
+        `weights` "int8" quantises the linear layers once they are loaded.
+
+        Raises ModelError, UnsupportedModelError, ConfigError.
+        """
         self.device = choose_device(device)
         self.threads = torch.get_num_threads()
-        lanes = choose_lanes(lanes, self.threads, self.device)
-        model = load_part(
-            model_dir, cut, "trunk", dtype=dtype, attn_implementation=attn_implementation, device=self.device
-        )
+        self.processes = 1 if ranks is None else ranks.place.size
+        lanes = choose_lanes(lanes, self.threads, self.device) if ranks is None else 1
+        model = load_trunk(model_dir, cut, dtype, attn_implementation, self.device, self.processes)
+        self.weights = weights
+        if weights:
+            quantize_weights_(model)
         self.cut = cut
         self.dtype = dtype
         self.attn_implementation = attn_implementation
@@ -75,21 +87,34 @@ class Engine:
         self.max_positions: int | None = None if limit is None else int(limit)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.own_dropout = _drops_values(model)
-        models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
         self.meter = GraphMeter(model)
-        self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
+        self.lanes: tuple[Lane, ...]
+        if ranks is None:
+            models = [model, *(_sharing_weights(model) for _ in range(lanes - 1))]
+            self.lanes = tuple(Lane(one, cut, self.device, self.meter) for one in models)
+        else:
+            blank = blank_part(model_dir, cut, "trunk")
+            self.lanes = (ShardedLane(model, blank, cut, self.device, self.meter, ranks),)
 
     def summary(self) -> str:
         """What is served, in words."""
         first, last = self.cut.head, self.layers - self.cut.tail - 1
         return (
-            f"(layers {first} to {last} of {self.layers}, {self.parameters / 1e6:.3g} M parameters, {self.dtype}, "
-            f"{self.attn_implementation}, {self.device}, {self.threads} threads, {len(self.lanes)} lanes)"
+            f"(layers {first} to {last} of {self.layers}, {self.parameters / 1e6:.3g} M parameters, "
+            f"{self.weights or self.dtype}, {self.attn_implementation}, {self.device}, "
+            f"{self.threads} threads, {len(self.lanes)} lanes"
+            f"{f', {self.processes} processes' if self.processes > 1 else ''})"
         )
 
     def check_lora(self, spec: LoraSpec) -> None:
         """Raise AgreementError or FrameError unless `spec` fits this trunk; may run on any thread."""
         self.lanes[0].slots.check(spec)
+        if self.processes > 1 and not shares_passes(spec):
+            raise AgreementError(
+                f"this trunk is parted among {self.processes} processes, which compute LoRA and rsLoRA of linear "
+                f"layers, without dropout: dropout is {spec.dropout}, use_dora {spec.use_dora}, and "
+                f"{len(spec.target_parameters)} targets are no linear layers"
+            )
 
     def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:
         """A session's own adapter, from an adapter's tensors or from a seed. On the first lane's thread only."""
@@ -108,6 +133,28 @@ class Engine:
         for name, parameter in adapter.parameters.items():
             if not math.isfinite(float(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
                 raise UpdateError(f"the trained trunk adapter holds a NaN or an infinity in {name}")
+
+
+def load_trunk(
+    model_dir: str | Path, cut: CutLayers, dtype: str, attn_implementation: str, device: str, processes: int
+) -> PreTrainedModel:
+    """The trunk part, or with several `processes` this one's share. Raises ModelError, UnsupportedModelError,
+    ConfigError."""
+    model = load_part(
+        model_dir,
+        cut,
+        "trunk",
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device=device,
+        processes=processes,
+    )
+    if processes > 1 and _drops_values(model):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has dropout of its own, which each of {processes} processes would draw for "
+            "itself: serve it by one process"
+        )
+    return model
 
 
 def _drops_values(model: PreTrainedModel) -> bool:

@@ -29,7 +29,9 @@ class GraphMeter:
     """Bytes per token of passes that were measured, by kind."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._frozen = {
+            part.untyped_storage().data_ptr() for parameter in model.parameters() for part in _parts(parameter)
+        }
         self._values, self._squares = _most_values(model)
         self._per_token: dict[PassKind, float] = {}
 
@@ -49,14 +51,22 @@ class GraphMeter:
         seen: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._frozen:
-                seen[storage.data_ptr()] = storage.nbytes()
+            for part in _parts(tensor):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in self._frozen:
+                    seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield
         self._per_token[kind.bucket] = sum(seen.values()) / tokens
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors in memory: of one that is made of others (a share of a weight, 8 bits and scales), those."""
+    made_of = getattr(tensor, "__tensor_flatten__", None)
+    parts = [tensor] if made_of is None else [getattr(tensor, name) for name in made_of()[0]]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _most_values(model: PreTrainedModel) -> tuple[int, int]:

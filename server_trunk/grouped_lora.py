@@ -7,7 +7,7 @@ a segment's product is one batched matmul over its stacked A and B.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,29 +41,82 @@ def factors(layout: Layout) -> dict[str, Factors]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a linear layer this process computes, where several hold a trunk: some inputs, some outputs, or all.
+
+    The factor whose side is parted is each process's own part; the other one is the same at all of them, and so is its
+    gradient, once what stands between the two has been added up.
+    """
+
+    inputs: slice | None = None
+    outputs: slice | None = None
+    sum: Callable[[Tensor], object] | None = None
+    """Adds up a tensor over all processes, in place; None where there is only one, or this layer is whole at each."""
+    counts_whole: bool = True
+    """Whether the gradient of a factor that is the same everywhere is to be this process's, as it is at one of them."""
+
+    @property
+    def counts_a(self) -> bool:
+        return self.counts_whole or self.inputs is not None
+
+    @property
+    def counts_b(self) -> bool:
+        return self.counts_whole or self.outputs is not None
+
+    def a(self, a_GRI: Tensor) -> Tensor:
+        return a_GRI if self.inputs is None else a_GRI[..., self.inputs]
+
+    def b(self, b_GOR: Tensor) -> Tensor:
+        return b_GOR if self.outputs is None else b_GOR[:, self.outputs]
+
+    def sum_inputs(self, reduced_GNR: Tensor) -> Tensor:
+        """The product with A, where each process has some of the inputs."""
+        if self.sum is not None and self.inputs is not None:
+            self.sum(reduced_GNR)
+        return reduced_GNR
+
+    def sum_outputs(self, grad_GNR: Tensor) -> Tensor:
+        """The gradient in front of B, where each process has some of the outputs."""
+        if self.sum is not None and self.outputs is not None:
+            self.sum(grad_GNR)
+        return grad_GNR
+
+
+WHOLE = Share()
+
+
 class Segment:
     """G sessions of one layout with equally many rows each, on rows `start` to `stop` of a batch."""
 
-    def __init__(self, adapters: Sequence[SessionAdapter], start: int, stop: int) -> None:
+    def __init__(
+        self, targets: Mapping[str, Factors], train_values: int, values_GP: Tensor, start: int, stop: int
+    ) -> None:
+        """`targets` are the layout's `factors`; `train_values` its K."""
         self.start, self.stop = start, stop
-        self.adapters = tuple(adapters)
-        self.targets = factors(adapters[0].layout)
-        self.values_GP = torch.stack([adapter.values_P for adapter in adapters])
+        self.targets = targets
+        self.train_values = train_values
+        self.values_GP = values_GP
         self._gradient_GK: Tensor | None = None
+
+    @classmethod
+    def of(cls, adapters: Sequence[SessionAdapter], start: int, stop: int) -> Segment:
+        layout = adapters[0].layout
+        values_GP = torch.stack([adapter.values_P for adapter in adapters])
+        return cls(factors(layout), layout.train_values, values_GP, start, stop)
 
     @property
     def gradient_GK(self) -> Tensor:
         """Where one backward pass puts every session's gradient."""
         if self._gradient_GK is None:
-            train_values = self.adapters[0].layout.train_values
-            self._gradient_GK = self.values_GP.new_zeros(len(self.adapters), train_values)
+            self._gradient_GK = self.values_GP.new_zeros(len(self.values_GP), self.train_values)
         return self._gradient_GK
 
     def rows_of(self, tensor: Tensor, rows: int) -> Tensor:
         """This segment's part of a tensor whose leading sizes hold `rows` rows in all, as [G, N, features]."""
         per_row = tensor.numel() // (rows * tensor.shape[-1])
         flat = tensor.reshape(rows * per_row, tensor.shape[-1])[self.start * per_row : self.stop * per_row]
-        return flat.view(len(self.adapters), -1, tensor.shape[-1])
+        return flat.view(len(self.values_GP), -1, tensor.shape[-1])
 
 
 class _Product(torch.autograd.Function):
@@ -71,7 +124,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, hidden: Tensor, segments: Sequence[tuple[Segment, Factors]], rows: int
+        ctx: Any, output: Tensor, hidden: Tensor, segments: Sequence[tuple[Segment, Factors]], rows: int, share: Share
     ) -> Tensor:
         device = hidden.device.type
         # PEFT computes LoRA in its own float32, whatever the weights are, and autocast then has its say.
@@ -81,8 +134,9 @@ class _Product(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for segment, at in segments:
                 x_GNI = segment.rows_of(hidden, rows).to(work)
-                h_GNR = torch.bmm(x_GNI, at.a.of(segment.values_GP).to(work).transpose(1, 2))
-                b_GRO = at.b.of(segment.values_GP).to(work).transpose(1, 2)
+                a_GRI, b_GOR = share.a(at.a.of(segment.values_GP)), share.b(at.b.of(segment.values_GP))
+                h_GNR = share.sum_inputs(torch.bmm(x_GNI, a_GRI.to(work).transpose(1, 2)))
+                b_GRO = b_GOR.to(work).transpose(1, 2)
                 y_GNO = segment.rows_of(adapted, rows)
                 if y_GNO.dtype == work:
                     y_GNO.baddbmm_(h_GNR, b_GRO, alpha=at.scale)
@@ -90,34 +144,41 @@ class _Product(torch.autograd.Function):
                     y_GNO.add_(torch.bmm(h_GNR, b_GRO), alpha=at.scale)
                 reduced.append(h_GNR)
         ctx.save_for_backward(hidden, *reduced)
-        ctx.segments, ctx.rows, ctx.work = segments, rows, work
+        ctx.segments, ctx.rows, ctx.work, ctx.share = segments, rows, work, share
         return adapted
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, *reduced = ctx.saved_tensors
+        share: Share = ctx.share
         grad = grad.contiguous()
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         for (segment, at), h_GNR in zip(ctx.segments, reduced, strict=True):
+            a_GRI, b_GOR = share.a(at.a.of(segment.values_GP)), share.b(at.b.of(segment.values_GP))
             dy_GNO = segment.rows_of(grad, ctx.rows).to(ctx.work)
-            dh_GNR = torch.bmm(dy_GNO, at.b.of(segment.values_GP).to(ctx.work)).mul_(at.scale)
-            if at.trains_b:
-                at.b.of(segment.gradient_GK).add_(torch.bmm(dy_GNO.transpose(1, 2), h_GNR), alpha=at.scale)
-            if at.trains_a:
+            dh_GNR = share.sum_outputs(torch.bmm(dy_GNO, b_GOR.to(ctx.work)).mul_(at.scale))
+            if at.trains_b and share.counts_b:
+                db_GOR = torch.bmm(dy_GNO.transpose(1, 2), h_GNR)
+                share.b(at.b.of(segment.gradient_GK)).add_(db_GOR, alpha=at.scale)
+            if at.trains_a and share.counts_a:
                 x_GNI = segment.rows_of(hidden, ctx.rows).to(ctx.work)
-                at.a.of(segment.gradient_GK).add_(torch.bmm(dh_GNR.transpose(1, 2), x_GNI))
-            dx_GNI = torch.bmm(dh_GNR, at.a.of(segment.values_GP).to(ctx.work))
+                share.a(at.a.of(segment.gradient_GK)).add_(torch.bmm(dh_GNR.transpose(1, 2), x_GNI))
+            dx_GNI = torch.bmm(dh_GNR, a_GRI.to(ctx.work))
             segment.rows_of(grad_hidden, ctx.rows).copy_(dx_GNI)
-        return grad, grad_hidden, None, None
+        return grad, grad_hidden, None, None, None
 
 
 class GroupedLora:
     """Hooks on the frozen linear layers of one lane, which add the sessions' products within `applied`."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        """`modules` by full name, as they are before PEFT wraps them. One thread only."""
+    def __init__(self, modules: Mapping[str, nn.Module], shares: Mapping[str, Share] | None = None) -> None:
+        """`modules` by full name, as they are before PEFT wraps them; those that are not whole here have `shares`.
+
+        One thread only.
+        """
         self._modules = modules
+        self._shares = shares or {}
         self._hooked: set[str] = set()
         self._segments: Mapping[str, Sequence[tuple[Segment, Factors]]] = {}
         self._rows = 0
@@ -139,11 +200,13 @@ class GroupedLora:
             self._segments = {}
 
     def _hook(self, target: str) -> Any:
+        share = self._shares.get(target, WHOLE)
+
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             segments = self._segments.get(target)
             if segments is None:
                 return None
-            adapted: Tensor = _Product.apply(output, args[0], segments, self._rows)  # type: ignore[no-untyped-call]
+            adapted: Tensor = _Product.apply(output, args[0], segments, self._rows, share)  # type: ignore[no-untyped-call]
             return adapted
 
         return add

@@ -25,7 +25,7 @@ from contract.partition import TrunkPart
 from contract.records import CutLayers
 from server_trunk.adapters import AdapterSlots
 from server_trunk.graph_meter import GraphMeter, PassKind
-from server_trunk.grouped_lora import GroupedLora, Segment
+from server_trunk.grouped_lora import GroupedLora, Segment, Share
 from server_trunk.session_adapter import SessionAdapter
 
 AUTOCAST: Mapping[str, torch.dtype | None] = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +75,10 @@ class Forward:
         return self.hidden_BTD.shape[0] * self.hidden_BTD.shape[1]
 
     @property
+    def manner(self) -> Manner:
+        return Manner(self.autocast_dtype, self.training, self.keeps_dtype, self.draws, self.seed)
+
+    @property
     def _modes(self) -> tuple[torch.dtype, str, bool, bool, bool]:
         return self.hidden_BTD.dtype, self.autocast_dtype, self.keeps_dtype, self.training, self.need_grad
 
@@ -89,6 +93,17 @@ class Forward:
             and self._modes == other._modes
             and bool(4 * max(lengths) <= 5 * min(lengths))
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How the layers run, of a Forward: see there."""
+
+    autocast_dtype: str = ""
+    training: bool = False
+    keeps_dtype: bool = False
+    draws: bool = False
+    seed: int = 0
 
 
 _CALLING = threading.local()
@@ -139,11 +154,16 @@ class Gang:
     It lives as long as one of its members does.
     """
 
-    __slots__ = ("due_s", "input_RTD", "output_RTD", "rows", "segments")
+    __slots__ = ("__weakref__", "due_s", "input_RTD", "output_RTD", "rows", "segments")
 
     def __init__(
-        self, input_RTD: Tensor, output_RTD: Tensor, segments: Sequence[Segment], rows: Mapping[Graph, slice]
+        self,
+        input_RTD: Tensor,
+        output_RTD: Tensor,
+        segments: Sequence[tuple[Segment, Sequence[SessionAdapter]]],
+        rows: Mapping[Graph, slice],
     ) -> None:
+        """`segments` with the sessions' adapters, in the segment's order."""
         self.input_RTD = input_RTD
         self.output_RTD = output_RTD
         self.segments = segments
@@ -195,13 +215,23 @@ def drawing(seed: int, device: str) -> Iterator[None]:
 class Lane:
     """One thread's trunk. Every method must be called on that thread."""
 
-    def __init__(self, model: PreTrainedModel, cut: CutLayers, device: str, meter: GraphMeter) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cut: CutLayers,
+        device: str,
+        meter: GraphMeter,
+        *,
+        slots: AdapterSlots | None = None,
+        shares: Mapping[str, Share] | None = None,
+    ) -> None:
+        """`slots` are of `model`, unless they are given. With `shares` other processes hold the rest of `model`."""
         self.device = device
         self._meter = meter
         modules = dict(model.named_modules())
         self._part = TrunkPart(model, cut).eval()
-        self.slots = AdapterSlots(model)
-        self._grouped = GroupedLora(modules)
+        self.slots = slots or AdapterSlots(model)
+        self._grouped = GroupedLora(modules, shares)
         self._hidden_size = int(model.config.hidden_size)
         self._max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._dtype = next(model.parameters()).dtype
@@ -250,10 +280,10 @@ class Lane:
         )
         known = not keep or self._meter.knows(asked.kind)
         with nullcontext() if known else self._meter.measuring(asked.kind, asked.tokens):
-            return input_BTD, self._run(asked, keep, input_BTD, mask_BT, position_ids)
+            return input_BTD, self._run(asked.manner, keep, input_BTD, mask_BT, position_ids)
 
     def _run(
-        self, like: Forward, keep: bool, input_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None = None
+        self, like: Manner, keep: bool, input_BTD: Tensor, mask_BT: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
         if self._part.training != like.training:
             self._part.train(like.training)
@@ -269,29 +299,45 @@ class Lane:
 
     def _together(self, asked: Sequence[Forward], keep: bool) -> list[tuple[Tensor, Graph]]:
         order = sorted(asked, key=lambda one: (one.adapter.layout.key, one.rows))
-        slices, segments, rows = {}, [], 0
+        slices, rows = {}, 0
+        segments: list[Segment] = []
+        adapters: list[list[SessionAdapter]] = []
         for _, group in groupby(order, key=lambda one: (one.adapter.layout.key, one.rows)):
             members, start = list(group), rows
             for one in members:
                 slices[one] = slice(rows, rows + one.rows)
                 rows += one.rows
             if members[0].adapter.layout.values:
-                segments.append(Segment([one.adapter for one in members], start, rows))
+                segments.append(Segment.of([one.adapter for one in members], start, rows))
+                adapters.append([one.adapter for one in members])
         input_RTD, mask_RT = _joined(order)
         input_RTD = input_RTD.to(self.device).requires_grad_(keep)
-        mask_RT = None if mask_RT is None else mask_RT.to(self.device)
-        with self.slots.unadapted(), self._grouped.applied(segments, rows):
-            output_RTD = self._run(asked[0], keep, input_RTD, mask_RT)
+        mask_RT, position_ids = (
+            None if value is None else value.to(self.device) for value in (mask_RT, asked[0].position_ids)
+        )
+        output_RTD = self._shared_forward(asked[0].manner, keep, segments, input_RTD, mask_RT, position_ids)
         answers = {}
         for one in order:
             output_BTD = output_RTD.detach()[slices[one], : one.hidden_BTD.shape[1]]
             answers[one] = (output_BTD, Graph(one, output_BTD))
         if keep:
             graphs = {graph: slices[one] for one, (_, graph) in answers.items()}
-            gang = Gang(input_RTD, output_RTD, segments, graphs)
+            gang = Gang(input_RTD, output_RTD, list(zip(segments, adapters, strict=True)), graphs)
             for graph in graphs:
                 graph.gang = gang
         return [answers[one] for one in asked]
+
+    def _shared_forward(
+        self,
+        manner: Manner,
+        keep: bool,
+        segments: Sequence[Segment],
+        input_RTD: Tensor,
+        mask_RT: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        with self.slots.unadapted(), self._grouped.applied(segments, len(input_RTD)):
+            return self._run(manner, keep, input_RTD, mask_RT, position_ids)
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -329,14 +375,13 @@ class Lane:
         slices = {one.graph: gang.rows[one.graph] for one in asked}
         for one in asked:
             grad_RTD[slices[one.graph], : one.grad_BTD.shape[1]] = one.grad_BTD.to(self.device)
-        with memory_bounds():
-            torch.autograd.backward([gang.output_RTD], [grad_RTD], inputs=[gang.input_RTD])
+        self._shared_backward(gang, grad_RTD)
         input_grad_RTD = gang.input_RTD.grad
         gradients = {
             adapter: segment.gradient_GK[index]
-            for segment in gang.segments
-            if segment.adapters[0].layout.train_values
-            for index, adapter in enumerate(segment.adapters)
+            for segment, adapters in gang.segments
+            if segment.train_values
+            for index, adapter in enumerate(adapters)
         }
         gang.release()
         answers: list[tuple[Tensor | None, float]] = []
@@ -350,6 +395,10 @@ class Lane:
                 input_grad_BTD = input_grad_RTD[slices[one.graph], : one.grad_BTD.shape[1]]
             answers.append((input_grad_BTD, one.adapter.gradient_norm()))
         return answers
+
+    def _shared_backward(self, gang: Gang, grad_RTD: Tensor) -> None:
+        with memory_bounds():
+            torch.autograd.backward([gang.output_RTD], [grad_RTD], inputs=[gang.input_RTD])
 
 
 def _joined(asked: Sequence[Forward]) -> tuple[Tensor, Tensor | None]:

@@ -21,20 +21,22 @@ import psutil
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from contract.errors import ConfigError, ListenError, StorageError
+from contract.errors import ConfigError, ConnectionFailedError, ListenError, StorageError
 from contract.records import CutLayers
 from contract.wire import message_limits
 from server_trunk.contributions import Contributions
-from server_trunk.engine import Engine, choose_device
+from server_trunk.engine import Engine, choose_device, load_trunk
 from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
-from server_trunk.probe import Findings, probe
+from server_trunk.probe import DEFAULT_BATCH_TOKENS, Findings, probe
+from server_trunk.ranks import HEARTBEAT_S, Place, Ranks
 from server_trunk.residents import Residents
 from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
+from server_trunk.sharded_lane import Follower, ShardedLane
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -51,13 +53,14 @@ _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number,
-    `lanes` and `batch_tokens` 0 try out what is fastest here."""
+    `lanes` and `batch_tokens` 0 try out what is fastest here; `weights` "int8" quantises them, "" does not."""
 
     model: str
     cut: CutLayers
     listen: str
     state_dir: Path
     dtype: str = "float32"
+    weights: str = ""
     attn_implementation: str = "sdpa"
     device: str = "auto"
     threads: int = 0
@@ -102,6 +105,11 @@ class TrunkServer:
         self._options = options
         self._host, self._port = check_listen(options.listen, options.insecure_listen)
         choose_device(options.device)
+        self._place = Place.told(os.environ)
+        if self._place.size > 1 and options.lanes > 1:
+            raise ConfigError(f"lanes is {options.lanes}; a trunk of several processes has one lane: leave it out")
+        if self._place.size > 1 and options.weights:
+            raise ConfigError(f"weights is {options.weights!r}; a trunk of several processes keeps them as they are")
         if options.announce_file is not None:
             _require_announceable(options.announce_file)
         self._spill_bytes = parse_size("spill-budget", options.spill_budget)
@@ -172,6 +180,8 @@ class TrunkServer:
         # Of a GPU's budget this process's own memory is no part.
         heap = Heap(psutil.Process().memory_info().rss + budget if engine.device == "cpu" else sys.maxsize)
         self._trimmer = asyncio.create_task(self._trim(heap))
+        self._sharded = [lane for lane in engine.lanes if isinstance(lane, ShardedLane)]
+        self._beating = asyncio.create_task(self._beat())
         return f"{host}:{port}", f"{engine.summary()} {found.summary()}"
 
     async def drain(self, hurry: asyncio.Event) -> None:
@@ -187,11 +197,16 @@ class TrunkServer:
 
     async def stop(self) -> None:
         """Cut off what is open with UNAVAILABLE and give the threads back."""
-        self._sweeper.cancel()
-        self._trimmer.cancel()
+        for task in (self._sweeper, self._trimmer, self._beating):
+            task.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
         await self._scheduler.close()
+        for lane in self._sharded:
+            try:
+                await self._first_lane.run(lane.end)
+            except ConnectionFailedError as error:
+                logger.warning("the other processes could not be told to end: %s", error)
         for worker in (*self._workers, self._disk):
             worker.close()
         self._spill.close()
@@ -200,6 +215,7 @@ class TrunkServer:
         options = self._options
         if options.threads:
             torch.set_num_threads(options.threads)
+        ranks = Ranks(self._place, choose_device(options.device)) if self._place.size > 1 else None
         return Engine(
             options.model,
             options.cut,
@@ -207,12 +223,14 @@ class TrunkServer:
             attn_implementation=options.attn_implementation,
             device=options.device,
             lanes=options.lanes,
+            weights=options.weights,
+            ranks=ranks,
         )
 
     def _try_out(self, engine: Engine) -> Findings:
         options = self._options
-        if options.batch_tokens:
-            return Findings(options.batch_tokens, len(engine.lanes), "")
+        if options.batch_tokens or engine.processes > 1:  # a pass that the others are not told of would never end
+            return Findings(options.batch_tokens or DEFAULT_BATCH_TOKENS, len(engine.lanes), "")
         found = probe(engine.lanes, engine.threads)
         return replace(found, lanes=len(engine.lanes)) if options.lanes else found
 
@@ -223,6 +241,13 @@ class TrunkServer:
             freed = self._table.sweep()
             if freed:
                 logger.info("freed %d graphs that waited too long for their backward", freed)
+
+    async def _beat(self) -> None:
+        """Lets the other processes of this trunk know, while nobody computes, that they are still wanted."""
+        while self._sharded:
+            await asyncio.sleep(HEARTBEAT_S)
+            for lane in self._sharded:
+                await self._first_lane.run(lane.beat)
 
     async def _trim(self, heap: Heap) -> None:
         while True:
@@ -251,6 +276,21 @@ def _transport_options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
+
+
+def follow(options: ServeOptions, place: Place) -> None:
+    """Compute as another process of this trunk tells, until it sends this one home. Signals are its to hear.
+
+    Raises ModelError, UnsupportedModelError, ConfigError; ConnectionFailedError when another process is lost.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    ranks = Ranks(place, device)
+    model = load_trunk(options.model, options.cut, options.dtype, options.attn_implementation, device, place.size)
+    Follower(model, options.cut, device, ranks).follow()
 
 
 async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> bool:

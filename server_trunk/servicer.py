@@ -233,6 +233,7 @@ class TrunkServicer:
             open_sessions=self._table.taken,
             max_sessions=self._table.max_sessions,
             codecs=SESSION_CODECS,
+            weights=self._engine.weights,
         )
 
     @_answers_errors

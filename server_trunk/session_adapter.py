@@ -21,6 +21,8 @@ from contract.adapter import trainable_names
 from contract.errors import AgreementError, StorageError
 from contract.records import AdamWSettings, LoraSpec, Trainable
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -36,6 +38,15 @@ class Place:
     def of(self, flat: Tensor) -> Tensor:
         """The tensor as a view of flat values [P], or of several sessions' [G, P] as [G, *shape]."""
         return flat[..., self.start : self.stop].view(*flat.shape[:-1], *self.shape)
+
+
+def shares_passes(spec: LoraSpec) -> bool:
+    """Whether sessions of this structure can share a pass: LoRA and rsLoRA, without dropout.
+
+    DoRA needs its merged weight's norm, adapters of fused experts have no row for a batch to split, and what dropout
+    draws must not depend on who else is there: those run one by one.
+    """
+    return not (spec.use_dora or spec.target_parameters or spec.dropout)
 
 
 class Layout:
@@ -63,18 +74,20 @@ class Layout:
 
     @cached_property
     def batches(self) -> bool:
-        """Whether sessions of this layout can share a pass with others: LoRA and rsLoRA, without dropout.
-
-        DoRA needs its merged weight's norm, adapters of fused experts have no row for a batch to split, and what
-        dropout draws must not depend on who else is there: those run one by one.
-        """
-        return not (self.spec.use_dora or self.spec.target_parameters or self.spec.dropout)
+        """Whether sessions of this layout can share a pass with others."""
+        return shares_passes(self.spec)
 
 
 class SessionAdapter:
     """One session's LoRA parameters by canonical name, which of them train, and their AdamW."""
 
-    def __init__(self, layout: Layout, placeholders: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        placeholders: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        device: torch.device = _CPU,
+    ) -> None:
         """Names and shapes must be the layout's, or AgreementError names the first that is not.
 
         Only DoRA magnitudes may be absent: they start as PEFT set them in `placeholders`, at their base weight's norm.
@@ -83,7 +96,7 @@ class SessionAdapter:
         self.generation = 0
         """Rises when the tensors are other ones than before: what was bound to them must be bound again."""
         self._file: Path | None = None
-        self._device = next((value.device for value in placeholders.values()), torch.device("cpu"))
+        self._device = device
         for name in sorted(tensors.keys() - layout.places.keys()):
             raise AgreementError(f"the first adapter holds {name}, which the session's LoRA targets do not have")
         self.values_P = torch.empty(layout.values, dtype=torch.float32, device=self._device)

@@ -69,9 +69,12 @@ class Tap:
     def __init__(self, model_dir: str | Path, config: RunConfig, mechanism_of: MechanismOf = wire_mechanism) -> None:
         """Loads both parts of a whole checkpoint. Raises ConfigError, ModelError and UnsupportedModelError."""
         self._config, self._mechanism_of = config, mechanism_of
-        settings = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
-        self._client = load_part(model_dir, config.cut, "client", **settings)
-        trunk = TrunkPart(load_part(model_dir, config.cut, "trunk", **settings), config.cut)
+        client, trunk_model = (
+            load_part(model_dir, config.cut, side, dtype=config.dtype, attn_implementation=config.attn_implementation)
+            for side in ("client", "trunk")
+        )
+        self._client = client
+        trunk = TrunkPart(trunk_model, config.cut)
         self._wire = _Loopback(trunk)
         attach_remote(self._client, self._wire)
         self._backbone = decoder_layers(self._client)[0]
