@@ -158,11 +158,11 @@ def serve(
 
 def _serve(options: ServeOptions) -> None:
     from server_trunk import server
-    from server_trunk.ranks import Place
+    from server_trunk.ranks import Member
 
-    place = Place.told(os.environ)
-    if not place.leads:
-        server.follow(options, place)
+    member = Member.told(os.environ)
+    if not member.leads:
+        server.follow(options, member)
         return
     if options.insecure_listen:
         talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")

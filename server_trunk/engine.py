@@ -71,7 +71,7 @@ class Engine:
         """
         self.device = choose_device(device)
         self.threads = torch.get_num_threads()
-        self.processes = 1 if ranks is None else ranks.place.size
+        self.processes = 1 if ranks is None else ranks.member.size
         lanes = choose_lanes(lanes, self.threads, self.device) if ranks is None else 1
         model = load_trunk(model_dir, cut, dtype, attn_implementation, self.device, self.processes)
         self.weights = weights

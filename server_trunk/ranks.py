@@ -29,28 +29,28 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Which process this is, as `torchrun` says it."""
+class Member:
+    """Which of a trunk's processes this is, as `torchrun` says it."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def told(cls, environment: Mapping[str, str]) -> Place:
+    def told(cls, environment: Mapping[str, str]) -> Member:
         """Raises ConfigError where the environment names several processes and not which one this is."""
         values = {name: environment.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
         for name, value in values.items():
             if not value.isdecimal():
                 raise ConfigError(f"{name} is {value!r} in the environment; it must be a number, as torchrun sets it")
-        place = cls(int(values["RANK"]), int(values["WORLD_SIZE"]))
-        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if place.size > 1 else ()
+        member = cls(int(values["RANK"]), int(values["WORLD_SIZE"]))
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if member.size > 1 else ()
         missing = ", ".join(name for name in needed if name not in environment)
-        if missing or place.rank >= max(place.size, 1):
+        if missing or member.rank >= max(member.size, 1):
             raise ConfigError(
-                f"WORLD_SIZE is {place.size} and RANK {place.rank} in the environment, {missing or 'nothing'} is "
+                f"WORLD_SIZE is {member.size} and RANK {member.rank} in the environment, {missing or 'nothing'} is "
                 "missing: start a trunk of several processes with torchrun"
             )
-        return place
+        return member
 
     @property
     def leads(self) -> bool:
@@ -60,16 +60,16 @@ class Place:
 class Ranks:
     """The group. Every method but `leave` must be called by all its processes, in one order, each on one thread."""
 
-    def __init__(self, place: Place, device: str) -> None:
+    def __init__(self, member: Member, device: str) -> None:
         """Joins the group; waits for the others. Raises ConnectionFailedError."""
-        self.place = place
+        self.member = member
         self._device = device
         self._lost = False
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", member.rank)))
         with self.in_step():
             dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=SILENCE_S), rank=place.rank
+                "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=SILENCE_S), rank=member.rank
             )
 
     @contextmanager

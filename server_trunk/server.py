@@ -30,7 +30,7 @@ from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
 from server_trunk.probe import DEFAULT_BATCH_TOKENS, Findings, probe
-from server_trunk.ranks import HEARTBEAT_S, Place, Ranks
+from server_trunk.ranks import HEARTBEAT_S, Member, Ranks
 from server_trunk.residents import Residents
 from server_trunk.scheduler import Scheduler
 from server_trunk.servicer import SERVICE, Limits, TrunkServicer
@@ -105,10 +105,10 @@ class TrunkServer:
         self._options = options
         self._host, self._port = check_listen(options.listen, options.insecure_listen)
         choose_device(options.device)
-        self._place = Place.told(os.environ)
-        if self._place.size > 1 and options.lanes > 1:
+        self._member = Member.told(os.environ)
+        if self._member.size > 1 and options.lanes > 1:
             raise ConfigError(f"lanes is {options.lanes}; a trunk of several processes has one lane: leave it out")
-        if self._place.size > 1 and options.weights:
+        if self._member.size > 1 and options.weights:
             raise ConfigError(f"weights is {options.weights!r}; a trunk of several processes keeps them as they are")
         if options.announce_file is not None:
             _require_announceable(options.announce_file)
@@ -215,7 +215,7 @@ class TrunkServer:
         options = self._options
         if options.threads:
             torch.set_num_threads(options.threads)
-        ranks = Ranks(self._place, choose_device(options.device)) if self._place.size > 1 else None
+        ranks = Ranks(self._member, choose_device(options.device)) if self._member.size > 1 else None
         return Engine(
             options.model,
             options.cut,
@@ -246,8 +246,12 @@ class TrunkServer:
         """Lets the other processes of this trunk know, while nobody computes, that they are still wanted."""
         while self._sharded:
             await asyncio.sleep(HEARTBEAT_S)
-            for lane in self._sharded:
-                await self._first_lane.run(lane.beat)
+            try:
+                for lane in self._sharded:
+                    await self._first_lane.run(lane.beat)
+            except ConnectionFailedError as error:
+                logger.error("%s", error)  # torchrun ends what is left; until then each request is told so
+                return
 
     async def _trim(self, heap: Heap) -> None:
         while True:
@@ -278,18 +282,18 @@ def _transport_options() -> list[tuple[str, Any]]:
     ]
 
 
-def follow(options: ServeOptions, place: Place) -> None:
-    """Compute as another process of this trunk tells, until it sends this one home. Signals are its to hear.
+def follow(options: ServeOptions, member: Member) -> None:
+    """Compute as another process of this trunk tells, until it sends this one home.
 
     Raises ModelError, UnsupportedModelError, ConfigError; ConnectionFailedError when another process is lost.
     """
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    ranks = Ranks(place, device)
-    model = load_trunk(options.model, options.cut, options.dtype, options.attn_implementation, device, place.size)
+    ranks = Ranks(member, device)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # from here on the leader hears them, and is heard when it ends
+        signal.signal(signum, signal.SIG_IGN)
+    model = load_trunk(options.model, options.cut, options.dtype, options.attn_implementation, device, member.size)
     Follower(model, options.cut, device, ranks).follow()
 
 

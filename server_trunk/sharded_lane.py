@@ -33,7 +33,7 @@ logger = logging.getLogger("trunkline.server_trunk")
 
 def shares_of(model: PreTrainedModel, ranks: Ranks) -> dict[str, Share]:
     """What this process computes of each linear layer, by its full name."""
-    whole = Share(counts_whole=ranks.place.leads)
+    whole = Share(counts_whole=ranks.member.leads)
     plan: Mapping[str, str] = model._resolve_parallel_plans(model.config.distributed_config)[0]
     found = {}
     for name, module in model.named_modules():

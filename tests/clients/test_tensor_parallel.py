@@ -21,7 +21,7 @@ from contract.adapter import adapter_parameters
 from contract.errors import AgreementError, ConnectionFailedError
 from contract.records import CutLayers, RoundKey
 from tests.clients.conftest import ALL_LINEAR, opened
-from tests.contract.families import attention, batch, save_model
+from tests.contract.families import Batch, attention, batch, save_model
 from tests.contract.parity import Tensors, reference, run, trained_adapter
 
 CUT = CutLayers(1, 1)
@@ -64,9 +64,8 @@ def serving(model_dir: Path, folder: Path, *options: str) -> Iterator[tuple[str,
             time.sleep(0.05)
         yield (folder / "announce").read_text().strip(), process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()  # torchrun's processes have groups of their own, and outlive one that is killed
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +181,26 @@ def test_a_forward_without_a_backward_and_one_that_is_dropped_keep_nothing_back(
     expected = whole(**batch("left").inputs()).logits
     real = batch("left").real
     assert torch.allclose(expected[real], logits[real], rtol=1e-5, atol=1e-6)
+
+
+def test_forwards_without_room_for_their_graphs_are_computed_again(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = trained_adapter(checkpoints["llama"], ALL_LINEAR)
+    whole = reference(checkpoints["llama"], ALL_LINEAR, tensors, "sdpa")
+    tokens_BT = torch.randint(32, (64, 16), generator=torch.Generator().manual_seed(0))
+    large = Batch(tokens_BT, None, tokens_BT)
+    expected = run(whole, adapter_parameters(whole), large)
+    with (
+        serving(checkpoints["llama"], tmp_path / "small", "--memory-budget", "64M") as (address, _),
+        opened(checkpoints["llama"], address, CUT, tensors) as model,
+    ):
+        # Twelve graphs of megabytes each are more than the budget has room for; all wait for one backward.
+        losses = [model(**large.inputs()).loss for _ in range(12)]
+        torch.stack(losses).mean().backward()
+        got = {f"grad {name}": one.grad for name, one in adapter_parameters(model).items()}
+        got |= {f"grad {name}": grad for name, grad in trunk_state(model, gradients=True).items()}
+    require_close({name: value for name, value in expected.items() if name in got}, got)
 
 
 def test_adapters_with_dropout_are_refused(checkpoints: dict[str, Path], address_of: Callable[[str], str]) -> None:
