@@ -139,8 +139,10 @@ class FrameStream:
             return
         self._hang_up()
         self._deadline = time.monotonic() + self._timeout_s
-        with suppress(grpc.RpcError):  # the goodbye was answered: how the call ends is no matter
+        try:
             next(call, None)
+        except grpc.RpcError as error:  # the goodbye was answered: how the call ends is no matter
+            error.__traceback__ = None
         self._let_go()
 
     def cancel(self) -> None:
@@ -168,18 +170,24 @@ class FrameStream:
                 if time.monotonic() > deadline:
                     self._expired = True
                     break
-        raise self._failure(call) from None
+        failed, call = self._failure(call), None  # which a traceback would keep
+        raise failed
 
     def _next(self) -> bytes:
         if (call := self._call) is None:
             raise self._failure()
         self._deadline = time.monotonic() + self._timeout_s
+        failed: TrunklineError | None = None
         try:
             frame: bytes = next(call)
         except (grpc.RpcError, StopIteration) as error:
-            raise self._failure(call) from error
+            error.__traceback__ = None  # gRPC raises the call itself, which no traceback may keep: see `_let_go`
+            failed = self._failure(call)
         finally:
             self._deadline = None
+        if failed is not None:
+            call = None
+            raise failed
         self._wire_log.received(len(frame))
         return frame
 

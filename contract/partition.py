@@ -207,7 +207,9 @@ class _StoredWeight:
         # Pages of its own, so that what is only read to be converted goes back whole, not to the allocator's heap.
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         read_into(self._stored, memoryview(pages))
-        return torch.frombuffer(pages, dtype=dtype).reshape(self._stored.shape)[index]
+        whole = torch.frombuffer(pages, dtype=dtype).reshape(self._stored.shape)
+        part = whole[index]
+        return part if part.numel() == whole.numel() else part.clone()  # a view would keep the whole in memory
 
 
 TENSOR_PARALLEL_STYLES = frozenset(

@@ -109,6 +109,11 @@ class Engine:
     def check_lora(self, spec: LoraSpec) -> None:
         """Raise AgreementError or FrameError unless `spec` fits this trunk; may run on any thread."""
         self.lanes[0].slots.check(spec)
+        if self.weights and (spec.use_dora or spec.target_parameters):
+            raise AgreementError(
+                f"this trunk's weights are {self.weights}, to which LoRA and rsLoRA of linear layers can be added: "
+                f"use_dora is {spec.use_dora}, and {len(spec.target_parameters)} targets are no linear layers"
+            )
         if self.processes > 1 and not shares_passes(spec):
             raise AgreementError(
                 f"this trunk is parted among {self.processes} processes, which compute LoRA and rsLoRA of linear "

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from contract.errors import ConfigError
+from contract.errors import ConfigError, UnsupportedModelError
 
 
 def quantize_weights_(model: nn.Module) -> None:
-    """The weights of all linear layers as int8, in place. Raises ConfigError where torchao is not installed."""
+    """The weights of all linear layers as int8, in place.
+
+    Raises ConfigError where torchao is not installed, and UnsupportedModelError for weights outside linear layers, as
+    those of GPT-2's convolutions and of fused experts are: they would stay as they are, and take most of the memory.
+    """
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    others = [name for name, one in model.named_parameters() if one.dim() > 1 and id(one) not in linear]
+    if others:
+        raise UnsupportedModelError(
+            f"weights is 'int8', but {others[0]} and {len(others) - 1} more are no linear layer's: leave --weights out"
+        )
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:

@@ -239,6 +239,7 @@ class Lane:
     def use_threads(self, threads: int) -> None:
         """PyTorch's threads for what comes next on the calling thread; others keep theirs."""
         if getattr(_CALLING, "threads", 0) != threads:
+            torch.get_num_threads()  # asked for the first time in a thread, it takes up what another thread set last
             torch.set_num_threads(threads)
             _CALLING.threads = threads
 

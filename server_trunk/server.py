@@ -44,6 +44,8 @@ logger = logging.getLogger("trunkline.server_trunk")
 T = TypeVar("T")
 
 _HANG_UP_S = 2.0
+_TORCHRUN_GRACE_S = 20.0
+"""torchrun kills its processes 30 s after it told them to end."""
 _DRAIN_POLL_S = 0.05
 _TRIM_S = 0.25
 _FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
@@ -152,6 +154,8 @@ class TrunkServer:
         self._workers = [self._first_lane, *(Worker(f"trunk-compute-{number}") for number in range(2, found.lanes + 1))]
         self._spill = Spill(options.state_dir, self._spill_bytes)
         budget = choose_budget(options.memory_budget, engine.device)
+        if engine.device == "cpu" and options.memory_budget == "auto":
+            budget //= engine.processes  # each keeps the graphs of the same passes, on this machine's memory
         self._scheduler = Scheduler(
             list(zip(engine.lanes[: found.lanes], self._workers, strict=True)),
             threads=engine.threads,
@@ -188,7 +192,8 @@ class TrunkServer:
         """Admit no more sessions, let the open ones finish for the grace period (or until `hurry`), then stop."""
         self._table.stop_admitting()
         await self._health.enter_graceful_shutdown()
-        deadline = time.monotonic() + self._options.grace_s
+        grace_s = self._options.grace_s if self._member.size == 1 else min(self._options.grace_s, _TORCHRUN_GRACE_S)
+        deadline = time.monotonic() + grace_s
         while self._table.taken and time.monotonic() < deadline and not hurry.is_set():
             await asyncio.sleep(_DRAIN_POLL_S)
         if self._table.taken:
@@ -250,7 +255,7 @@ class TrunkServer:
                 for lane in self._sharded:
                     await self._first_lane.run(lane.beat)
             except ConnectionFailedError as error:
-                logger.error("%s", error)  # torchrun ends what is left; until then each request is told so
+                logger.error("%s", error)
                 return
 
     async def _trim(self, heap: Heap) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from contract.errors import UnsupportedModelError
+from contract.errors import FrameError, UnsupportedModelError
 from contract.records import CutLayers
 from server_trunk.adapters import AdapterSlots
 from server_trunk.graph_meter import GraphMeter
@@ -29,6 +29,10 @@ from server_trunk.ranks import Ranks
 from server_trunk.session_adapter import Place
 
 logger = logging.getLogger("trunkline.server_trunk")
+
+
+WHOLE_STYLES = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")
+"""Linear layers that take all inputs and give all outputs at each process, whatever it computes of them."""
 
 
 def shares_of(model: PreTrainedModel, ranks: Ranks) -> dict[str, Share]:
@@ -54,6 +58,8 @@ def shares_of(model: PreTrainedModel, ranks: Ranks) -> dict[str, Share]:
                 sum=ranks.sum_,
                 counts_whole=whole.counts_whole,
             )
+        elif style not in (None, *WHOLE_STYLES):
+            raise UnsupportedModelError(f"{name} is {style} by its plan, which is not known of a linear layer")
     return found
 
 
@@ -85,7 +91,7 @@ class ShardedLane(Lane):
     def end(self) -> None:
         """Send the others home."""
         with self._ranks.in_step():
-            self._ranks.tell({"do": "end"})
+            self._ranks.tell({"do": "end", "forget": self._forgets()})
             self._ranks.part()
 
     def _forgets(self) -> list[int]:
@@ -115,6 +121,8 @@ class ShardedLane(Lane):
         mask_RT: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
+        if input_RTD.dtype != self._dtype and not manner.autocast_dtype:
+            raise FrameError(f"forward.hidden is {input_RTD.dtype}, and this trunk computes in {self._dtype}")
         self._told += 1
         more = {name: value for name, value in (("mask", mask_RT), ("positions", position_ids)) if value is not None}
         order = {
@@ -157,14 +165,21 @@ class Follower(Lane):
     def follow(self) -> None:
         """Raises ConnectionFailedError when another process is lost."""
         with self._ranks.in_step():
-            while (order := self._step())["do"] != "end":
-                for number in order["forget"]:
-                    self._passes.pop(number, None)
+            while self.step():
+                continue
             self._passes.clear()
             self._ranks.part()
 
-    def _step(self) -> dict[str, Any]:
+    @property
+    def passes(self) -> int:
+        """How many graphs wait for their backward."""
+        return len(self._passes)
+
+    def step(self) -> bool:
+        """Do what comes next; False once this process is sent home."""
         order, tensors = self._ranks.hear()
+        for number in order["forget"]:
+            self._passes.pop(number, None)
         if order["do"] == "forward":
             self._forward(order, tensors)
         elif order["do"] == "backward":
@@ -173,7 +188,7 @@ class Follower(Lane):
             for segment, _ in gang.segments:
                 if segment.train_values:
                     self._ranks.sum_(segment.gradient_GK)
-        return order
+        return bool(order["do"] != "end")
 
     def _forward(self, order: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
         input_RTD = tensors[0].requires_grad_(order["keep"])

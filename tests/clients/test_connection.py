@@ -117,9 +117,12 @@ def test_a_trunk_that_does_not_answer_ends_the_session_in_time(llama_dir: Path, 
 def test_a_trunk_that_dies_ends_the_session_and_nothing_reconnects(llama_dir: Path, other_trunk: TrunkProcess) -> None:
     model = load(llama_dir, other_trunk.address)
     model(**batch().inputs()).loss.backward()
+    call = weakref.ref(clients.split_model.remote_layers(model).trunk._stream._call)
     other_trunk.kill()
-    with pytest.raises(ConnectionFailedError, match=f"{other_trunk.address} broke .* start a new one"):
+    with pytest.raises(ConnectionFailedError, match=f"{other_trunk.address} broke .* start a new one") as caught:
         model(**batch().inputs())
+    assert caught.value is not None  # whoever keeps the error, the call is gone: see the test below
+    assert call() is None
     with pytest.raises((ConnectionFailedError, SessionError)):
         model(**batch().inputs())
 

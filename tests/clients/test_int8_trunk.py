@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+import clients
 from clients.split_model import trunk_state
 from contract.adapter import adapter_parameters
+from contract.errors import AgreementError
 from contract.records import RoundKey
 from tests.clients.conftest import ALL_LINEAR, CUT, opened
 from tests.conftest import TrunkProcess
@@ -29,7 +31,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def int8_trunk(trunk_process: Callable[..., TrunkProcess], checkpoint: Path) -> TrunkProcess:
-    return trunk_process(checkpoint, CUT.head, CUT.tail, weights="int8", batch_tokens=512)
+    """Tries out at its start what it gains from, as it does for users."""
+    return trunk_process(checkpoint, CUT.head, CUT.tail, weights="int8")
 
 
 def unsplit(checkpoint: Path, tensors: Tensors, *, int8: bool) -> PeftModel:
@@ -61,6 +64,12 @@ def test_loss_logits_and_gradients_are_those_of_the_quantised_model(
         assert (value - got[name]).abs().max() <= 1e-5 * value.abs().max(), name
     # What 8 bits change is far more than rounding, and small all the same.
     assert 1e-6 < abs(float(expected["loss"] / plain["loss"]) - 1) < 0.01
+
+
+def test_dora_is_refused(checkpoint: Path, int8_trunk: TrunkProcess) -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(AgreementError, match="weights are int8, .* use_dora is True"):
+        clients.load_split_model(checkpoint, int8_trunk.address, CUT.head, CUT.tail, lora)
 
 
 def test_clients_are_told(

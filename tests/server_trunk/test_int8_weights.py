@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM
 
-from contract.errors import ConfigError
+from contract.errors import ConfigError, UnsupportedModelError
 from server_trunk.engine import Engine
 from server_trunk.int8_weights import Int8Linear, quantize_weights_
 from server_trunk.server import ServeOptions, TrunkServer
-from tests.contract.families import save_model
+from tests.contract.families import attention, save_model
 from tests.server_trunk.conftest import CUT
 
 
@@ -60,7 +60,7 @@ def test_no_pass_keeps_weights_as_floats() -> None:
 def test_weights_take_a_quarter_of_the_memory(model_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(model_path).requires_grad_(False)
     linear = {name: module.weight.nbytes for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    quantize_weights_(plain)
+    quantize_weights_(plain.model.layers)
     for name, module in plain.named_modules():
         if isinstance(module, Int8Linear):
             parts = [getattr(module.weight, part) for part in module.weight.__tensor_flatten__()[0]]
@@ -81,10 +81,22 @@ def test_the_engine_quantises_what_it_serves_and_lanes_share_it(model_path: Path
 def test_several_processes_keep_their_weights_as_they_are(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="weights is 'int8'; a trunk of several processes"):
         TrunkServer(ServeOptions(str(model_path), CUT, "127.0.0.1:0", tmp_path, device="cpu", weights="int8"))
+
+
+def test_a_model_with_other_weights_than_linear_layers_is_refused(tmp_path: Path) -> None:
+    gpt2 = save_model("gpt2", tmp_path / "gpt2")
+    with pytest.raises(UnsupportedModelError, match=r"weights is 'int8', but .*c_attn.weight and \d+ more"):
+        Engine(gpt2, CUT, dtype="float32", attn_implementation=attention("gpt2"), device="cpu", weights="int8")
 
 
 def test_without_torchao_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

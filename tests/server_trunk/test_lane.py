@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,13 @@ def test_a_forward_that_is_computed_again_draws_the_same_dropout(tmp_path: Path,
     kept, again, other = gradients(5, keep=True), gradients(5, keep=False), gradients(6, keep=True)
     assert all(map(torch.equal, kept, again))
     assert not torch.equal(kept[0], other[0])
+
+
+def test_a_thread_keeps_its_number_of_threads_whatever_others_set(engines: Any) -> None:
+    """PyTorch's own setting is one for all threads, until a thread has asked for it."""
+    (lane,) = engines()[0].lanes
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(lane.use_threads, 2).result()
+        other.submit(lane.use_threads, 1).result()
+        assert one.submit(torch.get_num_threads).result() == 2
+        assert other.submit(torch.get_num_threads).result() == 1

@@ -16,7 +16,7 @@ from contract.errors import CapacityError, NonFiniteError, SessionError
 from server_trunk.lane import Forward, Gang, Graph
 from server_trunk.memory import Hold, MemoryBudget
 from server_trunk.residents import Residents
-from server_trunk.scheduler import Scheduler
+from server_trunk.scheduler import ACTIVE_S, Scheduler
 from server_trunk.seats import Seat
 from server_trunk.worker import Worker
 
@@ -173,6 +173,26 @@ def test_a_session_with_much_queued_keeps_nobody_waiting_for_more_than_one_piece
 
     names = [who for _, (who,) in run(play).passes]
     assert names[:7] == ["greedy", "modest", "greedy", "modest", "greedy", "modest", "greedy"]
+
+
+def test_passes_of_all_threads_are_the_first_lanes_whoever_worked_before() -> None:
+    """OpenMP keeps the threads of each lane that ever had them all, and spins less the more it keeps."""
+
+    async def play(bench: Bench) -> None:
+        one, other = bench.seat("one"), bench.seat("other")
+        bench.hold()
+        waits = [bench.forward(seat) for seat in (one, other) for _ in range(3)]
+        await begun(bench)
+        bench.let_go()
+        await asyncio.gather(*waits)
+        bench.now_s += 2 * ACTIVE_S
+        for _ in range(4):
+            await bench.forward(one)
+
+    first, second = run(play, lanes=2, threads=4, batch_tokens=8).lanes
+    assert set(first.threads) == {2, 4}
+    assert set(second.threads) == {2}
+    assert first.threads[-4:] == [4] * 4
 
 
 def test_turns_are_counted_in_tokens() -> None:
