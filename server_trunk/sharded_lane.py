@@ -6,7 +6,6 @@ sessions' values, with a backward the gradient at the tail cut; the others know 
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -27,9 +26,6 @@ from server_trunk.grouped_lora import Factors, Segment, Share
 from server_trunk.lane import Backward, Forward, Gang, Graph, Lane, Manner
 from server_trunk.ranks import Ranks
 from server_trunk.session_adapter import Place
-
-logger = logging.getLogger("trunkline.server_trunk")
-
 
 WHOLE_STYLES = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")
 """Linear layers that take all inputs and give all outputs at each process, whatever it computes of them."""
@@ -149,9 +145,7 @@ class ShardedLane(Lane):
         with self._ranks.in_step():
             self._ranks.tell({"do": "backward", "pass": self._numbers[gang], "forget": self._forgets()}, [grad_RTD])
             super()._shared_backward(gang, grad_RTD)
-            for segment, _ in gang.segments:
-                if segment.train_values:
-                    self._ranks.sum_(segment.gradient_GK)
+            _sum_gradients(gang, self._ranks)
 
 
 class Follower(Lane):
@@ -185,9 +179,7 @@ class Follower(Lane):
         elif order["do"] == "backward":
             gang = self._passes.pop(order["pass"])
             self._shared_backward(gang, tensors[0])
-            for segment, _ in gang.segments:
-                if segment.train_values:
-                    self._ranks.sum_(segment.gradient_GK)
+            _sum_gradients(gang, self._ranks)
         return bool(order["do"] != "end")
 
     def _forward(self, order: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
@@ -200,6 +192,12 @@ class Follower(Lane):
         )
         if order["keep"]:
             self._passes[order["pass"]] = Gang(input_RTD, output_RTD, [(segment, ()) for segment in segments], {})
+
+
+def _sum_gradients(gang: Gang, ranks: Ranks) -> None:
+    for segment, _ in gang.segments:
+        if segment.train_values:
+            ranks.sum_(segment.gradient_GK)
 
 
 def _told_segment(segment: Segment) -> dict[str, Any]:
