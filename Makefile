@@ -1,10 +1,11 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy test test-killing lint bench clean
+.PHONY: help setup demo demo-deploy test test-killing faults lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FAULT_ARGS ?=
 BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
 
 help: ## Show this help
@@ -24,6 +25,9 @@ test: setup ## Run the whole test suite, on up to 4 cores at once (10 to 13 minu
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
+
+faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
+	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
 
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint

@@ -20,6 +20,7 @@ from benchmarks.processes import REPOSITORY
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PICTURES = REPOSITORY / "docs"
+SECONDS = (2, 5, 10, 20, 50, 100)
 OURS, NAIVE, BOUND = "#1b6ca8", "#c05b2e", "#6b6b6b"
 
 
@@ -46,8 +47,9 @@ def draw_throughput(found: dict[str, Any], path: Path) -> None:
         _ratios(panel, found["ratios"], [f"naive_{prefix}ratio_n{count}" for count in counts], NAIVE, "a naive trunk")
         panel.axhline(1.0, color=BOUND, linewidth=1, linestyle="--", label="un-split, one process, all cores")
         panel.set_xticks(range(len(counts)), [str(count) for count in counts])
-        panel.set(xlabel="clients", title=f"batch of {batch.replace('x', ' x ')} tokens", ylim=(0, None))
+        panel.set(xlabel="clients", title=f"batch of {batch.replace('x', ' x ')} tokens")
         panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(0, 1.05 * max(ratio["high"] for ratio in found["ratios"].values()))
     panels[0].set_ylabel("total tokens/s over un-split's")
     panels[0].legend(loc="lower left", frameon=False)
     _saved(figure, path)
@@ -72,16 +74,18 @@ def draw_slow_links(found: dict[str, Any], path: Path) -> None:
         for key, colour, label in (
             ("naive_s", NAIVE, "naive: blocking, float32"),
             ("step_s", OURS, "pipelined, codec auto"),
-            ("bound_s", BOUND, "what no client could beat"),
+            ("bound_s", BOUND, "the larger of computing and bytes, plus one fill"),
         ):
             style = "--" if key == "bound_s" else "-"
             panel.plot(rates, [row[key] for row in rows], style, color=colour, marker="o", markersize=4, label=label)
         panel.set(xscale="log", yscale="log", xlabel="Mbit/s each way", title=f"round trip of {trip} ms")
         panel.set_xticks(rates, [str(rate) for rate in rates])
+        panel.set_yticks(SECONDS, [str(seconds) for seconds in SECONDS])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("seconds a step")
-    panels[0][-1].legend(frameon=False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     _saved(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Seconds of an optimiser step over slow links: the SDK's client, a naive blocking one, and what no client could beat.
+"""Seconds of an optimiser step over slow links: the SDK's client, a naive blocking one, and a yardstick.
 
 Each cell is a link (benchmarks.shaping) of so many Mbit/s each way and so long a round trip, between one client and a
 trunk on the same machine, both with all cores. A step accumulates several microbatches. Per cell, medians of:

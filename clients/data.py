@@ -155,6 +155,11 @@ def order_key(seed: int, run: str, round_number: int, client: str, attempt: int 
     return key if attempt == 1 else f"{key}/{attempt}"
 
 
+def repeated_order_key(seed: int, round_number: int, site: str) -> str:
+    """The key of a `deterministic` run: the same in every run and attempt, and whatever id Flower gave the site."""
+    return f"{seed}//{round_number}/{site}"
+
+
 def row_batches(
     rows: Sequence[TokenRow], batch_size: int, key: str | None = None, epochs: int | None = 1
 ) -> Iterator[list[TokenRow]]:

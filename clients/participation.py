@@ -21,8 +21,9 @@ from peft import PeftModel
 
 from aggregation import tally
 from aggregation.protocol import PlainSumClient
-from clients.data import SiteData, load_dataset, load_tokenizer, order_key
+from clients.data import SiteData, load_dataset, load_tokenizer, order_key, repeated_order_key
 from clients.link import WireCodecs
+from clients.replay import played
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trunkline.clients")
 
 _METRIC_BYTES = 8
+
+Done = tuple[Judgement, Training | None, bytes | None]
+"""What judging and training came to, and the update's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +96,12 @@ def take_part(
     tokenizer = load_tokenizer(resolve_model(site.model))
     data = load_dataset(site.data, tokenizer, config.max_length, config.eval_fraction, config.seed)
     with closing(WireLog(site.wire_log or None)) as wire_log:
-        with closing(trunk_route(site.trunk_address, order.client_id, wire_log)) as route:
-            served = route.describe()
-            if turn is not None:
-                turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
-            model = _open_model(order, config, site, route)
-            with closing_session(model), _spending(site, config) as spending:
-                if spending is not None and turn is not None and turn.head:
-                    spending.keep_head(turn.head)
-                judgement, training_done, upload = _work(
-                    model, data, order, config, training=training, turn=turn, spending=spending
-                )
+        if turn is not None:
+            with closing(trunk_route(site.trunk_address, order.client_id, wire_log)) as route:
+                fingerprint = route.describe().model.fingerprint
+            turn.check(order.key, config, order.factor, order.clients, fingerprint, training=training)
+        attempt = _Attempt(order, config, site, data, training, turn)
+        judgement, training_done, upload = played(attempt, site, config, order.client_id, wire_log)
         metrics = _metrics(judgement, training_done) | {"seconds": time.monotonic() - started}
         logger.info("round=%d site=%s %s", order.key.round, site.name, _told_here(metrics))
         told = () if turn is not None or config.metrics == "off" else (*metrics, "sent_bytes", "received_bytes")
@@ -110,6 +109,28 @@ def take_part(
         metrics |= {"sent_bytes": wire_log.sent_bytes, "received_bytes": wire_log.received_bytes}
         logger.info("wire round=%d site=%s %s", order.key.round, site.name, wire_log.summary())
     return RoundWork(upload, {name: metrics[name] for name in told})
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The round's work with one trunk session, from opening the model to the trunk's acknowledgement."""
+
+    order: RoundOrder
+    config: RunConfig
+    site: Site
+    data: SiteData
+    training: bool
+    turn: SecureTurn | None
+    opened: bool = False
+    released: bool = False
+
+    def play(self, route: TrunkRoute) -> Done:
+        model = _open_model(self.order, self.config, self.site, route)
+        self.opened = True
+        with closing_session(model), _spending(self.site, self.config) as spending:
+            if spending is not None and self.turn is not None and self.turn.head:
+                spending.keep_head(self.turn.head)
+            return _work(model, self, spending)
 
 
 @contextmanager
@@ -149,31 +170,25 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRo
     return open_split_model(settings, spec, route, start)
 
 
-def _work(
-    model: PeftModel,
-    data: SiteData,
-    order: RoundOrder,
-    config: RunConfig,
-    *,
-    training: bool,
-    turn: SecureTurn | None,
-    spending: SiteSpending | None,
-) -> tuple[Judgement, Training | None, bytes | None]:
-    update_d = trained_vector(model, order.factor) if training else None
+def _work(model: PeftModel, attempt: _Attempt, spending: SiteSpending | None) -> Done:
+    order, config, turn, data = attempt.order, attempt.config, attempt.turn, attempt.data
+    update_d = trained_vector(model, order.factor) if attempt.training else None
     if spending is not None and update_d is not None and turn is not None:
         spending.reserve(order.key, order.clients, turn.threshold, update_d.size, remote_layers(model).trunk.events)
     announce = remote_layers(model).trunk.announce
     judgement = judge(model, data.heldout_rows, config, announce) if config.metrics == "sum" else Judgement(math.nan, 0)
     if update_d is None:
         close(model)
+        attempt.released = True
         told = None if turn is None else turn.upload(order.adapter_sha256, None, _tally(judgement, None, config))
         return judgement, None, told
-    done = _train(model, data, order, config, announce)
+    done = _train(model, data, order, config, attempt.site, announce)
     subtract_from(model, order.factor, update_d)
     encoded = encode_update(
         update_d, done.trained_tokens, order.clients, config, None if turn is None else turn.threshold
     )
     del update_d  # what is left holds no more than three vectors of the ring at once
+    attempt.released = turn is not None
     if turn is None:
         upload = PlainSumClient(encoded.size, 8 * encoded.itemsize).upload(encoded)
     else:
@@ -187,12 +202,17 @@ def _work(
     return judgement, done, upload
 
 
-def _train(model: PeftModel, data: SiteData, order: RoundOrder, config: RunConfig, announce: Announce) -> Training:
+def _train(
+    model: PeftModel, data: SiteData, order: RoundOrder, config: RunConfig, site: Site, announce: Announce
+) -> Training:
     if config.dp == "example":
         from clients.private_training import train_privately  # with Opacus, which no other run needs
 
         return train_privately(model, data.train_rows, config, SecretStream(os.urandom), announce)
-    key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
+    if config.deterministic:
+        key = repeated_order_key(config.seed, order.key.round, site.name)
+    else:
+        key = order_key(config.seed, order.key.run, order.key.round, order.client_id, order.key.attempt)
     return train(model, data.train_rows, config, key, announce)
 
 

@@ -27,6 +27,7 @@ _BUDGET_KEYS = ("privacy-epsilon", "privacy-delta")
 _SIMULATED = Policy(min_members=2, max_weight=1 << 62)
 """All of a simulation is on one machine: its clients have nobody to insist against."""
 CLEAR_KEY = "allow-secagg-off"
+DETERMINISTIC_KEY = "allow-deterministic"
 LEDGER_FILE = "ledger.db"
 _COUNTS = {
     "secagg-min-members": DEFAULT_MIN_MEMBERS,
@@ -98,6 +99,8 @@ def read_site(
             "trunk-address is not set; with secagg on it must be in the node config of this SuperNode, so that whoever "
             "starts a run cannot choose who receives this site's activations"
         )
+    if config.deterministic and config.secagg == "on" and not simulated:
+        _require_repeatable(told, node_config)
     if config.dp != "off":
         _require_lasting(told, config, simulated=simulated)
     elif any(key in node_config for key in _BUDGET_KEYS):
@@ -123,6 +126,21 @@ def read_site(
         simulated=simulated,
         clear_allowed=simulated or _flag(node_config, CLEAR_KEY),
     )
+
+
+def _require_repeatable(told: Mapping[str, str], node_config: Mapping[str, ConfigValue]) -> None:
+    """Raise ConfigError unless this site lets a run have one update from it twice, and has a name to draw it by."""
+    if not _flag(node_config, DETERMINISTIC_KEY):
+        raise ConfigError(
+            "deterministic is true: a round that is played twice has the same update from this site, so that two sums "
+            "over other clients would differ by just that; this site takes part in no such run "
+            f"({DETERMINISTIC_KEY}=true in its node config allows it)"
+        )
+    if "name" not in told:
+        raise ConfigError(
+            "deterministic is true, and this SuperNode's node config gives no name: its batches are drawn by it, since "
+            "Flower gives a SuperNode that starts anew another id"
+        )
 
 
 def _require_lasting(told: Mapping[str, str], config: RunConfig, *, simulated: bool) -> None:

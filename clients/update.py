@@ -51,7 +51,8 @@ def encode_update(
     fixed_point = plan(clients, config.max_weight(), config.update_clip)
     weight = trained_tokens if config.dp == "off" else 1
     fixed_point.require_resolved(update_d, weight)
-    return fixed_point.encode(update_d, weight, None if threshold is None else SecretDither(os.urandom))
+    plainly = threshold is None or config.deterministic
+    return fixed_point.encode(update_d, weight, None if plainly else SecretDither(os.urandom))
 
 
 def _noised(update_d: Vector, noisy: NoisySum, config: RunConfig) -> RingVector:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from contract.addresses import trunk_addresses
+from contract.determinism import check_deterministic
 from contract.errors import ConfigError
 from contract.privacy_settings import check_privacy
 from contract.records import LARGEST_CLIP, MOST_TOKENS, SMALLEST_CLIP, CutLayers, gradient_codec
@@ -93,8 +94,9 @@ class RunConfig(BaseModel):
     deterministic: bool = setting(
         False,
         SPLIT_SECTION,
-        "The trunk takes no client into a pass with another and always computes with all its threads, so that a "
-        "client's results do not depend on who else trains; slower with several clients.",
+        "The same clients, machines and settings give the same bits, in a run that was resumed too: the trunk takes "
+        "no client into a pass with another and computes with all its threads, and batches are drawn by site names, "
+        "not by Flower's ids. Slower with several clients.",
     )
 
     num_rounds: int = setting(3, ROUNDS_SECTION, "Rounds to commit.", ge=1)
@@ -116,10 +118,26 @@ class RunConfig(BaseModel):
         "Seconds without progress (a reply, or work seen by the trunk) after which missing clients count as late.",
         gt=0.0,
     )
+    trunk_retries: int = setting(
+        2,
+        ROUNDS_SECTION,
+        "How often a client whose trunk session was lost trains its round again from the start, before it drops out; "
+        "under `dp` it never does, since what it sends again would have to be paid for again.",
+        ge=0,
+    )
+    trunk_wait_s: float = setting(
+        120.0, ROUNDS_SECTION, "Seconds that a client waits for a lost trunk to serve again.", gt=0.0
+    )
     early_stopping_patience: int = setting(
         0, ROUNDS_SECTION, "Rounds without a lower held-out loss before the run stops; 0 never stops early.", ge=0
     )
     seed: int = setting(0, ROUNDS_SECTION, "Seed of the first adapter, the cohorts and the data order.", ge=0, lt=2**32)
+
+    resume_run: str = setting(
+        "",
+        ROUNDS_SECTION,
+        "Id of a run to go on with from its last committed round; `trunkline runs resume` sets it.",
+    )
 
     aggregation: Literal["ffa", "fedavg", "rolora"] = setting(
         "ffa",
@@ -347,7 +365,7 @@ class RunConfig(BaseModel):
                 f"update-clip is {self.update_clip:g}; it must be {SMALLEST_CLIP:.0e} to {LARGEST_CLIP:.0e}"
             )
         check_privacy(self)
-        self.trunk_arithmetic.check_beside(self.codec, self.gradient_codec)
+        check_deterministic(self)
         if self.target_modules != "all-linear" and not all(self.target_module_names()):
             raise ConfigError(
                 f"target-modules is {self.target_modules!r}; it must be all-linear or names parted by commas"

@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from contract.failpoint import failpoint
+
 PARTIAL_PREFIX = ".partial-"
 """How a file is called before it is whole; a killed process may leave one behind."""
 
@@ -15,13 +17,16 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     A failure raises OSError and leaves the directory as it was. `mode` is that of a new file, less the umask.
     """
+    failpoint("file.write")
     partial = _write_partial(path, data, mode)
+    failpoint("file.rename")
     try:
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
         raise
     _sync_directory(path.parent)
+    failpoint("file.written")
 
 
 def create_file(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -25,6 +25,7 @@ TrunklineError
 ├── DeadlineError          a wait ran past its limit
 └── StorageError           SQL or an artifact cannot be read or written
     ├── SchemaError             the database's schema is not this code's
+    ├── LeaseError              the run is not this process's to drive, or to drive any more
     └── IntegrityError          a stored file is not what was written: its hash or its signature says so
 """
 
@@ -140,6 +141,10 @@ class StorageError(TrunklineError):
 
 
 class SchemaError(StorageError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class LeaseError(StorageError):
     grpc_status = "FAILED_PRECONDITION"
 
 

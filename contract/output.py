@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from contract.errors import TrunklineError
+from contract.errors import ConfigError, TrunklineError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +67,28 @@ def emit(
 def talk(message: str) -> None:
     """One line to the person, on stderr, so that stdout stays data."""
     typer.echo(message, err=True)
+
+
+def require_agreed(what: str, question: str, *, yes: bool) -> None:
+    """Ask, unless `yes` was given, before something that cannot be taken back; who says no ends the command with 1.
+
+    Raises ConfigError, which says `what` it is, where there is no terminal to ask at.
+    """
+    if yes:
+        return
+    if not has_terminal():
+        raise ConfigError(f"{what}, and there is no terminal to ask at: give --yes")
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if not agreed:
+        talk("nothing was changed")
+        raise typer.Exit(1)
+
+
+def has_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def plain_data(value: object) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from contract.errors import ConfigError
@@ -112,6 +112,9 @@ class RoundProgress:
     tokens: int
     received_bytes: int
     sent_bytes: int
+
+    def __add__(self, other: RoundProgress) -> RoundProgress:
+        return RoundProgress(*(getattr(self, of.name) + getattr(other, of.name) for of in fields(self)))
 
 
 def gradient_codec(codec: str, codec_backward: str) -> str:

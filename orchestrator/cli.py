@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contract.errors import ConfigError, StorageError
-from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from orchestrator.metrics import best_version, judged_losses
 from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import artifacts_dir, home_dir
@@ -73,7 +73,7 @@ def list_runs(
 def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
     """One run: how it ended and why, and its losses. `-o json` tells its settings too."""
     with _reader() as reader:
-        row = reader.get_run(_named(run, last))
+        row = reader.get_run(named_run(run, last))
         data = _run_data(reader, row)
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         with _ledger() as ledger:
@@ -84,12 +84,39 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
     emit(data, output, columns=SHOW_COLUMNS)
 
 
+@runs_app.command("stop")
+@cli_errors
+def stop_run(
+    run: RunArgument = None,
+    last: LastOption = False,
+    reason: Annotated[str, typer.Option(help="Why, for the run's history.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """End a run: its open round is aborted, what is committed stays, and its orchestrator ends within seconds.
+
+    `trunkline runs resume` goes on with it.
+    """
+    from orchestrator.operators import operator_name
+    from storage.store import open_store
+
+    with closing(open_store()) as store:
+        row = store.get_run(named_run(run, last))
+        if row.status != "running":
+            raise StorageError(f"run {row.run_id} has {row.status} already")
+        require_agreed("a run is ended", f"Stop run {row.run_id}, {row.committed_rounds} rounds committed?", yes=yes)
+        told = f"stopped by {operator_name()}" + (f": {reason}" if reason else "")
+        if not store.finish_run(row.run_id, "stopped", told):
+            raise StorageError(f"run {row.run_id} ended by itself meanwhile")
+        emit({"run": row.run_id, "status": "stopped", "reason": told}, output)
+
+
 @rounds_app.command("list")
 @cli_errors
 def list_rounds(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
     """Every attempt at every round of a run. The held-out loss is that of the adapter which the round committed."""
     with _reader() as reader:
-        row = reader.get_run(_named(run, last))
+        row = reader.get_run(named_run(run, last))
         attempts = reader.rounds(row.run_id)
         cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
         for one in reader.participations(row.run_id):
@@ -120,7 +147,7 @@ def export(
     if best and number is not None:
         raise ConfigError("--best and --round both choose an adapter; give one of them")
     with _reader() as reader:
-        row = reader.get_run(_named(run, last))
+        row = reader.get_run(named_run(run, last))
         chosen = row.committed_rounds if number is None else number
         if best:
             chosen = _best(reader, row)
@@ -211,7 +238,8 @@ def _reader_if_any() -> Iterator[Reader | None]:
         yield reader
 
 
-def _named(run: str | None, last: bool) -> str:
+def named_run(run: str | None, last: bool) -> str:
+    """What a command was told of which run it is for. Raises ConfigError unless that is one."""
     if (run is None) != last:
         raise ConfigError("name one run: RUN or --last" + (", not both" if last else ""))
     return LAST if run is None else run

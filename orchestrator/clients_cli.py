@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contract.errors import ConfigError, TrunklineError
-from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from orchestrator.operators import OperatorOption, operator_name
 from storage.records import IdentityRow
 
@@ -117,9 +116,7 @@ def revoke(
     if not reason.strip():
         raise ConfigError("--reason is empty; say why, for the record")
     with _change(roster, signing_key) as (store, publication):
-        if not yes and not _agreed(client_id):
-            talk("nothing was changed")
-            raise typer.Exit(1)
+        require_agreed("revoking cannot be taken back", f"Revoke client {client_id} for ever?", yes=yes)
         version = store.revoke_client(client_id, who, reason)
         _finish(f"client {client_id} is revoked", client_id, version, store, publication, output)
 
@@ -198,19 +195,6 @@ def _public_line(given: str) -> str:
     if len(data) > MAX_PUBLIC_FILE_BYTES:
         raise ConfigError(f"--public-key: {path} is too long; it must hold the one line that keygen printed")
     return data.decode("utf-8", "replace").strip()
-
-
-def _agreed(client_id: str) -> bool:
-    if not _has_terminal():
-        raise ConfigError("revoking cannot be taken back, and there is no terminal to ask at: give --yes")
-    try:
-        return typer.confirm(f"Revoke client {client_id} for ever?", err=True)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
-
-
-def _has_terminal() -> bool:
-    return sys.stdin.isatty()
 
 
 def _row_data(row: IdentityRow) -> dict[str, Any]:

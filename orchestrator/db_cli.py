@@ -1,16 +1,20 @@
-"""`trunkline db`: the database's schema, of the database that TRUNKLINE_DATABASE_URL names or the one in the home."""
+"""`trunkline db`: the database that TRUNKLINE_DATABASE_URL names or the one in the home, and the files beside it."""
 
 from __future__ import annotations
 
+from typing import Annotated
+from urllib.parse import unquote
+
 import typer
 
-from contract.errors import SchemaError, StorageError
-from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.errors import ConfigError, SchemaError, StorageError
+from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from storage.engine import opened_engine, shown
-from storage.home import database_url
+from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, artifacts_dir, database_url, home_database
+from storage.orphans import YOUNGEST_S, orphans, remove
 from storage.revisions import current_revision, damage, drift, head_revision, require_current, state, upgrade
 
-app = typer.Typer(help="The database's schema: upgrade, current, check.", no_args_is_help=True)
+app = typer.Typer(help="The database: upgrade, current, check, gc.", no_args_is_help=True)
 
 
 @app.command("upgrade")
@@ -43,3 +47,29 @@ def check_database(output: OutputOption = OutputFormat.TABLE) -> None:
             if faults:
                 raise error(f"{shown(engine)} is not sound: " + "; ".join(faults[:5]))
         emit({"database": shown(engine), "revision": head_revision(), "sound": True}, output)
+
+
+@app.command("gc")
+@cli_errors
+def collect_garbage(
+    older_than_h: Annotated[
+        float, typer.Option(min=YOUNGEST_S / 3600, help="Leave what is younger: a round may be about to commit it.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Remove adapters on disk that no committed round names: attempts that were cut off leave them behind."""
+    own, url = home_database(), database_url()
+    if own.exists() and unquote(url) != f"sqlite:///{own}":
+        raise ConfigError(
+            f"{artifacts_dir()} may hold adapters of the database {own} too, which is not the one that "
+            f"{DATABASE_VARIABLE} names: give each database a {HOME_VARIABLE} of its own"
+        )
+    found = orphans(url, artifacts_dir(), 3600.0 * older_than_h)
+    size_mb = sum(orphan.size_bytes for orphan in found) / 1e6
+    if found and not dry_run:
+        require_agreed("what is removed is gone", f"Remove {len(found)} files, {size_mb:.1f} MB?", yes=yes)
+        remove(found)
+    emit([{"file": one.path.name, "bytes": one.size_bytes, "age_h": one.age_s / 3600} for one in found], output)
+    talk(f"{len(found)} files, {size_mb:.1f} MB" + (" would be removed" if dry_run else " removed"))

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from flwr.app import Message, RecordDict
 
+from contract.failpoint import failpoint
+
 log = logging.getLogger("trunkline.orchestrator")
 
 POLL_S = 0.1
@@ -77,9 +79,11 @@ class Answer:
 class Exchange:
     """Sends to nodes and collects their answers; remembers which nodes still owe one from an earlier exchange."""
 
-    def __init__(self, grid: MessageGrid, clock: Clock) -> None:
+    def __init__(self, grid: MessageGrid, clock: Clock, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called again and again while anything is waited for, and ends the wait by what it raises."""
         self._grid = grid
         self._clock = clock
+        self._check = check
         self._owed: dict[str, str] = {}
         self._asked = 0
 
@@ -90,6 +94,7 @@ class Exchange:
 
     def connected(self) -> list[str]:
         """Ids of the nodes that Flower believes to be connected, sorted. Some may be ghosts."""
+        self._check()
         return sorted(str(node_id) for node_id in self._grid.get_node_ids())
 
     def busy(self) -> frozenset[str]:
@@ -122,8 +127,10 @@ class Exchange:
                 if reply is None:
                     continue
                 del pending[message_id]
+                failpoint("flower.reply")
                 deadline.replied()
                 yield _answer(node_id, reply)
+            self._check()
             deadline.look()
             if pending and deadline.passed:
                 self._owed.update(pending)
@@ -133,7 +140,9 @@ class Exchange:
                 self._clock.sleep(max(POLL_S, self._clock.monotonic() - started))
 
     def _push(self, message: Message) -> str | None:
+        failpoint("flower.push.before")
         ids = list(self._grid.push_messages([message]))
+        failpoint("flower.push.after")
         return ids[0] or None if ids else None
 
     def _pull(self, message_id: str) -> Message | None:

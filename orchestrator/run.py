@@ -20,15 +20,17 @@ from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
+from orchestrator.lease import renewed
 from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.protection import told_coverage, told_spent
 from orchestrator.replicas import connect
+from orchestrator.resumption import newest_version, require_same_run
 from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
-from orchestrator.trunk import require_served
+from orchestrator.trunk import ServedModel, require_served
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
 from storage.ledger import Ledger
@@ -36,6 +38,8 @@ from storage.records import RunMode
 from storage.store import Store
 
 log = logging.getLogger("trunkline.orchestrator")
+
+RESUMED = "resume-run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +63,31 @@ class Start:
 
 
 def conduct(start: Start) -> Export:
-    """Conduct one run to its end and return its exported adapter.
+    """Conduct one run, or what is left of one that is resumed, to its end and return its exported adapter.
 
     However it ends, SQL then holds how and why, and what ended it is raised.
     """
-    run_id = new_run_id(datetime.now(UTC))
+    run_id = str(start.values.get(RESUMED, "")) or new_run_id(datetime.now(UTC))
     with ExitStack() as held:
         with _refusal_recorded(start, run_id):
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
             trunk = held.enter_context(closing(connect(config.trunk_address)))
             served = trunk.describe()
-        start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
-        exchange = Exchange(start.grid, start.clock)
+            _take_up(start, run_id, config, served)
+        lease = held.enter_context(renewed(start.store, run_id))
+        exchange = Exchange(start.grid, start.clock, lease.require)
         desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock)
         ending = held.enter_context(_end_recorded(start, run_id))
         if start.mode == "simulation":
-            held.callback(_forget_simulation, start)
-            start.at_exit(partial(_forget_simulation, start))
+            held.callback(_forget_simulation, start.flower_run_id)
+            start.at_exit(partial(_forget_simulation, start.flower_run_id))
         log.info("run %s: %d rounds, trunk at %s", run_id, config.num_rounds, trunk.address)
         log.info("%s (%s)", config.aggregation, rule_named(config.aggregation).label)
         for line in told_coverage(config):
             log.info("privacy: %s", line)
         require_served(config, served, model_fingerprint(model_dir), trunk.address)
-        version = first_version(desk, model_dir)
+        version = newest_version(desk) or first_version(desk, model_dir)
         play, end = _player(desk, served.fingerprint, start)
         spent = None
         while version.number < config.num_rounds and not has_stalled(_losses(desk), config.early_stopping_patience):
@@ -103,6 +108,18 @@ def conduct(start: Start) -> Export:
         ending.reason = spent or _told_end(desk, version)
     log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
+
+
+def _take_up(start: Start, run_id: str, config: RunConfig, served: ServedModel) -> None:
+    """Write the new run to SQL, or take over the one that is resumed."""
+    if not config.resume_run:
+        start.store.create_run(run_id, start.flower_run_id, config.to_flower(), start.mode, served.fingerprint)
+        return
+    before = start.store.get_run(run_id)
+    require_same_run(before, config, served)
+    start.store.resume_run(run_id, start.flower_run_id)
+    if start.mode == "simulation":
+        _forget_simulation(before.flower_run_id)  # which a kill kept from doing so itself
 
 
 def _player(
@@ -159,10 +176,13 @@ def _told_end(desk: Desk, last: Version) -> str | None:
 
 @contextmanager
 def _refusal_recorded(start: Start, run_id: str) -> Iterator[None]:
-    """Keep a run that cannot even start, so that `runs show --last` says why."""
+    """Keep a run that cannot even start, so that `runs show --last` says why. One that exists is left as it is."""
     try:
         yield
     except TrunklineError as error:
+        if start.values.get(RESUMED):
+            log.error("run %s is not resumed: %s", run_id, error)
+            raise
         start.store.create_run(run_id, start.flower_run_id, dict(start.values), start.mode, "")
         start.store.finish_run(run_id, "failed", str(error))
         log.error("run %s failed: %s", run_id, error)
@@ -177,24 +197,24 @@ class _Ending:
 @contextmanager
 def _end_recorded(start: Start, run_id: str) -> Iterator[_Ending]:
     """Give the run its end in SQL, whatever happens inside: finished, failed with the error, or stopped."""
-    start.at_exit(lambda: _stop(start.store, run_id))
+    start.at_exit(lambda: _stop(start, run_id))
     ending = _Ending()
     try:
         yield ending
     except Exception as error:
         told = str(error) if isinstance(error, TrunklineError) else f"{type(error).__name__}: {error}"
-        start.store.finish_run(run_id, "failed", told)
+        start.store.finish_run(run_id, "failed", told, flower_run_id=start.flower_run_id)
         log.error("run %s failed: %s", run_id, told)
         raise
     except BaseException:
-        _stop(start.store, run_id)
+        _stop(start, run_id)
         raise
-    start.store.finish_run(run_id, "finished", ending.reason)
+    start.store.finish_run(run_id, "finished", ending.reason, flower_run_id=start.flower_run_id)
 
 
-def _forget_simulation(start: Start) -> None:
+def _forget_simulation(flower_run_id: str) -> None:
     """Virtual clients have no home of their own: their identities and secrets end with the run."""
-    directory = simulation_dir(start.flower_run_id)
+    directory = simulation_dir(flower_run_id)
     try:
         if directory.exists():
             shutil.rmtree(directory)
@@ -202,6 +222,7 @@ def _forget_simulation(start: Start) -> None:
         log.warning("the simulated clients' secrets in %s could not be removed: %s", directory, error)
 
 
-def _stop(store: Store, run_id: str) -> None:
-    if store.finish_run(run_id, "stopped", "the ServerApp was told to end, by a person or by Flower"):
+def _stop(start: Start, run_id: str) -> None:
+    reason = "the ServerApp was told to end, by a person or by Flower"
+    if start.store.finish_run(run_id, "stopped", reason, flower_run_id=start.flower_run_id):
         log.warning("run %s stopped", run_id)

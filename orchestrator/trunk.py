@@ -22,11 +22,13 @@ from contract.errors import (
     TrunklineError,
     error_named,
 )
+from contract.failpoint import failpoint
 from contract.records import CutLayers, RoundKey, RoundProgress
 from contract.trunk_pb2_grpc import TrunkStub
 
 MAX_ADAPTER_BYTES = 1 << 30
 ANSWER_TIMEOUT_S = 10.0
+_NOTHING = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
 TRANSFER_TIMEOUT_S = 600.0
 
 
@@ -74,6 +76,7 @@ class Trunk:
         # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
         self._channel = grpc.insecure_channel(address, [*wire.message_limits(), ("grpc.enable_http_proxy", 0)])
         self._stub = TrunkStub(self._channel)
+        self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, _NOTHING, _NOTHING)
 
     def describe(self) -> ServedModel:
         """What the trunk serves. Raises AgreementError when it speaks another protocol."""
@@ -139,16 +142,23 @@ class Trunk:
         return reply
 
     def progress(self, key: RoundKey) -> RoundProgress:
-        """What the trunk has seen of this attempt so far; the counters only rise."""
+        """What the trunk has seen of this attempt so far; the counters only rise, also where it starts anew."""
         with _told_by(self.address):
             seen: pb.ProgressReply = self._stub.Progress(wire.round_to_wire(key), timeout=self._answer_timeout_s)
-        return RoundProgress(
+        told = RoundProgress(
             sessions=seen.sessions,
             steps=seen.steps,
             tokens=seen.tokens,
             received_bytes=seen.received_bytes,
             sent_bytes=seen.sent_bytes,
         )
+        counted, before, last = self._counted
+        if counted != key:
+            before = _NOTHING
+        elif told.received_bytes < last.received_bytes:
+            before += last
+        self._counted = (key, before, told)
+        return before + told
 
     def close(self) -> None:
         self._channel.close()
@@ -184,10 +194,12 @@ def _chunks(data: bytes, sha256: str) -> Iterator[pb.AdapterChunk]:
 @contextmanager
 def _told_by(address: str) -> Iterator[None]:
     """Turn a gRPC failure inside the block into the error that the trunk named, or into one that names the trunk."""
+    failpoint("trunk.call.before")
     try:
         yield
     except grpc.RpcError as error:
         _raise_named(error, address)
+    failpoint("trunk.call.after")
 
 
 def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:

@@ -150,7 +150,8 @@ class Contributions:
         if not any(contribution.trained_tokens for contribution in contributions.values()):
             raise UpdateError(f"{_label(key)}: the survivors trained no tokens, so there is nothing to average")
         mean, trained = AdapterMean(), self._trained(key)
-        for name, contribution in contributions.items():
+        # By what was trained and not by whose it is: a sum's last bits go by its order, and ids by Flower's chance.
+        for name, contribution in sorted(contributions.items(), key=lambda item: (item[1].adapter_sha256, item[0])):
             mean.add(f"client {name}", trained.get(contribution.adapter_sha256), contribution.trained_tokens)
         return Candidate(self.adapters.put(mean.to_bytes()), mean.weight)
 

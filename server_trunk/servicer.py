@@ -197,6 +197,7 @@ class TrunkServicer:
             base_sha256,
             opening.codecs,
             adapter,
+            deterministic=opening.deterministic,
             quiet=opening.quiet,
             autocast_dtype=self._limits.autocast_dtype if auto else opening.trunk_autocast,
         )

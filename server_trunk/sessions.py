@@ -152,6 +152,7 @@ class Session(Generic[Adapter, Graph]):
     pending: PendingGraphs[Graph]
     totals: Counters  # of the round, shared by its sessions
     clock: Clock
+    dropout_key: str = ""
     quiet: bool = False
     autocast_dtype: str = ""
     counters: Counters = field(default_factory=Counters)
@@ -159,7 +160,7 @@ class Session(Generic[Adapter, Graph]):
 
     def seed_of(self, microbatch: int) -> int:
         """What a microbatch's dropout is drawn from: the same wherever and beside whomever the session runs."""
-        named = f"{self.client_id}/{self.base_sha256}/{microbatch}".encode()
+        named = f"{self.dropout_key}/{self.base_sha256}/{microbatch}".encode()
         return int.from_bytes(hashlib.sha256(named).digest()[:7], "little")
 
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
@@ -214,10 +215,14 @@ class SessionTable(Generic[Adapter, Graph]):
         codecs: tuple[str, ...],
         adapter: Adapter,
         *,
+        deterministic: bool = False,
         quiet: bool = False,
         autocast_dtype: str = "",
     ) -> Session[Adapter, Graph]:
-        """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress."""
+        """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress.
+
+        What dropout draws in a `deterministic` one does not go by `client_id`, which Flower gives anew at each start.
+        """
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
         pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
@@ -231,6 +236,7 @@ class SessionTable(Generic[Adapter, Graph]):
             pending=pending,
             totals=totals,
             clock=self._clock,
+            dropout_key="" if deterministic else client_id,
             quiet=quiet,
             autocast_dtype=autocast_dtype,
         )

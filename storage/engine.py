@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from contract.errors import ConfigError, ConnectionFailedError, StorageError
+from contract.failpoint import failpoint
 from storage.home import DATABASE_VARIABLE, network_filesystem
 
 BUSY_TIMEOUT_S = 30
@@ -83,8 +84,13 @@ def in_turn(engine: Engine, work: Callable[[Session], _Result]) -> _Result:
     with storage_errors(engine):
         while True:
             try:
+                failpoint("ledger.before")
                 with Session(writer) as session, session.begin():
-                    return work(session)
+                    done = work(session)
+                    session.flush()
+                    failpoint("ledger.uncommitted")
+                failpoint("ledger.after")
+                return done
             except DBAPIError as error:
                 tried += 1
                 if tried == _MOST_TRIES or getattr(error.orig, "sqlstate", None) not in _IN_EACH_OTHERS_WAY:

@@ -39,7 +39,12 @@ def artifacts_dir() -> Path:
 
 def database_url() -> str:
     """TRUNKLINE_DATABASE_URL, or the SQLite file in the home directory."""
-    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_dir() / 'trunkline.db'))}"
+    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_database()))}"
+
+
+def home_database() -> Path:
+    """The SQLite file in the home directory, be it used or not."""
+    return home_dir() / "trunkline.db"
 
 
 def simulation_dir(flower_run_id: str) -> Path:

@@ -21,7 +21,10 @@ HeadSource = Literal["own", "peer"]
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """One fine-tuning run. `committed_rounds` is the number of its newest adapter version, 0 before round 1."""
+    """One fine-tuning run. `committed_rounds` is the number of its newest adapter version, 0 before round 1.
+
+    `flower_run_id` is the Flower run that drives it, or drove it last; until `lease_until` no other may take it over.
+    """
 
     run_id: str
     flower_run_id: str
@@ -33,6 +36,7 @@ class RunRow:
     committed_rounds: int
     created_at: datetime
     ended_at: datetime | None
+    lease_until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Run(Base):
     __tablename__ = "runs"
     __table_args__ = (
         Index("ix_runs_created_at", "created_at"),  # the newest run; runs list
-        Index("ix_runs_flower_run_id", "flower_run_id"),  # a restarted ServerApp finds its run
+        Index("ix_runs_flower_run_id", "flower_run_id"),  # whoever watches a Flower run finds its run
     )
 
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -81,6 +81,7 @@ class Run(Base):
     model_fingerprint: Mapped[str]
     created_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
+    lease_until: Mapped[datetime | None]
 
 
 class Round(Base):

@@ -13,8 +13,9 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
-from contract.errors import StorageError
-from storage import identities, schema
+from contract.errors import LeaseError, StorageError
+from contract.failpoint import failpoint
+from storage import identities, leases, schema
 from storage.engine import for_writing, make_engine, opened_engine, storable, storage_errors
 from storage.home import database_url
 from storage.ledger_settlement import settle_in
@@ -56,7 +57,8 @@ class Store(Reader):
 
     Several processes may write to one database at once, each its own run; a write waits its turn, for at most
     `engine.BUSY_TIMEOUT_S` seconds. All methods MUST raise StorageError when the database cannot be written.
-    Values of metrics MUST be finite. A run that has ended MUST NOT change, its events aside.
+    Values of metrics MUST be finite. A run that has ended MUST NOT change, its events aside, until it is resumed.
+    What is written to a run that this store created or resumed MUST raise LeaseError once another one resumed it.
     """
 
     def __init__(self, engine: Engine, clock: Clock = utc_now, signer: HeadSigner | None = None) -> None:
@@ -64,40 +66,75 @@ class Store(Reader):
         self._writer = for_writing(engine)
         self._clock = clock
         self._signer = signer
+        self._driven: dict[str, str] = {}
 
     @contextmanager
-    def _writing(self) -> Iterator[Session]:
+    def _writing(self, what: str) -> Iterator[Session]:
+        failpoint(f"sql.{what}.before")
         with storage_errors(self._engine), Session(self._writer) as session, session.begin():
             yield session
+            session.flush()
+            failpoint(f"sql.{what}.uncommitted")
+        failpoint(f"sql.{what}.after")
 
     def create_run(
         self, run_id: str, flower_run_id: str, config: Mapping[str, Any], mode: RunMode, model_fingerprint: str
     ) -> RunRow:
-        """Add a running run; MUST raise StorageError when the id is taken. `config` is plain JSON."""
-        with self._writing() as session:
+        """Add a running run and hold its lease; MUST raise StorageError when the id is taken.
+
+        `config` is plain JSON.
+        """
+        with self._writing("create_run") as session:
             if session.get(schema.Run, run_id) is not None:
                 raise StorageError(f"there is a run {run_id} already")
-            session.add(
-                schema.Run(
-                    run_id=run_id,
-                    flower_run_id=flower_run_id,
-                    mode=mode,
-                    status="running",
-                    config=dict(config),
-                    model_fingerprint=model_fingerprint,
-                    created_at=self._clock(),
-                )
+            now = self._clock()
+            run = schema.Run(
+                run_id=run_id,
+                mode=mode,
+                status="running",
+                config=dict(config),
+                model_fingerprint=model_fingerprint,
+                created_at=now,
             )
+            leases.begin(run, flower_run_id, now)
+            session.add(run)
+        self._driven[run_id] = flower_run_id
         return self.get_run(run_id)
 
-    def finish_run(self, run_id: str, status: EndStatus, reason: str | None = None) -> bool:
+    def resume_run(self, run_id: str, flower_run_id: str) -> RunRow:
+        """Let `flower_run_id` drive a run on whose driver is gone; an attempt that it left open is aborted.
+
+        MUST raise LeaseError while another one's lease holds, StorageError for a run that has finished.
+        """
+        with self._writing("resume_run") as session:
+            run, now = _locked_run(session, run_id), self._clock()
+            leases.require_resumable(run_id, run.status, run.lease_until, now)
+            opened = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
+            if opened is not None:
+                _abort(opened, leases.reason_of_attempt(run.reason), now)
+            told = {"from": run.flower_run_id, "to": flower_run_id, "was": run.status, "reason": run.reason}
+            session.add(schema.Event(run_id=run_id, kind="resumed", message="the run goes on", detail=told, at=now))
+            run.status, run.reason, run.ended_at = "running", None, None
+            leases.begin(run, flower_run_id, now)
+        self._driven[run_id] = flower_run_id
+        return self.get_run(run_id)
+
+    def renew_lease(self, run_id: str) -> None:
+        """Hold a run that this store created or resumed for another while."""
+        with self._writing("renew_lease") as session:
+            leases.renew(self._driven_run(session, run_id), self._clock())
+
+    def finish_run(
+        self, run_id: str, status: EndStatus, reason: str | None = None, *, flower_run_id: str | None = None
+    ) -> bool:
         """End a run; its open round, if any, is aborted with it. True if this call ended it.
 
-        The first ending MUST stay: on a run that has ended this changes nothing and answers False.
+        The first ending MUST stay: on a run that has ended this changes nothing and answers False; so it does, with
+        `flower_run_id`, where another Flower run drives the run by now.
         """
-        with self._writing() as session:
+        with self._writing("finish_run") as session:
             run = _locked_run(session, run_id)
-            if run.status != "running":
+            if run.status != "running" or flower_run_id not in (None, run.flower_run_id):
                 return False
             now = self._clock()
             run.status, run.reason, run.ended_at = status, storable(reason), now
@@ -108,7 +145,7 @@ class Store(Reader):
 
     def add_client(self, node_id: str, name: str | None = None) -> None:
         """Remember a client; once more changes nothing but its name, where one is given."""
-        with self._writing() as session:
+        with self._writing("add_client") as session:
             self._add_clients(session, [node_id])
             if name is not None:
                 session.execute(
@@ -129,8 +166,8 @@ class Store(Reader):
             raise StorageError(
                 f"adapter version {number} comes by committing round {number}; only 0 is added by itself"
             )
-        with self._writing() as session:
-            _running_run(session, run_id)
+        with self._writing("add_adapter_version") as session:
+            self._driven_run(session, run_id)
             if session.get(schema.AdapterVersion, (run_id, 0)) is not None:
                 raise StorageError(f"run {run_id} has its first adapter already")
             session.add(
@@ -147,8 +184,8 @@ class Store(Reader):
         MUST raise StorageError unless `number` follows the newest adapter version. An attempt that is still open is
         what a crash left: it is aborted.
         """
-        with self._writing() as session:
-            _running_run(session, run_id)
+        with self._writing("open_round") as session:
+            self._driven_run(session, run_id)
             newest = session.scalar(
                 select(func.max(schema.AdapterVersion.number)).where(schema.AdapterVersion.run_id == run_id)
             )
@@ -192,8 +229,8 @@ class Store(Reader):
             "received_bytes": received_bytes,
             "sent_bytes": sent_bytes,
         }
-        with self._writing() as session:
-            opened = _open_attempt(session, run_id, number, attempt)
+        with self._writing("record_progress") as session:
+            opened = self._open_attempt(session, run_id, number, attempt)
             if any(getattr(opened, name) != value for name, value in values.items()):
                 for name, value in values.items():
                     setattr(opened, name, value)
@@ -210,8 +247,8 @@ class Store(Reader):
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Set what a client of the open attempt's cohort did, with its own metrics."""
-        with self._writing() as session:
-            _open_attempt(session, run_id, number, attempt)
+        with self._writing("record_participation") as session:
+            self._open_attempt(session, run_id, number, attempt)
             row = session.get(schema.Participation, (run_id, number, attempt, node_id))
             if row is None:
                 raise StorageError(f"client {node_id} is not in the cohort of round {number} of run {run_id}")
@@ -220,8 +257,8 @@ class Store(Reader):
 
     def record_metrics(self, run_id: str, number: int, node_id: str | None, values: Mapping[str, float]) -> None:
         """Set numbers outside any attempt, for one client or, with None, over all; `number` is an adapter version."""
-        with self._writing() as session:
-            _running_run(session, run_id)
+        with self._writing("record_metrics") as session:
+            self._driven_run(session, run_id)
             self._set_metrics(session, (run_id, number, 0, node_id or ""), values)
 
     def _set_metrics(self, session: Session, key: tuple[str, int, int, str], values: Mapping[str, float]) -> None:
@@ -244,8 +281,8 @@ class Store(Reader):
         survivor was recorded otherwise, or when a client recorded "trained" is no survivor. With `settle_privacy` what
         the attempt reserved becomes COMMITTED in the same transaction; LedgerError where it reserved nothing.
         """
-        with self._writing() as session:
-            opened = _open_attempt(session, commit.run_id, commit.number, commit.attempt)
+        with self._writing("commit_round") as session:
+            opened = self._open_attempt(session, commit.run_id, commit.number, commit.attempt)
             survivors = _settle_participations(session, commit)
             now = self._clock()
             session.add(
@@ -267,14 +304,30 @@ class Store(Reader):
                 attempt = (commit.run_id, commit.number, commit.attempt)
                 settle_in(session, attempt, "COMMITTED", at=now, signer=self._signer)
 
+    def _driven_run(self, session: Session, run_id: str) -> schema.Run:
+        """The run's row, held, once it is known to be running and not to be driven by another."""
+        run = _locked_run(session, run_id)
+        leases.require_driver(run, self._driven.get(run_id))
+        if run.status != "running":
+            raise LeaseError(f"run {run_id} has {run.status}; it changes no more")
+        return run
+
+    def _open_attempt(self, session: Session, run_id: str, number: int, attempt: int) -> schema.Round:
+        self._driven_run(session, run_id)
+        found = session.get(schema.Round, (run_id, number, attempt))
+        if found is None or found.status != "open":
+            state = "not there" if found is None else found.status
+            raise StorageError(f"attempt {attempt} at round {number} of run {run_id} is {state}; it must be open")
+        return found
+
     def abort_round(self, run_id: str, number: int, attempt: int, reason: str) -> None:
         """Close an open attempt without a result."""
-        with self._writing() as session:
-            _abort(_open_attempt(session, run_id, number, attempt), reason, self._clock())
+        with self._writing("abort_round") as session:
+            _abort(self._open_attempt(session, run_id, number, attempt), reason, self._clock())
 
     def add_event(self, run_id: str | None, kind: str, message: str, detail: Mapping[str, Any] | None = None) -> None:
         """Append an event; `detail` is plain JSON. Events are never changed."""
-        with self._writing() as session:
+        with self._writing("add_event") as session:
             session.add(
                 schema.Event(
                     run_id=run_id,
@@ -290,12 +343,12 @@ class Store(Reader):
 
         MUST raise StorageError for an id or a key that was ever enrolled, ConfigError for what is none.
         """
-        with self._writing() as session:
+        with self._writing("enroll_client") as session:
             return identities.enroll(session, client_id, public_key, storable(operator), self._clock())
 
     def revoke_client(self, client_id: str, operator: str, reason: str) -> int:
         """Revoke a client for ever and answer the roster's new version; StorageError unless it is enrolled."""
-        with self._writing() as session:
+        with self._writing("revoke_client") as session:
             return identities.revoke(session, client_id, storable(operator), storable(reason), self._clock())
 
     def bind_node(self, run_id: str, node_id: str, client_id: str, signature: bytes) -> None:
@@ -304,8 +357,8 @@ class Store(Reader):
         MUST raise StorageError unless the client is enrolled, and for a node that speaks for another one that is. A
         client may come back as another node. The caller MUST have verified `signature`.
         """
-        with self._writing() as session:
-            _running_run(session, run_id)
+        with self._writing("bind_node") as session:
+            self._driven_run(session, run_id)
             identities.bind(session, run_id, node_id, client_id, signature, self._clock())
 
 
@@ -317,24 +370,8 @@ def _locked_run(session: Session, run_id: str) -> schema.Run:
     return run
 
 
-def _running_run(session: Session, run_id: str) -> schema.Run:
-    run = _locked_run(session, run_id)
-    if run.status != "running":
-        raise StorageError(f"run {run_id} has {run.status}; it changes no more")
-    return run
-
-
 def _open_round_of(run_id: str) -> Any:
     return (schema.Round.run_id == run_id) & (schema.Round.status == "open")
-
-
-def _open_attempt(session: Session, run_id: str, number: int, attempt: int) -> schema.Round:
-    _running_run(session, run_id)
-    found = session.get(schema.Round, (run_id, number, attempt))
-    if found is None or found.status != "open":
-        state = "not there" if found is None else found.status
-        raise StorageError(f"attempt {attempt} at round {number} of run {run_id} is {state}; it must be open")
-    return found
 
 
 def _fresh_round(run_id: str, number: int, attempt: int, threshold: int | None, now: datetime) -> schema.Round:

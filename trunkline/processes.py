@@ -4,7 +4,8 @@ A `Supervisor` gives every process it starts a session of its own, a log file, a
 all descendants inherit. Stopping asks the processes to end, then kills whatever still carries the marker, descends
 from a started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no
 way out. On Linux such orphans become this process's children, so that it can reap them. The caller's Ctrl-C never
-reaches the children by itself, so the order of the stop is ours.
+reaches the children by itself, so the order of the stop is ours. Where this process is killed outright, a small one
+that it started (`trunkline.reaper`) stops what carries the marker.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ POLL_S = 0.05
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOG_TAIL_LINES = 12
 PR_SET_CHILD_SUBREAPER = 36
+REAPER_LIMIT_S = 30.0
 
 
 @dataclass
@@ -83,16 +85,20 @@ class Supervisor:
     kill_s: float = 10.0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     daemons: list[Daemon] = field(default_factory=list)
+    reaper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Supervisor:
         self.directory.mkdir(parents=True, exist_ok=True)
         _adopt_orphans()
+        self.reaper = _start_reaper(self.mark)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+        if self.reaper is not None:
+            _dismiss(self.reaper)
 
     def start(self, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Daemon:
         """Start `argv` in its own session with no stdin; stdout and stderr go to `NAME.log`."""
@@ -179,6 +185,29 @@ class Supervisor:
             return os.getsid(process.pid) in sessions or process.environ().get(MARKER) == self.mark
         except (OSError, psutil.Error):
             return False
+
+
+def _start_reaper(mark: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "trunkline.reaper", mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name != MARKER},
+        start_new_session=True,
+    )
+
+
+def _dismiss(reaper: subprocess.Popen[bytes]) -> None:
+    """Let it end, now that it has nothing to do."""
+    if reaper.stdin is not None:
+        reaper.stdin.close()
+    try:
+        reaper.wait(REAPER_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        reaper.kill()
+        reaper.wait()
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

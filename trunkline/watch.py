@@ -158,7 +158,7 @@ class _Watch:
         """Give the run its end in SQL where nobody is left to do so."""
         row = self.store.run_by_flower_id(self.submission.flower_run_id)
         if row is not None:
-            self.store.finish_run(row.run_id, status, reason)
+            self.store.finish_run(row.run_id, status, reason, flower_run_id=self.submission.flower_run_id)
 
 
 def _require_completed(workplace: Workplace, superlink: SuperLinkAddress, submission: Submission) -> None:

@@ -22,7 +22,7 @@ from tests.clients.secure_sites import SecureSession, SecureSites
 
 TOLD = {
     *("SecureSumError", "ConfigError", "ModelError", "UnsupportedModelError", "AgreementError"),
-    *("StorageError", "SchemaError", "IntegrityError", "ConnectionFailedError", "DeadlineError"),
+    *("StorageError", "SchemaError", "LeaseError", "IntegrityError", "ConnectionFailedError", "DeadlineError"),
 }
 WORDS = "row 3 has 4711 tokens"
 

@@ -141,13 +141,19 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def make_bench_at(
-    home: Path, model: Path, trunk: LiveTrunk, weights: dict[int, int], settings: dict[str, ConfigValue]
+    home: Path,
+    model: Path,
+    trunk: LiveTrunk,
+    weights: dict[int, int],
+    settings: dict[str, ConfigValue],
+    *,
+    store: Store | None = None,
 ) -> Bench:
-    """A bench whose SQL and artifacts lie in `home`; `settings` are snake_case."""
+    """A bench whose SQL, unless a `store` is given, and artifacts lie in `home`; `settings` are snake_case."""
     told = {key.replace("_", "-"): value for key, value in settings.items()}
     where: dict[str, ConfigValue] = {"model": str(resolve_model(model)), "trunk-address": trunk.address}
     clock = FakeClock()
-    store = open_store(f"sqlite:///{home / 'trunkline.db'}")
+    store = store or open_store(f"sqlite:///{home / 'trunkline.db'}")
     bench = Bench(
         RunConfig.from_flower({**SETTINGS, **where, **told}), clock, FakeGrid(clock, {}), store,
         ArtifactStore(home / "artifacts"), trunk, model, home,

@@ -25,6 +25,9 @@ Stage = str
 """`greet`, `join`, `share`, `train`, `confirm` or `unmask`: a name of what a message asks."""
 
 
+FINGERPRINT = "f" * 64
+
+
 def stages_of(asked: SecureOrder, *, trains: bool) -> list[Stage]:
     """What one message asks, in the order in which a site does it."""
     told = {"greet": asked.greet, "train": trains, "confirm": asked.confirm, "unmask": asked.unmask}
@@ -56,6 +59,7 @@ class SecureClient(ScriptedClient):
     dataset: str = "texts"
     own_budget_is_spent: bool = False
     heads: list[bytes] = field(default_factory=list)
+    fingerprint: str = FINGERPRINT
 
     def site(self) -> SecureSite:
         """A new one for each message, as a new process would make it."""
@@ -99,7 +103,9 @@ class SecureClient(ScriptedClient):
         self.orders.append(order)
         key = RoundKey(str(order["run"]), number, int(order["attempt"]))
         turn = self.site().turn(asked)
-        turn.check(key, self.config, order["factor"], int(order["clients"]), FINGERPRINT, training=not order["final"])
+        turn.check(
+            key, self.config, order["factor"], int(order["clients"]), self.fingerprint, training=not order["final"]
+        )
         values = {"eval_tokens": 10, "eval_nats": round(self.lost(number - 1) * 10 * tally.NATS_STEPS)}
         encoded = None
         if not order["final"]:
@@ -111,6 +117,3 @@ class SecureClient(ScriptedClient):
             encoded = encode_update(self.updates[number], weight, int(order["clients"]), self.config, turn.threshold)
             values |= {"train_nats": 3 * self.weight * tally.NATS_STEPS, "train_tokens": self.weight, "steps": 2}
         return turn.upload(f"{order['client_sha256']}:{order['trunk_sha256']}", encoded, values)
-
-
-FINGERPRINT = "f" * 64

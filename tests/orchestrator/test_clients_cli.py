@@ -14,10 +14,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from contract import output
 from contract.errors import StorageError
 from contract.identity import parse_public_key, read_private_key
 from contract.roster import Roster, read_roster, write_roster
-from orchestrator import clients_cli, publication
+from orchestrator import publication
 from orchestrator.clients_cli import app
 from orchestrator.publication import Publication
 from orchestrator.secagg_cli import app as secagg_app
@@ -159,7 +160,7 @@ def test_what_is_refused_has_its_reason_and_code_and_changes_nothing(
 def test_at_a_terminal_revoking_asks_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, code: int, left: list[str]
 ) -> None:
-    monkeypatch.setattr(clients_cli, "_has_terminal", lambda: True)
+    monkeypatch.setattr(output, "has_terminal", lambda: True)
     data("enroll", "a", "--public-key", keygen(tmp_path / "a.key"))
     done = clients("revoke", "a", "--reason", "left", typed=typed)
     assert done.exit_code == code, done.output

@@ -368,7 +368,7 @@ def test_a_reader_sees_whole_commits_only_and_is_not_held_up_by_an_open_write(st
     start(store)
     reader = open_reader(database_url)
     assert not hasattr(reader, "commit_round")
-    with store._writing() as session:
+    with store._writing("a test") as session:
         session.execute(text("UPDATE runs SET status = 'finished', reason = 'half way'"))
         session.execute(text("DELETE FROM adapter_versions"))
         assert reader.get_run("last").status == "running"
@@ -381,7 +381,7 @@ def test_a_write_waits_for_another_ones_turn_and_then_sees_it(store: Store, data
     start(store)
     other = open_store(database_url)
     done: list[bool] = []
-    with store._writing() as session:
+    with store._writing("a test") as session:
         session.execute(text("UPDATE runs SET status = 'stopped'"))
         thread = threading.Thread(target=lambda: done.append(other.finish_run("r1", "finished")))
         thread.start()

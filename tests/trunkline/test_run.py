@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,33 +34,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != checkout]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
 sys.path_hooks[:] = [hook for hook in sys.path_hooks if "__editable__" not in str(hook)]
 """
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `trunkline ARGUMENTS` with its own home, from the root directory; ended with the test."""
-    started: list[subprocess.Popen[str]] = []
-    # What these tests are told to ignore themselves, the commands would ignore too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def begin(home: str, *arguments: str) -> subprocess.Popen[str]:
-        log = (tmp_path / f"{home}.log").open("w")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trunkline", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd="/",
-            env={**os.environ, "TRUNKLINE_HOME": str(tmp_path / home), "TRUNKLINE_DATABASE_URL": ""},
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.terminate()
-        process.wait(60)
 
 
 def of_home(home: Path) -> list[psutil.Process]:
