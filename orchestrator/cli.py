@@ -13,6 +13,7 @@ import typer
 from contract.errors import ConfigError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from orchestrator.metrics import best_version, judged_losses
+from orchestrator.operators import OperatorOption, operator_name
 from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import artifacts_dir, home_dir
 from storage.reader import LAST, Reader
@@ -91,13 +92,13 @@ def stop_run(
     last: LastOption = False,
     reason: Annotated[str, typer.Option(help="Why, for the run's history.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """End a run: its open round is aborted, what is committed stays, and its orchestrator ends within seconds.
 
     `trunkline runs resume` goes on with it.
     """
-    from orchestrator.operators import operator_name
     from storage.store import open_store
 
     with closing(open_store()) as store:
@@ -105,7 +106,7 @@ def stop_run(
         if row.status != "running":
             raise StorageError(f"run {row.run_id} has {row.status} already")
         require_agreed("a run is ended", f"Stop run {row.run_id}, {row.committed_rounds} rounds committed?", yes=yes)
-        told = f"stopped by {operator_name()}" + (f": {reason}" if reason else "")
+        told = f"stopped by {operator_name(operator)}" + (f": {reason}" if reason else "")
         if not store.finish_run(row.run_id, "stopped", told):
             raise StorageError(f"run {row.run_id} ended by itself meanwhile")
         emit({"run": row.run_id, "status": "stopped", "reason": told}, output)

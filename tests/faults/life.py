@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Place:
 
 def live(place: Place, order: str, generation: int) -> None:
     """Conduct what is to be conducted; `order` is a failpoint's. `generation` counts the lives, an hour apart."""
+    logging.getLogger("trunkline").setLevel(logging.ERROR)
     os.environ["TRUNKLINE_HOME"] = place.home
     os.environ.pop("TRUNKLINE_DATABASE_URL", None)
 
@@ -65,17 +67,15 @@ def live(place: Place, order: str, generation: int) -> None:
 
     signer = Key()
     store, ledger = open_store(place.url, clock, signer), open_ledger(place.url, clock, signer)
-    bench = _bench(place, store)
-    values = dict(bench.config.to_flower())
     before = store.list_runs(1)
-    if before and before[0].status != "finished":
-        values["resume-run"] = before[0].run_id
-    if not before or "resume-run" in values:
+    resumed = before[0].run_id if before and before[0].status != "finished" else ""
+    bench = _bench(place, store, resumed)
+    if resumed or not before:
         failpoint.arm(order)
         with inside_a_flower_task():
             conduct(
                 Start(
-                    values, f"flower-{generation}", "simulation", bench.grid, store, bench.artifacts,
+                    bench.config.to_flower(), f"flower-{generation}", "simulation", bench.grid, store, bench.artifacts,
                     Path(place.home) / "runs", bench.clock, ledger=ledger,
                 )
             )  # fmt: skip
@@ -83,11 +83,10 @@ def live(place: Place, order: str, generation: int) -> None:
     place.answer.write_text(json.dumps(_told(bench, store, ledger)), encoding="utf-8")
 
 
-def _bench(place: Place, store: Store) -> Bench:
+def _bench(place: Place, store: Store, resumed: str) -> Bench:
     trunk = LiveTrunk(place.trunk, Contributions(Path(place.trunk_state)))
-    bench = make_bench_at(
-        Path(place.home), Path(place.model), trunk, WEIGHTS, dict(SCENARIOS[place.scenario]), store=store
-    )
+    settings = {**SCENARIOS[place.scenario], "resume_run": resumed}
+    bench = make_bench_at(Path(place.home), Path(place.model), trunk, WEIGHTS, settings, store=store)
     bench.tell_shapes_ahead()
     if bench.config.secagg == "on":
         fingerprint = connect(place.trunk).describe().fingerprint
