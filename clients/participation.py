@@ -23,12 +23,12 @@ from aggregation import tally
 from aggregation.protocol import PlainSumClient
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key, repeated_order_key
 from clients.link import WireCodecs
-from clients.replay import played
+from clients.replay import await_trunk, played
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.split_model import RoundStart, SplitSettings, close, closing_session, open_split_model, remote_layers
 from clients.trainer import Announce, Judgement, Training, judge, train
-from clients.trunk_route import TrunkRoute, trunk_route
+from clients.trunk_route import TrunkRoute
 from clients.update import encode_update, subtract_from, trained_vector
 from clients.wire_log import WireLog
 from clients.wire_privacy import wire_mechanism
@@ -96,10 +96,9 @@ def take_part(
     tokenizer = load_tokenizer(resolve_model(site.model))
     data = load_dataset(site.data, tokenizer, config.max_length, config.eval_fraction, config.seed)
     with closing(WireLog(site.wire_log or None)) as wire_log:
+        served = await_trunk(site, config, order.client_id, wire_log)
         if turn is not None:
-            with closing(trunk_route(site.trunk_address, order.client_id, wire_log)) as route:
-                fingerprint = route.describe().model.fingerprint
-            turn.check(order.key, config, order.factor, order.clients, fingerprint, training=training)
+            turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
         attempt = _Attempt(order, config, site, data, training, turn)
         judgement, training_done, upload = played(attempt, site, config, order.client_id, wire_log)
         metrics = _metrics(judgement, training_done) | {"seconds": time.monotonic() - started}

@@ -15,6 +15,7 @@ from clients.trunk_route import TrunkRoute, trunk_route
 from clients.wire_log import WireLog
 from contract.config import RunConfig
 from contract.errors import ConnectionFailedError, SessionError
+from contract.trunk_pb2 import TrunkDescription
 
 logger = logging.getLogger("trunkline.clients")
 
@@ -54,18 +55,23 @@ def played(attempt: Attempt[Done_co], site: Site, config: RunConfig, client_id: 
                 raise
             logger.warning("the trunk session of site=%s is lost, its round begins again: %s", site.name, error)
         left -= 1
-        _wait_for_trunk(site, config, client_id, wire_log)
+        await_trunk(site, config, client_id, wire_log)
 
 
-def _wait_for_trunk(site: Site, config: RunConfig, client_id: str, wire_log: WireLog) -> None:
-    """Return once a trunk answers. By a channel of its own each time: gRPC tries a broken one ever more rarely."""
-    until_s = time.monotonic() + config.trunk_wait_s
+def await_trunk(site: Site, config: RunConfig, client_id: str, wire_log: WireLog) -> TrunkDescription:
+    """What the trunk serves, once one answers. Raises ConnectionFailedError after `trunk-wait-s` without.
+
+    By a channel of its own each time: gRPC tries a broken one ever more rarely.
+    """
+    until_s, told = time.monotonic() + config.trunk_wait_s, False
     while True:
         try:
             with closing(trunk_route(site.trunk_address, client_id, wire_log)) as route:
-                route.describe()
-            return
-        except ConnectionFailedError:
+                return route.describe()
+        except ConnectionFailedError as error:
             if time.monotonic() > until_s:
                 raise
+            if not told:
+                logger.warning("site=%s waits for its trunk, at most %g s: %s", site.name, config.trunk_wait_s, error)
+            told = True
         time.sleep(LOOK_S)

@@ -126,7 +126,7 @@ class RunConfig(BaseModel):
         ge=0,
     )
     trunk_wait_s: float = setting(
-        120.0, ROUNDS_SECTION, "Seconds that a client waits for a lost trunk to serve again.", gt=0.0
+        120.0, ROUNDS_SECTION, "Seconds that clients and orchestrator wait for a lost trunk to serve again.", gt=0.0
     )
     early_stopping_patience: int = setting(
         0, ROUNDS_SECTION, "Rounds without a lower held-out loss before the run stops; 0 never stops early.", ge=0

@@ -152,13 +152,16 @@ class Replicas:
         return said, silent
 
 
-def connect(addresses: str) -> ConnectedTrunk:
+def connect(addresses: str, *, patience_s: float = 0.0) -> ConnectedTrunk:
     """The trunk at `addresses`, or all of them as one where commas part several.
 
-    Nothing is asked yet. Raises ConfigError for an address that is none.
+    A single one is waited for as `Trunk` says; of several the others go on without one that is silent. Nothing is asked
+    yet. Raises ConfigError for an address that is none.
     """
-    trunks = [Trunk(address) for address in trunk_addresses(addresses)]
-    return trunks[0] if len(trunks) == 1 else Replicas(trunks)
+    named = trunk_addresses(addresses)
+    if len(named) == 1:
+        return Trunk(named[0], patience_s=patience_s)
+    return Replicas([Trunk(address) for address in named])
 
 
 def _part(trunk: Trunk, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> tuple[TrunkPart, bytes]:

@@ -72,7 +72,7 @@ def conduct(start: Start) -> Export:
         with _refusal_recorded(start, run_id):
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
-            trunk = held.enter_context(closing(connect(config.trunk_address)))
+            trunk = held.enter_context(closing(connect(config.trunk_address, patience_s=config.trunk_wait_s)))
             served = trunk.describe()
             _take_up(start, run_id, config, served)
         lease = held.enter_context(renewed(start.store, run_id))

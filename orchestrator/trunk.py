@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import NoReturn, TypeVar, cast
 
 import grpc
 
@@ -30,6 +32,11 @@ MAX_ADAPTER_BYTES = 1 << 30
 ANSWER_TIMEOUT_S = 10.0
 _NOTHING = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
 TRANSFER_TIMEOUT_S = 600.0
+LOOK_S = 1.0
+
+Answer = TypeVar("Answer")
+
+log = logging.getLogger("trunkline.orchestrator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +74,17 @@ class TrunkPart:
 class Trunk:
     """A connection to one trunk. Each method raises the error that the trunk named.
 
-    ConnectionFailedError when nothing answers at the address, DeadlineError when an answer takes too long.
+    ConnectionFailedError when nothing answers at the address, DeadlineError when an answer takes too long. What brings
+    or takes adapters, and a commit, are asked again for `patience_s`: all of them may be asked twice.
     """
 
-    def __init__(self, address: str, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def __init__(self, address: str, answer_timeout_s: float = ANSWER_TIMEOUT_S, *, patience_s: float = 0.0) -> None:
         self.address = address
         self._answer_timeout_s = answer_timeout_s
+        self._patience_s = patience_s
         # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
-        self._channel = grpc.insecure_channel(address, [*wire.message_limits(), ("grpc.enable_http_proxy", 0)])
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", int(1000 * LOOK_S))]
+        self._channel = grpc.insecure_channel(address, [*wire.message_limits(), *options])
         self._stub = TrunkStub(self._channel)
         self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, _NOTHING, _NOTHING)
 
@@ -100,25 +110,29 @@ class Trunk:
     def put_adapter(self, data: bytes) -> str:
         """Store an adapter's trunk part at the trunk and return its id; storing it again changes nothing."""
         sha256 = hashlib.sha256(data).hexdigest()
-        with _told_by(self.address):
-            receipt: pb.AdapterReceipt = self._stub.PutAdapter(_chunks(data, sha256), timeout=TRANSFER_TIMEOUT_S)
+        receipt: pb.AdapterReceipt = self._patiently(
+            lambda: self._stub.PutAdapter(_chunks(data, sha256), timeout=TRANSFER_TIMEOUT_S)
+        )
         if receipt.sha256 != sha256:
             raise IntegrityError(f"trunk at {self.address} stored {receipt.sha256} when given {sha256}")
         return sha256
 
     def get_adapter(self, sha256: str) -> bytes:
         """An adapter's trunk part by its id. Raises IntegrityError when the bytes do not hash to it."""
-        data = bytearray()
-        with _told_by(self.address):
-            for chunk in self._stub.GetAdapter(pb.GetAdapterRequest(sha256=sha256), timeout=TRANSFER_TIMEOUT_S):
-                if len(data) + len(chunk.data) > MAX_ADAPTER_BYTES:
-                    raise FrameTooLargeError(
-                        f"trunk at {self.address} sends more than {MAX_ADAPTER_BYTES} bytes for adapter {sha256}"
-                    )
-                data += chunk.data
+        data = self._patiently(lambda: self._downloaded(sha256))
         found = hashlib.sha256(data).hexdigest()
         if found != sha256:
             raise IntegrityError(f"trunk at {self.address} sent {found} for adapter {sha256}")
+        return data
+
+    def _downloaded(self, sha256: str) -> bytes:
+        data = bytearray()
+        for chunk in self._stub.GetAdapter(pb.GetAdapterRequest(sha256=sha256), timeout=TRANSFER_TIMEOUT_S):
+            if len(data) + len(chunk.data) > MAX_ADAPTER_BYTES:
+                raise FrameTooLargeError(
+                    f"trunk at {self.address} sends more than {MAX_ADAPTER_BYTES} bytes for adapter {sha256}"
+                )
+            data += chunk.data
         return bytes(data)
 
     def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
@@ -137,8 +151,9 @@ class Trunk:
         request = pb.CommitRoundRequest(
             round=wire.round_to_wire(key), base_sha256=base_sha256, survivors=sorted(survivors), partial=partial
         )
-        with _told_by(self.address):
-            reply: pb.CommitRoundReply = self._stub.CommitRound(request, timeout=TRANSFER_TIMEOUT_S)
+        reply: pb.CommitRoundReply = self._patiently(
+            lambda: self._stub.CommitRound(request, timeout=TRANSFER_TIMEOUT_S)
+        )
         return reply
 
     def progress(self, key: RoundKey) -> RoundProgress:
@@ -159,6 +174,19 @@ class Trunk:
             before += last
         self._counted = (key, before, told)
         return before + told
+
+    def _patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` answers; asked again while nothing answers at the address and patience lasts."""
+        until_s = time.monotonic() + self._patience_s
+        while True:
+            try:
+                with _told_by(self.address):
+                    return ask()
+            except ConnectionFailedError as error:
+                if time.monotonic() >= until_s:
+                    raise
+                log.warning("%s; asking again", error)
+            time.sleep(LOOK_S)
 
     def close(self) -> None:
         self._channel.close()

@@ -71,7 +71,7 @@ def played(
     flower_task: None,
 ) -> PrivateRound:
     folder = tmp_path_factory.mktemp(request.param)
-    config = RunConfig.from_flower({**CLEAR.to_flower(), **PRIVATE, **MODES[request.param]})
+    config = RunConfig.from_flower({**CLEAR.to_flower(), **PRIVATE, "deterministic": False, **MODES[request.param]})
     sites = []
     for number in range(SITES):
         data = write_texts(folder / f"{number}.jsonl", rows=24, seed=number)

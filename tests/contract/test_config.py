@@ -84,6 +84,16 @@ def test_a_whole_number_is_taken_where_a_number_is_wanted() -> None:
         ({"deterministic": True, "trunk-autocast": "auto"}, "deterministic is true and trunk-autocast is auto; "),
         ({"deterministic": True, "codec": "auto"}, "deterministic is true and codec is auto; "),
         ({"deterministic": True, "codec": "int4-delta"}, "deterministic is true and codec is int4-delta; "),
+        ({"deterministic": True, "cohort-size": 3}, "deterministic is true and cohort-size is 3; "),
+        ({"deterministic": True, "trunk-address": "a:1,b:2"}, "deterministic is true and trunk-address is 'a:1,b:2'; "),
+        (
+            {"deterministic": True, "dp": "client", "trunk-adapter": "frozen"},
+            "deterministic is true and dp is client; ",
+        ),
+        (
+            {"deterministic": True, "wire": "empirical", "wire-noise": 1.0},
+            "deterministic is true and wire is empirical; ",
+        ),
         ({"deterministic": True, "codec-backward": "auto"}, "deterministic is true and codec-backward is auto; "),
     ],
 )

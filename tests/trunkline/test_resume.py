@@ -21,7 +21,7 @@ from trunkline.processes import Daemon, Supervisor
 from trunkline.project import write_project
 
 Start = Callable[..., "subprocess.Popen[str]"]
-SETTINGS = "num-rounds=3 local-steps=2 deterministic=true eval-fraction=0.0 threads=1"
+SETTINGS = "num-rounds=3 local-steps=6 deterministic=true eval-fraction=0.0 threads=1"
 WAY = ("--simulate", "2", "-o", "json")
 
 
@@ -50,6 +50,13 @@ def uninterrupted(tmp_path: Path, project: Path, start: Start) -> list[tuple[int
     run = start("whole", "run", str(project), *WAY, "-c", SETTINGS)
     assert run.wait(LIMIT_S) == 0, (tmp_path / "whole.log").read_text()
     return adapters(tmp_path / "whole")
+
+
+def steps_in(home: Path, number: int) -> int:
+    """How many optimiser steps the trunk has seen of a round, as SQL has it."""
+    with closing(open_reader(f"sqlite:///{home}/trunkline.db")) as reader:
+        rounds = [row.steps for row in reader.rounds(reader.get_run("last").run_id) if row.number == number]
+    return max(rounds, default=0)
 
 
 def training_in(log: Path, number: int) -> Callable[[], bool]:
@@ -92,6 +99,7 @@ def test_a_trunk_that_is_killed_and_comes_back_costs_its_clients_a_replay_and_no
         first = serve(supervisor, tmp_path, port, "first")
         run = start("alone", "run", str(project), *WAY, "--trunk", f"127.0.0.1:{port}", "-c", SETTINGS)
         wait_until(training_in(log, 2), "waited for the second round")
+        wait_until(lambda: steps_in(home, 2) > 0, "waited for its first steps")
         first.process.send_signal(signal.SIGKILL)
         first.process.wait(10)
         serve(supervisor, tmp_path, port, "second")
