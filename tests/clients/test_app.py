@@ -169,7 +169,7 @@ def test_a_message_that_is_no_order_is_refused(llama_dir: Path, trunk: TrunkProc
 def test_what_a_site_lacks_is_one_line_to_the_orchestrator(
     llama_dir: Path, trunk: TrunkProcess, site: Site, changed: dict[str, str], reason: str
 ) -> None:
-    orchestrator, version = orchestrated(llama_dir, trunk, "lacks")
+    orchestrator, version = orchestrated(llama_dir, trunk, "lacks", trunk_wait_s=0.1)
     site.node_config.update(changed)
     assert refusal(asked(orchestrator, version, site)).startswith(reason)
 

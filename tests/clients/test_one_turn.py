@@ -44,13 +44,13 @@ def fail_at_the_model(sites: SecureSites, session: SecureSession, monkeypatch: p
     served = SimpleNamespace(model=SimpleNamespace(fingerprint=FINGERPRINT))
     connection = SimpleNamespace(describe=lambda: served, close=lambda: None)
     for name, stub in {
-        "resolve_model": lambda model: model,
-        "load_tokenizer": lambda model: None,
-        "load_dataset": lambda *_: None,
-        "trunk_route": lambda *_: connection,
-        "_open_model": opening,
+        "participation.resolve_model": lambda model: model,
+        "participation.load_tokenizer": lambda model: None,
+        "participation.load_dataset": lambda *_: None,
+        "replay.trunk_route": lambda *_: connection,
+        "participation._open_model": opening,
     }.items():
-        monkeypatch.setattr(f"clients.participation.{name}", stub)
+        monkeypatch.setattr(f"clients.{name}", stub)
     return known
 
 

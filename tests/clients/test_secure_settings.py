@@ -17,7 +17,7 @@ from clients.app import REFUSED, _reason, app
 from clients.participation import RoundWork
 from clients.secure import SecureTurn
 from clients.site import RosterPin, Site, read_site
-from contract.config import ConfigValue
+from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError, DataError, NonFiniteError, SecureSumError, TrunklineError, UpdateError
 from contract.identity import public_key_text
 from contract.privacy_records import Unit
@@ -68,6 +68,21 @@ def test_what_a_site_insists_on_and_whom_it_believes_come_from_its_node_config()
     site = site_of(told | counts)
     assert site.policy == Policy(min_members=20, min_threshold=15, max_weight=4096)
     assert site.roster == RosterPin(Path("/rosters/all.json"), SIGNER)
+
+
+def test_a_site_takes_part_in_deterministic_secure_sums_only_where_it_says_so_and_has_a_name() -> None:
+    repeated = RunConfig.from_flower({**CONFIG.to_flower(), "deterministic": True})
+    named, allowed = {"name": "north"}, {"allow-deterministic": True}
+    for lacking, told in (
+        (named, "two sums over other clients would differ by just that; .*allow-deterministic=true in its node config"),
+        (allowed, "node config gives no name: its batches are drawn by it"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read_site({**NODE, **lacking}, repeated, "42", "7", simulated=False)
+    read_site({**NODE, **named, **allowed}, repeated, "42", "7", simulated=False)
+    read_site(NODE, repeated, "42", "7", simulated=True)
+    in_clear = RunConfig.from_flower({**repeated.to_flower(), "secagg": "off"})
+    read_site(NODE, in_clear, "42", "7", simulated=False)
 
 
 @pytest.mark.parametrize("key", ["state-dir", "identity-key", "roster", "roster-signer"])

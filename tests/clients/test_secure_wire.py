@@ -22,7 +22,7 @@ from tests.clients.test_wire_audit import CONFIG as CLEAR
 from tests.clients.test_wire_audit import documented, limit, reply_fields, site_secrets
 from tests.conftest import TrunkProcess
 
-CONFIG = RunConfig.from_flower({**CLEAR.to_flower(), "secagg": "on"})
+CONFIG = RunConfig.from_flower({**CLEAR.to_flower(), "secagg": "on", "deterministic": False})
 SITES = 4
 
 

@@ -1,0 +1,128 @@
+"""`trunkline runs stop` and what `runs resume` refuses before it starts anything."""
+
+from __future__ import annotations
+
+import getpass
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from contract.config import ConfigValue, RunConfig
+from storage.records import RunMode
+from storage.store import Store, open_store
+from trunkline import resume
+from trunkline.resume import runs_app
+
+RUN = "20260101-000000-abcd"
+Began = Callable[..., Store]
+
+
+@pytest.fixture
+def began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Began]:
+    """A home with a run that goes on."""
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    monkeypatch.setattr(getpass, "getuser", lambda: "ada")
+    opened: list[Store] = []
+
+    def begin(mode: RunMode = "simulation", **settings: ConfigValue) -> Store:
+        store = open_store()
+        opened.append(store)
+        config = RunConfig.from_flower({key.replace("_", "-"): value for key, value in settings.items()})
+        store.create_run(RUN, "7", config.to_flower(), mode, "f" * 64)
+        return store
+
+    yield begin
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture(autouse=True)
+def _starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    for name in ("run_simulated", "run_deployed"):
+        monkeypatch.setattr(resume, name, started)
+
+
+def runs(*arguments: str) -> Result:
+    return CliRunner().invoke(runs_app, list(arguments))
+
+
+def test_a_run_is_stopped_with_who_did_it_and_why(began: Began) -> None:
+    store = began()
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    store.open_round(RUN, 1, ["1", "2"])
+    done = runs("stop", "--last", "--yes", "--reason", "wrong data")
+    assert done.exit_code == 0, done.output
+    row = store.get_run(RUN)
+    assert (row.status, row.reason) == ("stopped", "stopped by ada: wrong data")
+    assert [one.status for one in store.rounds(RUN)] == ["aborted"]
+    again = runs("stop", RUN, "--yes")
+    assert again.exit_code == 1
+    assert f"run {RUN} has stopped already" in again.stderr
+
+
+def test_without_a_terminal_a_run_is_not_stopped_unless_yes_is_given(began: Began) -> None:
+    store = began()
+    done = runs("stop", RUN)
+    assert done.exit_code == 2
+    assert "there is no terminal to ask at: give --yes" in done.stderr
+    assert store.get_run(RUN).status == "running"
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "arguments", "told"),
+    [
+        ("deployment", {}, (), "was deployed: name the SuperLink that it goes on at with --superlink"),
+        ("simulation", {}, ("--superlink", "a:1", "--simulate", "2"), "is a simulation, which goes on at no SuperLink"),
+        ("simulation", {}, (), "does not tell how many clients it simulates: name them with --simulate N"),
+        ("simulation", {"cohort_size": 3}, (), "does not tell how many clients it simulates"),
+        (
+            "simulation",
+            {},
+            ("--simulate", "2", "--trunk", "nowhere"),
+            "trunk-address is 'nowhere'; it must be HOST:PORT",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_before_anything_starts(
+    began: Began, mode: RunMode, settings: dict[str, ConfigValue], arguments: tuple[str, ...], told: str
+) -> None:
+    began(mode, **settings).finish_run(RUN, "failed", "no quorum")
+    done = runs("resume", RUN, *arguments)
+    assert done.exit_code == 2, done.output
+    assert told in " ".join(done.stderr.split())
+
+
+def test_a_finished_run_is_not_resumed(began: Began) -> None:
+    began().finish_run(RUN, "finished")
+    done = runs("resume", "--last", "--simulate", "2")
+    assert done.exit_code == 1
+    assert f"run {RUN} has finished: there is nothing to resume" in done.stderr
+
+
+def test_a_run_that_is_heard_again_while_it_is_waited_for_is_left_alone(
+    began: Began, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = began()
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        threading.Event().wait(0.01)
+        store.renew_lease(RUN)
+
+    monkeypatch.setattr(resume.time, "sleep", sleep)
+    done = runs("resume", RUN, "--simulate", "2")
+    assert done.exit_code == 1, done.output
+    assert "waiting whether it is heard again" in done.stderr
+    assert f"error: run {RUN} is being driven" in done.stderr
+    assert len(waits) == 1
+    assert 15 < waits[0] < 21
+    assert store.get_run(RUN).flower_run_id == "7"
