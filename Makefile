@@ -20,7 +20,7 @@ demo: setup ## Fine-tune a small model over 4 simulated clients and a trunk serv
 demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
 
-test: setup ## Run the whole test suite, on up to 4 cores at once (10 to 13 minutes on 2)
+test: setup ## Run the whole test suite, on up to 4 cores at once (12 to 15 minutes on 2)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)

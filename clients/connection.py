@@ -23,7 +23,6 @@ from contract.errors import (
     TrunklineError,
     error_named,
 )
-from contract.failpoint import failpoint
 from contract.trunk_pb2 import ClientFrame, DescribeRequest, ServerFrame, TrunkDescription
 from contract.trunk_pb2_grpc import TrunkStub
 
@@ -166,7 +165,6 @@ class FrameStream:
         deadline = time.monotonic() + self._timeout_s
         while (call := self._call) is not None and not call.done():
             try:
-                failpoint("client.frame.sent")
                 return self._outgoing.put(frame, timeout=_WATCH_INTERVAL_S)
             except queue.Full:
                 if time.monotonic() > deadline:
@@ -191,7 +189,6 @@ class FrameStream:
             call = None
             raise failed
         self._wire_log.received(len(frame))
-        failpoint("client.frame.read")
         return frame
 
     def _hang_up(self) -> None:

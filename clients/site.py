@@ -99,8 +99,8 @@ def read_site(
             "trunk-address is not set; with secagg on it must be in the node config of this SuperNode, so that whoever "
             "starts a run cannot choose who receives this site's activations"
         )
-    if config.deterministic and config.secagg == "on" and not simulated:
-        _require_repeatable(told, node_config)
+    if config.deterministic and not simulated:
+        _require_repeatable(told, node_config, masked=config.secagg == "on")
     if config.dp != "off":
         _require_lasting(told, config, simulated=simulated)
     elif any(key in node_config for key in _BUDGET_KEYS):
@@ -128,9 +128,9 @@ def read_site(
     )
 
 
-def _require_repeatable(told: Mapping[str, str], node_config: Mapping[str, ConfigValue]) -> None:
+def _require_repeatable(told: Mapping[str, str], node_config: Mapping[str, ConfigValue], *, masked: bool) -> None:
     """Raise ConfigError unless this site lets a run have one update from it twice, and has a name to draw it by."""
-    if not _flag(node_config, DETERMINISTIC_KEY):
+    if not _flag(node_config, DETERMINISTIC_KEY) and masked:
         raise ConfigError(
             "deterministic is true: a round that is played twice has the same update from this site, so that two sums "
             "over other clients would differ by just that; this site takes part in no such run "

@@ -122,7 +122,7 @@ class RunConfig(BaseModel):
         2,
         ROUNDS_SECTION,
         "How often a client whose trunk session was lost trains its round again from the start, before it drops out; "
-        "under `dp` it never does, since what it sends again would have to be paid for again.",
+        "with `dp` or `wire` it never does, since rows sent again under other noise show more of themselves.",
         ge=0,
     )
     trunk_wait_s: float = setting(

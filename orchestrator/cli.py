@@ -95,7 +95,9 @@ def stop_run(
     operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """End a run: its open round is aborted, what is committed stays, and its orchestrator ends within seconds.
+    """End a run: its open round is aborted, what is committed stays, and its orchestrator ends when it next looks.
+
+    That is within seconds, unless it waits for a trunk that is gone.
 
     `trunkline runs resume` goes on with it.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
 
@@ -9,12 +10,14 @@ import typer
 
 from contract.errors import ConfigError, SchemaError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
+from storage.artifacts import ArtifactStore
+from storage.backup import Manifest, back_up, restore
 from storage.engine import opened_engine, shown
 from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, artifacts_dir, database_url, home_database
-from storage.orphans import YOUNGEST_S, orphans, remove
+from storage.orphans import YOUNGEST_S, orphans, remove_orphans
 from storage.revisions import current_revision, damage, drift, head_revision, require_current, state, upgrade
 
-app = typer.Typer(help="The database: upgrade, current, check, gc.", no_args_is_help=True)
+app = typer.Typer(help="The database: upgrade, current, check, gc, backup, restore.", no_args_is_help=True)
 
 
 @app.command("upgrade")
@@ -59,17 +62,54 @@ def collect_garbage(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Remove adapters on disk that no committed round names: attempts that were cut off leave them behind."""
+    """Remove adapters on disk that no committed round names: attempts that were cut off leave them behind.
+
+    A home's adapters are taken for those of one database: give each database a home of its own.
+    """
     own, url = home_database(), database_url()
     if own.exists() and unquote(url) != f"sqlite:///{own}":
         raise ConfigError(
             f"{artifacts_dir()} may hold adapters of the database {own} too, which is not the one that "
             f"{DATABASE_VARIABLE} names: give each database a {HOME_VARIABLE} of its own"
         )
-    found = orphans(url, artifacts_dir(), 3600.0 * older_than_h)
+    which = (url, artifacts_dir(), 3600.0 * older_than_h)
+    found = orphans(*which)
     size_mb = sum(orphan.size_bytes for orphan in found) / 1e6
     if found and not dry_run:
         require_agreed("what is removed is gone", f"Remove {len(found)} files, {size_mb:.1f} MB?", yes=yes)
-        remove(found)
+        found = remove_orphans(*which, found)
     emit([{"file": one.path.name, "bytes": one.size_bytes, "age_h": one.age_s / 3600} for one in found], output)
     talk(f"{len(found)} files, {size_mb:.1f} MB" + (" would be removed" if dry_run else " removed"))
+
+
+@app.command("backup")
+@cli_errors
+def back_up_database(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory for the backup.")],
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Copy the database, also while runs go on, and the adapters that it names. Keys are not in it."""
+    manifest = back_up(database_url(), ArtifactStore(artifacts_dir()), directory)
+    emit(_told(manifest, directory), output)
+
+
+@app.command("restore")
+@cli_errors
+def restore_database(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `db backup` wrote.")],
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Bring a backup back into an empty database; every file of it is checked first, and nothing is written over."""
+    manifest = restore(database_url(), ArtifactStore(artifacts_dir()), directory)
+    emit(_told(manifest, directory), output)
+    if manifest.revision != head_revision():
+        talk("it is of an older schema: run `trunkline db upgrade`")
+
+
+def _told(manifest: Manifest, directory: Path) -> dict[str, object]:
+    return {
+        "backup": directory,
+        "database": manifest.engine,
+        "revision": manifest.revision,
+        "adapters": len(manifest.adapters),
+    }

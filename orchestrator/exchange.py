@@ -112,6 +112,7 @@ class Exchange:
 
         A node that is missing from the answers was late. Pulls no further reply before the last one was consumed.
         """
+        self._check()
         self._asked += 1
         pending: dict[str, str] = {}
         for node_id in nodes:

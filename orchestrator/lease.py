@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from contract.errors import LeaseError, TrunklineError
@@ -17,33 +18,48 @@ RENEW_S = LEASE_S / 4
 _ENDS_WITHIN_S = 60.0
 
 
-class Lease:
-    """One run's lease, renewed by a thread of its own."""
+def awake_or_not_s() -> float:
+    """Seconds that never go back and, where the system has such a clock, go on while it sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
-    def __init__(self, store: Store, run_id: str) -> None:
+
+class Lease:
+    """One run's lease, renewed by a thread of its own, and by who asks for it where that thread fell behind."""
+
+    def __init__(self, store: Store, run_id: str, now_s: Callable[[], float] = awake_or_not_s) -> None:
         self._store = store
         self._run_id = run_id
+        self._now_s = now_s
         self._ended = threading.Event()
         self._lost: LeaseError | None = None
+        self._failing = False
+        self._renewed_s = now_s()
 
     def require(self) -> None:
-        """Raise LeaseError once the run was stopped, or taken over; what could not be asked is no loss."""
+        """Raise LeaseError once the run was stopped, or taken over; what could not be asked is no loss.
+
+        A machine that slept asks SQL before it goes on.
+        """
+        if self._lost is None and self._now_s() - self._renewed_s > LEASE_S:
+            self.renew()
         if self._lost is not None:
             raise LeaseError(str(self._lost))
 
+    def renew(self) -> None:
+        try:
+            self._store.renew_lease(self._run_id)
+            self._failing, self._renewed_s = False, self._now_s()
+        except LeaseError as error:
+            self._lost = error
+        except TrunklineError as error:
+            if not self._failing:
+                log.warning("the lease of run %s is not renewed: %s", self._run_id, error)
+            self._failing = True
+
     def beat(self, every_s: float) -> None:
         """Renew until the end, or until the lease is lost."""
-        failing = False
         while self._lost is None and not self._ended.wait(every_s):
-            try:
-                self._store.renew_lease(self._run_id)
-                failing = False
-            except LeaseError as error:
-                self._lost = error
-            except TrunklineError as error:
-                if not failing:
-                    log.warning("the lease of run %s is not renewed: %s", self._run_id, error)
-                failing = True
+            self.renew()
 
     def end(self) -> None:
         self._ended.set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from aggregation import keys
 from aggregation.terms import NONCE_BYTES, Member, greeting_message
-from contract.errors import ConfigError, SecureSumError, StorageError
+from contract.errors import ConfigError, LeaseError, SecureSumError, StorageError
 from contract.identity import check_client_id, decode_public_key
 from contract.privacy_records import Level, Unit
 from contract.secure_records import SecureOrder
@@ -91,6 +91,12 @@ class Membership:
             found[unit] = node_id
         return {node_id: unit for unit, node_id in found.items()}
 
+    def remember(self, charged: Iterable[Unit]) -> None:
+        """Keep clients to the datasets that the run has charged before it was resumed."""
+        for unit in charged:
+            if unit.level == "client":
+                self._datasets.setdefault(unit.client, unit.dataset)
+
     def shut_out(self, node_id: str, reason: str) -> None:
         """Leave a node out for the rest of the run."""
         self.shut_out_nodes[node_id] = reason
@@ -148,6 +154,8 @@ class Membership:
             return False
         try:
             self.desk.store.bind_node(self.desk.run_id, node_id, client_id, greeting.signature)
+        except LeaseError:
+            raise
         except StorageError as error:
             self.exclude(node_id, str(error))
             return False

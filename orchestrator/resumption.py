@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from contract.config import RunConfig
-from contract.errors import AgreementError, ConfigError
+from contract.errors import AgreementError, ConfigError, StorageError
 from contract.setting import key_of
 from orchestrator.adapters import ClientPart
 from orchestrator.desk import Desk, Version
@@ -14,6 +14,7 @@ from storage.records import RunRow
 
 log = logging.getLogger("trunkline.orchestrator")
 
+RESUMED = key_of("resume_run")
 MAY_CHANGE = frozenset(
     key_of(name)
     for name in (
@@ -25,7 +26,12 @@ MAY_CHANGE = frozenset(
 
 
 def require_same_run(run: RunRow, config: RunConfig, served: ServedModel) -> None:
-    """Raise ConfigError, naming the first setting that is another one than the run began with, or AgreementError."""
+    """Raise ConfigError, naming the first setting that is another one than the run began with, or AgreementError.
+
+    StorageError where the run never began.
+    """
+    if not run.model_fingerprint:
+        raise StorageError(f"run {run.run_id} was refused before it began: {run.reason}; start it anew")
     began_with = RunConfig.from_flower({}).to_flower() | dict(run.config)
     for key, value in config.to_flower().items():
         if key not in MAY_CHANGE and began_with[key] != value:

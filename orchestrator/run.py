@@ -25,7 +25,7 @@ from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.protection import told_coverage, told_spent
 from orchestrator.replicas import connect
-from orchestrator.resumption import newest_version, require_same_run
+from orchestrator.resumption import RESUMED, newest_version, require_same_run
 from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
@@ -38,8 +38,6 @@ from storage.records import RunMode
 from storage.store import Store
 
 log = logging.getLogger("trunkline.orchestrator")
-
-RESUMED = "resume-run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +127,21 @@ def _player(
     if desk.config.secagg == "off":
         log.warning("secagg is OFF: the orchestrator sees every client's update, losses and counts")
         return partial(play_round, desk), partial(end_run, desk)
+    spending = _spending(desk, start)
     membership = Membership(desk, enrolled=start.mode != "simulation")
-    run = SecureRun(desk, membership, model_fingerprint, _spending(desk, start.ledger))
+    if spending is not None:
+        membership.remember(account.unit for account in spending.ledger.accounts(desk.run_id))
+    run = SecureRun(desk, membership, model_fingerprint, spending)
     return partial(play_secure_round, run), partial(end_secure_run, run)
 
 
-def _spending(desk: Desk, ledger: Ledger | None) -> Spending | None:
+def _spending(desk: Desk, start: Start) -> Spending | None:
     """What the run may spend; None where nothing of it has a price. Raises ConfigError where no ledger is kept."""
     if desk.config.dp == "off":
         return None
-    if ledger is None:
+    if start.ledger is None:
         raise ConfigError(f"dp is {desk.config.dp}, but no ledger is open to keep what it spends")
-    return Spending(desk.run_id, desk.config, ledger)
+    return Spending(desk.run_id, desk.config, start.ledger, start.flower_run_id)
 
 
 def first_version(desk: Desk, model_dir: Path) -> Version:

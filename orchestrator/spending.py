@@ -29,12 +29,15 @@ log = logging.getLogger("trunkline.orchestrator")
 class Spending:
     """One run's charges. `units` says whose privacy each node's part spends, as it greeted.
 
+    With a `driver`, a Flower run, nothing is charged once another one drives the run.
+
     Those of the attempt that was charged last are kept apart: the next session may be drawn beside it, by other names.
     """
 
     run_id: str
     config: RunConfig
     ledger: Ledger
+    driver: str | None = None
     units: dict[str, Unit] = field(default_factory=dict)
     _charged: dict[str, Unit] = field(default_factory=dict)
 
@@ -65,7 +68,7 @@ class Spending:
         charges = [
             Charge(unit, key.run, key.round, key.attempt, release, ACCOUNTANT) for unit in nodes for release in releases
         ]
-        refusals = self.ledger.reserve(charges, self._admit)
+        refusals = self.ledger.reserve(charges, self._admit, driver=self.driver)
         return {nodes[refusal.unit]: refusal.reason for refusal in refusals}
 
     def give_back(self, key: RoundKey, nodes: Collection[str]) -> None:

@@ -157,7 +157,7 @@ class Trunk:
         return reply
 
     def progress(self, key: RoundKey) -> RoundProgress:
-        """What the trunk has seen of this attempt so far; the counters only rise, also where it starts anew."""
+        """What the trunk has seen of this attempt so far; it only rises, also where the trunk is seen to start anew."""
         with _told_by(self.address):
             seen: pb.ProgressReply = self._stub.Progress(wire.round_to_wire(key), timeout=self._answer_timeout_s)
         told = RoundProgress(
@@ -177,12 +177,13 @@ class Trunk:
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` answers; asked again while nothing answers at the address and patience lasts."""
-        until_s = time.monotonic() + self._patience_s
+        until_s: float | None = None
         while True:
             try:
                 with _told_by(self.address):
                     return ask()
             except ConnectionFailedError as error:
+                until_s = time.monotonic() + self._patience_s if until_s is None else until_s
                 if time.monotonic() >= until_s:
                     raise
                 log.warning("%s; asking again", error)

@@ -10,7 +10,6 @@ import grpc
 from contract import trunk_pb2 as pb
 from contract.codec import Assembler
 from contract.errors import DeadlineError, FrameError
-from contract.failpoint import failpoint
 from contract.wire import chunk_data, chunk_frames, parse_client_frame
 
 
@@ -73,7 +72,6 @@ class FrameStream:
         if not isinstance(frame, bytes):  # grpc.aio.EOF
             return None
         self.received_bytes += len(frame)
-        failpoint("trunk.frame.read")
         return frame
 
     async def _write(self, frame: bytes) -> None:
@@ -85,4 +83,3 @@ class FrameStream:
                 f"the client took no frame for {self._idle_timeout_s:g} s, so the session is closed"
             ) from None
         self.sent_bytes += len(frame)
-        failpoint("trunk.frame.written")

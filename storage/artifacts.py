@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class ArtifactStore:
         final = self.path(sha256)
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._holds(final, data):
+            if self._holds(final, data):
+                os.utime(final)  # what is about to be committed is young, however old its bytes are: see orphans
+            else:
                 replace_file(final, data)
         except OSError as error:
             raise StorageError(f"cannot write artifact {final}: {error.strerror}") from error

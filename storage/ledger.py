@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from contract.errors import BudgetError, LedgerError
 from contract.privacy_records import Budget, PricedRelease, Standing, Unit
-from storage import ledger_heads, schema
+from storage import leases, ledger_heads, schema
 from storage.engine import in_turn, make_engine, storable, storage_errors
 from storage.home import database_url
 from storage.ledger_audit import audit
@@ -73,12 +73,13 @@ class Ledger:
         """Give the database's connections back."""
         self._engine.dispose()
 
-    def reserve(self, charges: Sequence[Charge], admit: Admit) -> list[Refusal]:
+    def reserve(self, charges: Sequence[Charge], admit: Admit, *, driver: str | None = None) -> list[Refusal]:
         """Reserve what is about to be released, of each unit all of its charges or none; durable on return.
 
         `admit` is asked for each unit, with what it proposes to release, and refuses it by BudgetError: nothing is
         written for that unit, and the others go on. Any other error of it reserves nothing at all. Answers who was
-        refused. Raises LedgerError for a charge that was reserved already, whatever became of it.
+        refused. Raises LedgerError for a charge that was reserved already, whatever became of it; LeaseError, with the
+        Flower run of a `driver`, where the charges' run is another's by now.
         """
         by_unit: dict[Unit, list[Charge]] = {}
         for charge in charges:
@@ -86,7 +87,14 @@ class Ledger:
         _refuse_twice(charges)
         if not charges:
             return []
-        return in_turn(self._engine, lambda session: self._reserve(session, by_unit, admit))
+        run_id = charges[0].run
+
+        def work(session: Session) -> list[Refusal]:
+            if driver is not None and (run := session.get(schema.Run, run_id)) is not None:
+                leases.require_driver(run, driver)
+            return self._reserve(session, by_unit, admit)
+
+        return in_turn(self._engine, work)
 
     def _reserve(self, session: Session, by_unit: Mapping[Unit, Sequence[Charge]], admit: Admit) -> list[Refusal]:
         take_turn(session)

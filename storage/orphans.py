@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from contract.durable_file import PARTIAL_PREFIX
-from contract.errors import StorageError
+from contract.errors import ConfigError, StorageError
 from storage import schema
 from storage.engine import opened_engine
 from storage.revisions import require_current
@@ -30,24 +30,30 @@ class Orphan:
 def orphans(url: str, artifacts: Path, older_than_s: float) -> list[Orphan]:
     """Files in `artifacts` that the database at `url` names nowhere, at least `older_than_s` old, by name.
 
-    Raises StorageError, SchemaError and ConnectionFailedError.
+    Raises ConfigError where the database names none of the files that are there, and so is another one's; StorageError,
+    SchemaError and ConnectionFailedError.
     """
     with opened_engine(url) as engine:
         require_current(engine)
         row = schema.AdapterVersion
         with Session(engine) as session:
             named = {sha256 for pair in session.execute(select(row.client_sha256, row.trunk_sha256)) for sha256 in pair}
-    now = time.time()
-    return [orphan for orphan in _files(artifacts, named, now) if orphan.age_s >= max(older_than_s, YOUNGEST_S)]
+    found = list(_files(artifacts, named, time.time()))
+    if found and not any((artifacts / f"{sha256}.safetensors").exists() for sha256 in named):
+        raise ConfigError(f"none of the adapters in {artifacts} is of the database that is asked: is it the right one?")
+    return [orphan for orphan in found if orphan.age_s >= max(older_than_s, YOUNGEST_S)]
 
 
-def remove(found: list[Orphan]) -> None:
-    """Raises StorageError at the first that cannot be removed; one that is gone already is no fault."""
-    for orphan in found:
+def remove_orphans(url: str, artifacts: Path, older_than_s: float, agreed: Collection[Orphan]) -> list[Orphan]:
+    """Remove those of `agreed` that are orphans still; answers them. Raises as `orphans`, or where one stays."""
+    paths = {orphan.path for orphan in agreed}
+    removed = [orphan for orphan in orphans(url, artifacts, older_than_s) if orphan.path in paths]
+    for orphan in removed:
         try:
             orphan.path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{orphan.path} cannot be removed: {error.strerror}") from error
+    return removed
 
 
 def _files(artifacts: Path, named: set[str], now: float) -> Iterator[Orphan]:

@@ -328,6 +328,8 @@ class Store(Reader):
     def add_event(self, run_id: str | None, kind: str, message: str, detail: Mapping[str, Any] | None = None) -> None:
         """Append an event; `detail` is plain JSON. Events are never changed."""
         with self._writing("add_event") as session:
+            if run_id in self._driven:
+                leases.require_driver(_locked_run(session, run_id), self._driven[run_id])
             session.add(
                 schema.Event(
                     run_id=run_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from contract.config import RunConfig
 from contract.errors import ConfigError, LeaseError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
+from orchestrator.resumption import MAY_CHANGE, RESUMED
+from orchestrator.settings import parse_overrides
 from storage.leases import LEASE_S, require_resumable
 from storage.reader import Reader
 from storage.records import RunRow
@@ -43,6 +46,9 @@ def resume(
     trunk: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="The trunk, where it is another one than before.")
     ] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="Other waits, such as 'node-wait-s=600'.")
+    ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Go on with a run that failed, was stopped, or whose orchestrator, SuperLink or trunk was killed.
@@ -53,9 +59,7 @@ def resume(
     with closing(open_reader()) as reader:
         row = _resumable(reader, reader.get_run(named_run(run, last)).run_id)
         clients = simulate or _simulated_clients(reader, row)
-    config = RunConfig.from_flower(row.config).model_copy(update={"resume_run": row.run_id})
-    if trunk is not None:
-        config = RunConfig.from_flower({**config.to_flower(), "trunk-address": trunk})
+    config = _config(row, trunk, run_config or [])
     talk(f"run {row.run_id}: {row.committed_rounds} of {config.num_rounds} rounds are committed; it goes on from there")
     if row.mode == "simulation":
         if superlink is not None:
@@ -70,21 +74,34 @@ def resume(
         emit(summary(done), output)
 
 
+def _config(row: RunRow, trunk: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The run's own settings but for what may change. Raises ConfigError naming what may not."""
+    changes = parse_overrides(overrides) | ({} if trunk is None else {"trunk-address": trunk})
+    for key in changes:
+        if key not in MAY_CHANGE or key == RESUMED:
+            may = ", ".join(sorted(MAY_CHANGE - {RESUMED}))
+            raise ConfigError(f"{key} stays what run {row.run_id} began with; only these may change: {may}")
+    return RunConfig.from_flower({**row.config, **changes, RESUMED: row.run_id})
+
+
 def _resumable(reader: Reader, run_id: str) -> RunRow:
-    """The run, once its driver's lease has run out. Raises LeaseError where that is renewed meanwhile."""
+    """The run, once its driver's lease has run out. Raises LeaseError where that is renewed meanwhile.
+
+    It is not waited for twice: a lease that ends later than it may is of a machine whose clock goes ahead of this one.
+    """
     row = reader.get_run(run_id)
-    heard = row.lease_until
-    while True:
-        try:
-            require_resumable(row.run_id, row.status, row.lease_until, utc_now())
-            return row
-        except LeaseError as error:
-            if heard is None or row.lease_until != heard:
-                raise
-            talk(f"{error}; waiting whether it is heard again")
-        ends = heard + timedelta(seconds=_LEASE_SLACK_S)
-        time.sleep(min(LEASE_S + _LEASE_SLACK_S, max(_LEASE_SLACK_S, (ends - utc_now()).total_seconds())))
-        row = reader.get_run(run_id)
+    try:
+        require_resumable(row.run_id, row.status, row.lease_until, utc_now())
+        return row
+    except LeaseError as error:
+        if row.lease_until is None:
+            raise
+        talk(f"{error}; waiting whether it is heard again")
+    ends = row.lease_until + timedelta(seconds=_LEASE_SLACK_S)
+    time.sleep(min(LEASE_S + _LEASE_SLACK_S, max(_LEASE_SLACK_S, (ends - utc_now()).total_seconds())))
+    row = reader.get_run(run_id)
+    require_resumable(row.run_id, row.status, row.lease_until, utc_now())
+    return row
 
 
 def _simulated_clients(reader: Reader, row: RunRow) -> int:

@@ -54,6 +54,7 @@ def run_to_end(
         except KeyboardInterrupt:
             if needed:
                 watch.end_row("stopped", "interrupted where it was started")
+                watch.tell_how_to_go_on()
             else:
                 talk(f"the run goes on; `flwr stop {submission.flower_run_id}` on its SuperLink ends it")
             raise
@@ -64,6 +65,7 @@ def run_to_end(
         if row is None:
             _require_completed(workplace, superlink, watch.submission)
         elif row.status != "finished":
+            watch.tell_how_to_go_on()
             crash = simulation_crash(watch.submission.stream) if needed and row.status == "stopped" else None
             raise RoundError(f"run {row.run_id} {row.status}: {crash or row.reason or 'it left no reason'}")
         return row
@@ -153,6 +155,11 @@ class _Watch:
             if line not in self.shown:
                 talk(line)
             self.shown.add(line)
+
+    def tell_how_to_go_on(self) -> None:
+        row = self.store.run_by_flower_id(self.submission.flower_run_id)
+        if row is not None and row.committed_rounds:
+            talk(f"{row.committed_rounds} rounds are committed; go on with: trunkline runs resume {row.run_id}")
 
     def end_row(self, status: EndStatus, reason: str) -> None:
         """Give the run its end in SQL where nobody is left to do so."""

@@ -122,10 +122,13 @@ def test_what_was_never_opened_and_what_was_released_is_not_played_again(
     assert attempt.played == 1
 
 
-def test_under_differential_privacy_nothing_is_played_again(trunk: TrunkProcess) -> None:
+@pytest.mark.parametrize(
+    "noise", [{"dp": "client", "trunk-adapter": "frozen"}, {"wire": "empirical", "wire-noise": 0.1}]
+)
+def test_what_was_noised_is_not_sent_again_under_other_noise(trunk: TrunkProcess, noise: dict[str, Any]) -> None:
     attempt = Scripted(LOST, "done")
     with pytest.raises(SessionError):
-        play(attempt, trunk.address, dp="client", **{"trunk-adapter": "frozen"})
+        play(attempt, trunk.address, **noise)
     assert attempt.played == 1
 
 

@@ -82,7 +82,7 @@ def test_a_site_takes_part_in_deterministic_secure_sums_only_where_it_says_so_an
     read_site({**NODE, **named, **allowed}, repeated, "42", "7", simulated=False)
     read_site(NODE, repeated, "42", "7", simulated=True)
     in_clear = RunConfig.from_flower({**repeated.to_flower(), "secagg": "off"})
-    read_site(NODE, in_clear, "42", "7", simulated=False)
+    read_site({**NODE, **named}, in_clear, "42", "7", simulated=False)
 
 
 @pytest.mark.parametrize("key", ["state-dir", "identity-key", "roster", "roster-signer"])

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from contract import failpoint
 from contract.config import ConfigValue
-from contract.durable_file import PARTIAL_PREFIX
 from orchestrator.replicas import connect
 from orchestrator.run import Start, conduct
 from server_trunk.contributions import Contributions
@@ -106,7 +105,6 @@ def _told(bench: Bench, store: Store, ledger: Ledger) -> dict[str, object]:
     rounds = store.rounds(run.run_id)
     versions = [[row.number, row.client_sha256, row.trunk_sha256] for row in store.adapter_versions(run.run_id)]
     wrong = [str(fault) for fault in ledger.verify()]
-    wrong += [f"{path} was left" for path in bench.home.rglob(f"{PARTIAL_PREFIX}*") if "sites" not in path.parts]
     wrong += [f"round {row.number} is {row.status}" for row in rounds if row.status == "open"]
     for _, *halves in versions:
         wrong += [f"artifact {sha256} is gone" for sha256 in halves if not bench.artifacts.get(str(sha256))]

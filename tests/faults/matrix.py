@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def faults_of(around: Surroundings, case: Case, whole: Whole) -> list[str]:
     return wrong
 
 
-def play(around: Surroundings, engines: Sequence[str], scenarios: Sequence[str], sample: int, seed: int) -> list[str]:
+def play(
+    around: Surroundings, engines: Sequence[str], scenarios: Sequence[str], sample: int, seed: int, jobs: int = 1
+) -> list[str]:
     """Plays the matrix, or `sample` cases of it, and says how it went; the faults that were found, one line each."""
     wholes = {(scenario, engine): play_whole(around, scenario, engine) for scenario in scenarios for engine in engines}
     cases = [Case(*key, at) for key, whole in wholes.items() for at in whole.places]
@@ -123,11 +126,12 @@ def play(around: Surroundings, engines: Sequence[str], scenarios: Sequence[str],
         cases = random.Random(seed).sample(cases, sample)
         _say(f"a sample of {sample} of them, seed {seed}")
     found, done, began_s = [], Counter[str](), time.monotonic()
-    for case in cases:
-        wrong = faults_of(around, case, wholes[case.scenario, case.engine])
-        done[f"{case.scenario} on {case.engine}"] += 1
-        found += [f"{case}: {fault}" for fault in wrong]
-        _say(f"{'FAULT' if wrong else 'ok   '} {case}" + "".join(f"\n      {fault}" for fault in wrong))
+    with ThreadPoolExecutor(jobs) as pool:
+        played = pool.map(lambda case: (case, faults_of(around, case, wholes[case.scenario, case.engine])), cases)
+        for case, wrong in played:
+            done[f"{case.scenario} on {case.engine}"] += 1
+            found += [f"{case}: {fault}" for fault in wrong]
+            _say(f"{'FAULT' if wrong else 'ok   '} {case}" + "".join(f"\n      {fault}" for fault in wrong))
     for name, count in sorted(done.items()):
         _say(f"{name}: {count} kills")
     _say(f"{sum(done.values())} kills in {time.monotonic() - began_s:.0f} s, {len(found)} faults")
@@ -196,10 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.matrix", description=__doc__)
     parser.add_argument("--sample", type=int, default=0, help="how many kills, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the sample; printed")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many runs at the same time")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=available_engines())
     parser.add_argument("--scenario", nargs="+", choices=tuple(SCENARIOS), default=tuple(SCENARIOS))
     options = parser.parse_args(argv)
     with surroundings() as around:
-        found = play(around, available_engines(), options.scenario, options.sample, options.seed)
+        found = play(around, options.engine, options.scenario, options.sample, options.seed, options.jobs)
     for fault in found:
         _say(f"fault: {fault}")
     return 1 if found else 0

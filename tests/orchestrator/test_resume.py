@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 from flwr.app import Error, Message
 
 from contract.config import ConfigValue
 from contract.errors import AgreementError, ConfigError, IntegrityError, LeaseError, QuorumError, StorageError
-from orchestrator.lease import renewed
-from storage.store import open_store
+from orchestrator.lease import Lease, renewed
+from storage.leases import LEASE_S
+from storage.store import open_store, utc_now
 from tests.orchestrator.conftest import Bench
 from tests.orchestrator.fakes import Content, FakeNode
 
@@ -56,6 +58,14 @@ def test_a_resumed_run_comes_to_the_adapters_of_one_that_never_failed(make_bench
     run = bench.store.get_run(run_id)
     assert (run.status, run.committed_rounds) == ("finished", 3)
     assert [row.run_id for row in bench.store.list_runs()].count(run_id) == 1
+
+
+def test_a_trunk_that_lost_its_adapters_is_given_the_committed_one_again(make_bench: MakeBench) -> None:
+    bench = make_bench({1: 100, 2: 60}).tell_shapes_ahead()
+    run_id = failed(bench, 2)
+    held = bench.trunk.contributions.adapters
+    held.path(bench.store.adapter_version(run_id, 1).trunk_sha256).unlink()
+    assert bench.conduct(resume_run=run_id).round == 2
 
 
 def test_the_open_round_is_a_fresh_attempt(make_bench: MakeBench) -> None:
@@ -142,19 +152,21 @@ def test_a_committed_adapter_that_was_changed_on_disk_is_not_gone_on_with(make_b
 
 
 def test_a_run_that_is_stopped_ends_within_a_look(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.lease.RENEW_S", 0.01)
+    monkeypatch.setattr("orchestrator.lease.RENEW_S", 0.3)
     bench = make_bench({1: 100, 2: 60}).tell_shapes_ahead()
     bench.grid.nodes[2] = FakeNode(None)
     plain_sleep, seen = bench.clock.sleep, threading.Event()
 
     def sleep(seconds: float) -> None:
-        if bench.grid.sent and not seen.is_set():
+        if not bench.grid.sent:
+            return plain_sleep(seconds)
+        if not seen.is_set():
             other = open_store(f"sqlite:///{bench.home / 'trunkline.db'}")
             other.finish_run(bench.store.get_run("last").run_id, "stopped", "stopped by ada")
             other.close()
             seen.set()
-        seen.wait(0.05)
-        plain_sleep(0.001)
+        threading.Event().wait(0.02)
+        return plain_sleep(0.001)
 
     monkeypatch.setattr(bench.clock, "sleep", sleep)
     with pytest.raises(LeaseError, match="has stopped; it changes no more"):
@@ -173,6 +185,28 @@ def test_a_lease_is_renewed_while_its_block_runs_and_not_after(make_bench: MakeB
     last = bench.store.get_run(run_id).lease_until
     threading.Event().wait(0.1)
     assert bench.store.get_run(run_id).lease_until == last
+
+
+def test_a_machine_that_slept_asks_before_it_goes_on(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    run_id, now = bench.desk().run_id, [100.0]
+    lease = Lease(bench.store, run_id, lambda: now[0])
+    other = open_store(f"sqlite:///{bench.home / 'trunkline.db'}", lambda: utc_now() + timedelta(hours=1))
+    other.resume_run(run_id, "flower-2")
+    other.close()
+    lease.require()
+    now[0] += LEASE_S + 1
+    with pytest.raises(LeaseError, match="was resumed as Flower run flower-2"):
+        lease.require()
+
+
+def test_a_run_that_was_refused_before_it_began_is_not_resumed(make_bench: MakeBench) -> None:
+    bench = make_bench().tell_shapes_ahead()
+    with pytest.raises(ConfigError):
+        bench.conduct(model="/nowhere")
+    run_id = bench.store.get_run("last").run_id
+    with pytest.raises(StorageError, match="was refused before it began: model is '/nowhere'; .* start it anew"):
+        bench.conduct(resume_run=run_id)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:

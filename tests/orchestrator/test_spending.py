@@ -340,7 +340,7 @@ def test_too_few_who_can_pay_when_it_is_charged_are_not_asked_and_get_it_back(st
     charged.play()
     reserve = charged.run.spending.ledger.reserve  # type: ignore[union-attr]
 
-    def spent_meanwhile(charges: Sequence[Charge], admit: Admit) -> list[Refusal]:
+    def spent_meanwhile(charges: Sequence[Charge], admit: Admit, **_: object) -> list[Refusal]:
         """Another run over the same datasets was quicker, after this round was set up."""
         for number in (4, 5):
             charged.give(number, 1)
@@ -401,3 +401,15 @@ def test_a_run_without_differential_privacy_has_no_epsilon_and_says_what_the_tru
         "wire privacy is off: the server can read the text",
         "dp is off: nothing of the run has an epsilon",
     ]
+
+
+def test_after_a_resumption_a_client_keeps_the_dataset_that_was_charged_before(start: Start) -> None:
+    charged = start()
+    charged.play()
+    membership = Membership(charged.desk, enrolled=False)
+    membership.remember(account.unit for account in charged.ledger.accounts(charged.desk.run_id))
+    charged.clients[1].dataset = "other-texts"
+    members = membership.known([str(number) for number in charged.clients])
+    units = membership.units(members, "client")
+    assert "1" not in units
+    assert membership.excluded(["1"]) == [("1", "client client-1 takes part with dataset texts in this run")]

@@ -8,8 +8,10 @@ import pytest
 
 from contract.errors import LeaseError, StorageError
 from storage.leases import LEASE_S
+from storage.ledger import open_ledger
 from storage.records import RoundCommit
 from storage.store import Store, open_store
+from tests.storage.ledger_cases import Key, admit_all, charge, unit
 
 SHA = "a" * 64
 
@@ -122,3 +124,20 @@ def test_a_run_of_an_older_version_without_a_lease_is_resumed(former: Store, lat
         connection.execute(text("UPDATE runs SET lease_until = NULL"))
     engine.dispose()
     assert later.resume_run("r1", "8").flower_run_id == "8"
+
+
+def test_the_former_driver_charges_nothing_and_says_nothing_more(
+    former: Store, later: Store, clock: HandClock, database_url: str
+) -> None:
+    ledger = open_ledger(database_url, clock, Key())
+    assert ledger.reserve([charge(number=2)], admit_all, driver="7") == []
+    clock.wait(LEASE_S)
+    later.resume_run("r1", "8")
+    with pytest.raises(LeaseError, match="Flower run 7 drives it no more"):
+        ledger.reserve([charge(number=3)], admit_all, driver="7")
+    with pytest.raises(LeaseError, match="Flower run 7 drives it no more"):
+        former.add_event("r1", "said", "too late")
+    assert [row.round for row in ledger.rows(unit()) if row.kind == "charge"] == [2]
+    assert ledger.reserve([charge(number=3)], admit_all, driver="8") == []
+    later.add_event("r1", "said", "in time")
+    ledger.close()

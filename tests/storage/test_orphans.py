@@ -103,3 +103,36 @@ def test_a_home_without_artifacts_has_nothing_to_remove(home: Path, database_url
     open_store(database_url).close()
     done = gc("--yes")
     assert (done.exit_code, json.loads(done.stdout)["data"]) == (0, [])
+
+
+def test_a_database_that_names_none_of_the_adapters_is_not_believed(
+    home: Path, artifacts: ArtifactStore, database_url: str
+) -> None:
+    open_store(database_url).close()
+    aged(artifacts, b"another database's", 30)
+    done = gc("--yes")
+    assert done.exit_code == 2
+    assert "is of the database that is asked: is it the right one?" in done.stderr
+    assert len(names(home)) == 1
+
+
+def test_what_is_put_again_is_young_again(home: Path, artifacts: ArtifactStore, kept: Store) -> None:
+    before = names(home)
+    old = aged(artifacts, b"of an attempt that was cut off", 30)
+    assert artifacts.put(b"of an attempt that was cut off") == old
+    assert json.loads(gc("--yes").stdout)["data"] == []
+    assert names(home) == before | {f"{old}.safetensors"}
+
+
+def test_what_was_committed_while_a_person_was_asked_stays(
+    home: Path, artifacts: ArtifactStore, kept: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = aged(artifacts, b"committed meanwhile", 30)
+
+    def agree(*_: object, **__: object) -> None:
+        kept.create_run("r2", "8", {}, "simulation", "f")
+        kept.add_adapter_version("r2", 0, sha256, sha256)
+
+    monkeypatch.setattr("orchestrator.db_cli.require_agreed", agree)
+    assert json.loads(gc().stdout)["data"] == []
+    assert artifacts.has(sha256)

@@ -131,7 +131,7 @@ def test_a_run_on_a_superlink_elsewhere_works_from_its_bundle_alone(
         where = ("--superlink", superlink.address, "--trunk", trunk.address(here))
         run = start("submitter", "run", str(project), *where, "-c", settings, "-o", "json")
         wait_until(lambda: "1 rounds, trunk at" in (tmp_path / "submitter.log").read_text(), "waited for the run's log")
-        (stream,) = psutil.Process(run.pid).children()
+        (stream,) = [child for child in psutil.Process(run.pid).children() if "flwr" in " ".join(child.cmdline())]
         stream.kill()
         assert run.wait(LIMIT_S) == 0, (tmp_path / "submitter.log").read_text()
         logs = "".join(path.read_text(errors="replace") for path in (work / "away").glob("*.log"))

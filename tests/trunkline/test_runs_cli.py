@@ -81,6 +81,12 @@ def test_without_a_terminal_a_run_is_not_stopped_unless_yes_is_given(began: Bega
     [
         ("deployment", {}, (), "was deployed: name the SuperLink that it goes on at with --superlink"),
         ("simulation", {}, ("--superlink", "a:1", "--simulate", "2"), "is a simulation, which goes on at no SuperLink"),
+        (
+            "simulation",
+            {},
+            ("--simulate", "2", "-c", "learning-rate=1.0"),
+            "learning-rate stays what run 20260101-000000-abcd began with; only these may change: model, node-wait-s",
+        ),
         ("simulation", {}, (), "does not tell how many clients it simulates: name them with --simulate N"),
         ("simulation", {"cohort_size": 3}, (), "does not tell how many clients it simulates"),
         (
