@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,8 @@ ROUND_COLUMNS = (
     *("tokens", "tokens_per_s", "wire_mb", "seconds", "reason"),
 )
 
+CLIENT_COLUMNS = ("attempt", "client", "status", "reason")
+
 
 class Status(StrEnum):
     RUNNING = "running"
@@ -61,11 +64,17 @@ def _group() -> None:
 def list_runs(
     limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
     status: Annotated[Status | None, typer.Option(help="Only runs that stand like this.")] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Only runs that began then (UTC) or later."),
+    ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """The newest runs."""
+    began = None if since is None else since.replace(tzinfo=UTC)
     with _reader() as reader:
-        rows = [_run_data(reader, run) for run in reader.list_runs(limit, status.value if status else None)]
+        found = reader.list_runs(limit, status.value if status else None, since=began)
+        rows = [_run_data(reader, run) for run in found]
     emit(rows, output, columns=RUN_COLUMNS)
 
 
@@ -129,6 +138,59 @@ def list_rounds(run: RunArgument = None, last: LastOption = False, output: Outpu
     told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
     rows = [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
     emit(rows, output, columns=ROUND_COLUMNS, title=f"run {row.run_id}: {row.status}")
+
+
+@rounds_app.command("show")
+@cli_errors
+def show_round(
+    number: Annotated[int, typer.Option("--round", min=1, help="Which round.")],
+    run: RunArgument = None,
+    last: LastOption = False,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """What each client did in every attempt at one round, and why it fell out."""
+    with _reader() as reader:
+        row = reader.get_run(named_run(run, last))
+        attempts = {one.attempt: one for one in reader.rounds(row.run_id) if one.number == number}
+        if not attempts:
+            raise StorageError(f"run {row.run_id} never began round {number}")
+        found = reader.participations(row.run_id, number)
+    rows = [
+        {
+            "attempt": one.attempt,
+            "attempt_status": attempts[one.attempt].status,
+            "client": one.name or one.node_id,
+            "status": one.status,
+            "reason": one.reason,
+            "metrics": one.metrics,
+            "node_id": one.node_id,
+        }
+        for one in found
+    ]
+    title = f"run {row.run_id}, round {number}: " + "; ".join(map(_attempt_told, attempts.values()))
+    emit(rows, output, columns=CLIENT_COLUMNS, title=title)
+
+
+@adapter_app.command("list")
+@cli_errors
+def list_adapters(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
+    """The adapters that a run committed, version 0 first, with the hashes of both halves."""
+    with _reader() as reader:
+        row = reader.get_run(named_run(run, last))
+        losses = judged_losses(reader.metrics(row.run_id, over_clients=True))
+        versions = reader.adapter_versions(row.run_id)
+    rows = [
+        {
+            "round": version.number,
+            "held_out_loss": losses.get(version.number),
+            "trained_tokens": version.trained_tokens,
+            "client_sha256": version.client_sha256,
+            "trunk_sha256": version.trunk_sha256,
+            "created_at": version.created_at.replace(microsecond=0),
+        }
+        for version in versions
+    ]
+    emit(rows, output, title=f"run {row.run_id}: {row.status}")
 
 
 @adapter_app.command("export")
@@ -303,6 +365,10 @@ def _round_data(
         "reason": attempt.reason,
         "participations": taking_part,
     }
+
+
+def _attempt_told(attempt: RoundRow) -> str:
+    return f"attempt {attempt.attempt} {attempt.status}" + (f" ({attempt.reason})" if attempt.reason else "")
 
 
 def _failed_checks(findings: Any) -> str:

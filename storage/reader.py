@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, Select, and_, func, or_, select
@@ -72,9 +73,13 @@ class Reader:
             newest = found.first()
             return None if newest is None else _run_row(*newest)
 
-    def list_runs(self, limit: int = 20, status: RunStatus | None = None) -> list[RunRow]:
-        """The newest `limit` runs, newest first."""
+    def list_runs(
+        self, limit: int = 20, status: RunStatus | None = None, *, since: datetime | None = None
+    ) -> list[RunRow]:
+        """The newest `limit` runs, newest first; of those only that began at `since` or later."""
         query = _runs().limit(limit)
+        if since is not None:
+            query = query.where(schema.Run.created_at >= since)
         if status is not None:
             query = query.where(schema.Run.status == status)
         with self._reading() as session:

@@ -24,8 +24,6 @@ from storage.store import open_reader, utc_now
 from trunkline.flower import SuperLinkAddress
 from trunkline.run import run_deployed, run_simulated, summary
 
-__all__ = ["runs_app"]
-
 _LEASE_SLACK_S = 0.5
 
 

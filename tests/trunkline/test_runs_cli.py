@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import json
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from contract.config import ConfigValue, RunConfig
+from orchestrator.cli import adapter_app, rounds_app
 from storage.records import RunMode
-from storage.store import Store, open_store
-from trunkline import resume
-from trunkline.resume import runs_app
+from storage.store import Store, open_store, utc_now
+from trunkline import follow, resume
+from trunkline.runs import runs_app
 
 RUN = "20260101-000000-abcd"
 Began = Callable[..., Store]
@@ -132,3 +135,69 @@ def test_a_run_that_is_heard_again_while_it_is_waited_for_is_left_alone(
     assert len(waits) == 1
     assert 15 < waits[0] < 21
     assert store.get_run(RUN).flower_run_id == "7"
+
+
+def test_watching_ends_with_the_run_and_tells_how_it_ended(began: Began, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = began(num_rounds=2)
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    store.open_round(RUN, 1, ["1", "2"])
+    naps = iter(range(3))
+
+    def sleep(seconds: float) -> None:
+        if next(naps) == 2:
+            store.finish_run(RUN, "failed", "no quorum")
+
+    monkeypatch.setattr(follow.time, "sleep", sleep)
+    done = runs("watch", "--last")
+    assert done.exit_code == 1, done.output
+    assert "round 1/2: 2 clients asked" in done.stderr
+    assert f"error: run {RUN} failed: no quorum" in done.stderr
+
+
+def test_watching_tells_of_an_orchestrator_that_fell_silent(began: Began, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = began()
+    monkeypatch.setattr(follow, "utc_now", lambda: utc_now() + timedelta(seconds=70))
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: store.finish_run(RUN, "finished"))
+    done = runs("watch", RUN)
+    assert done.exit_code == 0, done.output
+    assert f"was last heard 70 s ago; if it is dead: trunkline runs resume {RUN}" in done.stderr
+    assert f"run {RUN} finished" in done.stderr
+
+
+def test_runs_are_listed_from_a_moment_on(began: Began) -> None:
+    began()
+    for since, found in (("2020-01-01", [RUN]), ("2999-01-01T00:00:00", [])):
+        told = runs("list", "--since", since, "-o", "json")
+        assert [row["run_id"] for row in json.loads(told.stdout)["data"]] == found
+    assert runs("list", "--since", "yesterday").exit_code == 2
+
+
+def test_a_round_shows_what_each_client_did_in_each_attempt(began: Began) -> None:
+    store = began()
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    store.add_client("1", "north")
+    store.open_round(RUN, 1, ["1", "2"])
+    store.record_participation(RUN, 1, 1, "2", "failed", "its data is empty")
+    store.abort_round(RUN, 1, 1, "too few")
+    store.open_round(RUN, 1, ["1"])
+    shown = CliRunner().invoke(rounds_app, ["show", RUN, "--round", "1", "-o", "json"])
+    rows = [(row["attempt"], row["client"], row["status"], row["reason"]) for row in json.loads(shown.stdout)["data"]]
+    assert rows == [
+        (1, "north", "invited", None),
+        (1, "2", "failed", "its data is empty"),
+        (2, "north", "invited", None),
+    ]
+    table = CliRunner().invoke(rounds_app, ["show", "--last", "--round", "1"]).stdout
+    assert "attempt 1 aborted (too few); attempt 2 open" in " ".join(table.split())
+    missing = CliRunner().invoke(rounds_app, ["show", RUN, "--round", "7"])
+    assert (missing.exit_code, "never began round 7" in missing.stderr) == (1, True)
+
+
+def test_the_adapters_of_a_run_are_listed_with_their_hashes(began: Began) -> None:
+    store = began()
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    store.record_metrics(RUN, 0, None, {"eval_loss": 4.5})
+    shown = CliRunner().invoke(adapter_app, ["list", "--last", "-o", "json"])
+    (row,) = json.loads(shown.stdout)["data"]
+    assert (row["round"], row["held_out_loss"]) == (0, 4.5)
+    assert (row["client_sha256"], row["trunk_sha256"]) == ("a" * 64, "b" * 64)

@@ -1,0 +1,6 @@
+"""`trunkline runs`: the commands that need SQL alone, and those that start or watch something."""
+
+from orchestrator.cli import runs_app
+from trunkline import follow, resume
+
+__all__ = ["follow", "resume", "runs_app"]
