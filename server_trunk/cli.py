@@ -1,4 +1,4 @@
-"""`trunkline trunk serve` and `trunkline model split`. Torch is imported only when a command runs."""
+"""`trunkline trunk serve|status` and `trunkline model split`. Torch is imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -172,6 +172,27 @@ def _serve(options: ServeOptions) -> None:
         talk("told to end before the trunk was ready")
         sys.stderr.flush()
         os._exit(0)  # the interpreter would first wait for the thread that loads the model, minutes for a large one
+
+
+@app.command("status")
+@cli_errors
+def show_status(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the trunk listens.")] = "127.0.0.1:50051",
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """What a trunk serves, how many sessions it has, and whether it takes more: exits 0 if it does, 1 if it is ending.
+
+    A readiness probe can run it; a trunk that does not answer exits with 3.
+    """
+    from server_trunk.status import ask
+
+    found = ask(address)
+    emit(found, output)
+    if not found.speaks_ours:
+        talk(f"it speaks protocol {found.protocol}, not this installation's: both sides need the same trunkline")
+    if not found.ready:
+        talk("it takes no new sessions")
+        raise typer.Exit(1)
 
 
 @model_app.command()

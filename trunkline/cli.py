@@ -50,7 +50,7 @@ MOUNTS = {
     "secagg": Mount("orchestrator.secagg_cli:app", "Secure sums: plan what a number of clients stands.", WATCH),
     "budget": Mount("orchestrator.budget_cli:app", "Privacy budgets: show, set, plan, verify, export.", WATCH),
     "db": Mount("orchestrator.db_cli:app", "The database: upgrade, current, check, gc, backup, restore.", WATCH),
-    "trunk": Mount("server_trunk.cli:app", "The trunk server: serve.", SERVE),
+    "trunk": Mount("server_trunk.cli:app", "The trunk server: serve, status.", SERVE),
     "model": Mount("server_trunk.cli:model_app", "Checkpoints: split into a client part and a trunk part.", SERVE),
     "data": Mount("clients.cli:data_app", "A site's text: check it before anyone joins a run.", SERVE),
     "audit": Mount("trunkline.audit:app", "Attack a site's own text, and see what gets out: run.", SERVE),
