@@ -125,8 +125,12 @@ class FixedPoint:
         return mean, weight_sum
 
     def error_bound(self, contributions: int, weight_sum: int) -> float:
-        """Largest distance of a decoded mean's coordinate from the exact weighted mean."""
-        return contributions / (2 * self.scale * weight_sum)
+        """Largest distance of a decoded mean's coordinate from the exact weighted mean.
+
+        Half a step for each contribution, and what float64 rounds off: once as a value becomes a code, twice on the way
+        back, each time at most 2^-53 of the clip.
+        """
+        return contributions / (2 * self.scale * weight_sum) + self.clip * 2.0**-51
 
 
 def _largest(vector: FloatVector) -> float:

@@ -80,7 +80,8 @@ def played(
     folder = tmp_path_factory.mktemp("audit")
     data = write_texts(folder / "private notes.jsonl", rows=24, seed=3)
     log = folder / "wire log.jsonl"
-    node_config = {"model": str(llama_dir), "data": str(data), "trunk-address": capture.address, "wire-log": str(log)}
+    node_config = {"model": str(llama_dir), "data": str(data), "trunk-address": capture.address}
+    node_config |= {"wire-log": str(log), "name": "south"}
     site = Site(77, node_config)
     orchestrator = Orchestrator(CONFIG, llama_dir, trunk.address, run=f"audit-{request.param}")
     version = orchestrator.first()
@@ -172,7 +173,8 @@ def test_a_refusal_tells_a_code_and_a_reason_of_a_bounded_size(
     llama_dir: Path, trunk: TrunkProcess, tmp_path: Path, flower_task: None
 ) -> None:
     data = tmp_path / ("x" * 200) / ("y" * 200) / "notes that are gone.jsonl"
-    site = Site(78, {"model": str(llama_dir), "data": str(data), "trunk-address": trunk.address})
+    node_config = {"model": str(llama_dir), "data": str(data), "trunk-address": trunk.address, "name": "south"}
+    site = Site(78, node_config)
     orchestrator = Orchestrator(CONFIG, llama_dir, trunk.address, run="audit-refused")
     from clients.app import app
 

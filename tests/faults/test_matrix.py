@@ -11,7 +11,7 @@ import pytest
 from tests.faults.life import SCENARIOS
 from tests.faults.matrix import Case, Surroundings, available_engines, faults_of, play, play_whole, surroundings
 
-SAMPLE = 18
+SAMPLE = 12
 
 
 @pytest.fixture(scope="module")
