@@ -117,6 +117,9 @@ class RoundProgress:
         return RoundProgress(*(getattr(self, of.name) + getattr(other, of.name) for of in fields(self)))
 
 
+NOTHING_SEEN = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
+
+
 def gradient_codec(codec: str, codec_backward: str) -> str:
     """What gradients cross the wire by; `same` as int4-delta is the codec that it begins with."""
     if codec_backward != "same":

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from aggregation.protocol import ServerHalf
 from contract.errors import UpdateError
-from contract.records import RoundKey, RoundProgress
-from orchestrator.deadline import NOTHING_SEEN, ProgressDeadline
+from contract.records import NOTHING_SEEN, RoundKey, RoundProgress
+from orchestrator.deadline import ProgressDeadline
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Answer
 from orchestrator.messages import RoundOrder, adapter_record, order_message, read_metrics, read_update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
@@ -14,7 +15,7 @@ from storage.artifacts import ArtifactStore
 from storage.backup import Manifest, back_up, restore
 from storage.engine import opened_engine, shown
 from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, artifacts_dir, database_url, home_database
-from storage.orphans import YOUNGEST_S, orphans, remove_orphans
+from storage.orphans import YOUNGEST_S, Orphan, orphans, remove_orphans
 from storage.revisions import current_revision, damage, drift, head_revision, require_current, state, upgrade
 
 app = typer.Typer(help="The database: upgrade, current, check, gc, backup, restore.", no_args_is_help=True)
@@ -74,12 +75,15 @@ def collect_garbage(
         )
     which = (url, artifacts_dir(), 3600.0 * older_than_h)
     found = orphans(*which)
-    size_mb = sum(orphan.size_bytes for orphan in found) / 1e6
     if found and not dry_run:
-        require_agreed("what is removed is gone", f"Remove {len(found)} files, {size_mb:.1f} MB?", yes=yes)
+        require_agreed("what is removed is gone", f"Remove {_counted(found)}?", yes=yes)
         found = remove_orphans(*which, found)
     emit([{"file": one.path.name, "bytes": one.size_bytes, "age_h": one.age_s / 3600} for one in found], output)
-    talk(f"{len(found)} files, {size_mb:.1f} MB" + (" would be removed" if dry_run else " removed"))
+    talk(_counted(found) + (" would be removed" if dry_run else " removed"))
+
+
+def _counted(found: Sequence[Orphan]) -> str:
+    return f"{len(found)} files, {sum(orphan.size_bytes for orphan in found) / 1e6:.1f} MB"
 
 
 @app.command("backup")

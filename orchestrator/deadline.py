@@ -6,13 +6,12 @@ import logging
 from collections.abc import Callable, Collection
 
 from contract.errors import TrunklineError
-from contract.records import RoundProgress
+from contract.records import NOTHING_SEEN, RoundProgress
 from orchestrator.exchange import MESSAGE_TTL_S, Clock
 
 log = logging.getLogger("trunkline.orchestrator")
 
 LOOK_EVERY_S = 1.0
-NOTHING_SEEN = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
 
 
 class TrainedDeadline:

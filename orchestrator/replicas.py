@@ -22,7 +22,7 @@ from contract.errors import (
     TrunklineError,
     UpdateError,
 )
-from contract.records import RoundKey, RoundProgress
+from contract.records import NOTHING_SEEN, RoundKey, RoundProgress
 from orchestrator.adapters import weighted_mean
 from orchestrator.desk import RunTrunk
 from orchestrator.trunk import ServedModel, Trunk, TrunkAverage, TrunkPart
@@ -101,14 +101,7 @@ class Replicas:
         """The sum of what the trunks have seen of this attempt; what a silent one had seen before still counts."""
         said, _ = self._asked(lambda trunk: trunk.progress(key))
         self._seen = (key, (self._seen[1] if self._seen[0] == key else {}) | said)
-        seen = self._seen[1].values()
-        return RoundProgress(
-            sessions=sum(one.sessions for one in seen),
-            steps=sum(one.steps for one in seen),
-            tokens=sum(one.tokens for one in seen),
-            received_bytes=sum(one.received_bytes for one in seen),
-            sent_bytes=sum(one.sent_bytes for one in seen),
-        )
+        return sum(self._seen[1].values(), NOTHING_SEEN)
 
     def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
         """Average the trunk parts of exactly `survivors`, wherever each contributed, and put the average everywhere.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from contract.errors import FrameError
+from contract.records import NOTHING_SEEN
 from contract.secure_records import SecureOrder, SecureReply, reply_from, to_record
-from orchestrator.deadline import NOTHING_SEEN, ProgressDeadline
+from orchestrator.deadline import ProgressDeadline
 from orchestrator.desk import Desk
 from orchestrator.exchange import MESSAGE_TTL_S, Deadline
 

@@ -25,12 +25,11 @@ from contract.errors import (
     error_named,
 )
 from contract.failpoint import failpoint
-from contract.records import CutLayers, RoundKey, RoundProgress
+from contract.records import NOTHING_SEEN, CutLayers, RoundKey, RoundProgress
 from contract.trunk_pb2_grpc import TrunkStub
 
 MAX_ADAPTER_BYTES = 1 << 30
 ANSWER_TIMEOUT_S = 10.0
-_NOTHING = RoundProgress(sessions=0, steps=0, tokens=0, received_bytes=0, sent_bytes=0)
 TRANSFER_TIMEOUT_S = 600.0
 LOOK_S = 1.0
 
@@ -86,7 +85,7 @@ class Trunk:
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", int(1000 * LOOK_S))]
         self._channel = grpc.insecure_channel(address, [*wire.message_limits(), *options])
         self._stub = TrunkStub(self._channel)
-        self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, _NOTHING, _NOTHING)
+        self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, NOTHING_SEEN, NOTHING_SEEN)
 
     def describe(self) -> ServedModel:
         """What the trunk serves. Raises AgreementError when it speaks another protocol."""
@@ -169,7 +168,7 @@ class Trunk:
         )
         counted, before, last = self._counted
         if counted != key:
-            before = _NOTHING
+            before = NOTHING_SEEN
         elif told.received_bytes < last.received_bytes:
             before += last
         self._counted = (key, before, told)

@@ -19,14 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import URL, Engine, inspect, make_url, select
-from sqlalchemy.orm import Session
+from sqlalchemy import URL, Engine, inspect, make_url
 
 from contract.durable_file import replace_file
 from contract.errors import ConfigError, IntegrityError, SchemaError, StorageError
-from storage import schema
 from storage.artifacts import ArtifactStore
 from storage.engine import opened_engine, shown
+from storage.orphans import named_artifacts
 from storage.revisions import current_revision, head_revision, require_current, state
 
 MANIFEST = "manifest.json"
@@ -64,7 +63,7 @@ def back_up(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
             _dump(engine, make_url(url), database)
             written = [database]
             # After the dump: what it names was there before it was committed, and nothing but `db gc` removes it.
-            for sha256 in _named(engine):
+            for sha256 in sorted(named_artifacts(engine)):
                 path = directory / "artifacts" / f"{sha256}.safetensors"
                 replace_file(path, artifacts.get(sha256))
                 written.append(path)
@@ -112,13 +111,6 @@ def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
             artifacts.put((directory / "artifacts" / f"{sha256}.safetensors").read_bytes())
         _load(engine, make_url(url), directory / _NAMES[manifest.engine])
     return manifest
-
-
-def _named(engine: Engine) -> list[str]:
-    row = schema.AdapterVersion
-    with Session(engine) as session:
-        pairs = session.execute(select(row.client_sha256, row.trunk_sha256))
-        return sorted({sha256 for pair in pairs for sha256 in pair})
 
 
 def _dump(engine: Engine, url: URL, path: Path) -> None:

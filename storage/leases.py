@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 
 from contract.errors import LeaseError, StorageError
 from storage import schema
-from storage.engine import storable
 from storage.records import RunStatus
 
 LEASE_S = 20.0
@@ -46,8 +45,3 @@ def require_resumable(run_id: str, status: RunStatus, lease_until: datetime | No
             f"run {run_id} is being driven: its orchestrator was heard {max(0.0, LEASE_S - left_s):.0f} s ago; stop it "
             f"first, or, if it is dead, wait {left_s:.0f} s"
         )
-
-
-def reason_of_attempt(reason: str | None) -> str:
-    """Why the attempt that was open has ended, in the words of a resumed run's history."""
-    return storable(f"interrupted: {reason}" if reason else "interrupted; the run was resumed")

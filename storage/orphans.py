@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from contract.durable_file import PARTIAL_PREFIX
@@ -27,6 +27,13 @@ class Orphan:
     age_s: float
 
 
+def named_artifacts(engine: Engine) -> set[str]:
+    """The hashes of both halves of every adapter version."""
+    row = schema.AdapterVersion
+    with Session(engine) as session:
+        return {sha256 for pair in session.execute(select(row.client_sha256, row.trunk_sha256)) for sha256 in pair}
+
+
 def orphans(url: str, artifacts: Path, older_than_s: float) -> list[Orphan]:
     """Files in `artifacts` that the database at `url` names nowhere, at least `older_than_s` old, by name.
 
@@ -35,9 +42,7 @@ def orphans(url: str, artifacts: Path, older_than_s: float) -> list[Orphan]:
     """
     with opened_engine(url) as engine:
         require_current(engine)
-        row = schema.AdapterVersion
-        with Session(engine) as session:
-            named = {sha256 for pair in session.execute(select(row.client_sha256, row.trunk_sha256)) for sha256 in pair}
+        named = named_artifacts(engine)
     found = list(_files(artifacts, named, time.time()))
     if found and not any((artifacts / f"{sha256}.safetensors").exists() for sha256 in named):
         raise ConfigError(f"none of the adapters in {artifacts} is of the database that is asked: is it the right one?")

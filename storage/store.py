@@ -111,7 +111,7 @@ class Store(Reader):
             leases.require_resumable(run_id, run.status, run.lease_until, now)
             opened = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
             if opened is not None:
-                _abort(opened, leases.reason_of_attempt(run.reason), now)
+                _abort(opened, "interrupted; the run was resumed", now)
             told = {"from": run.flower_run_id, "to": flower_run_id, "was": run.status, "reason": run.reason}
             session.add(schema.Event(run_id=run_id, kind="resumed", message="the run goes on", detail=told, at=now))
             run.status, run.reason, run.ended_at = "running", None, None

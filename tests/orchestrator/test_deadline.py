@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from contract.errors import ConnectionFailedError
-from contract.records import RoundProgress
-from orchestrator.deadline import LOOK_EVERY_S, NOTHING_SEEN, ProgressDeadline
+from contract.records import NOTHING_SEEN, RoundProgress
+from orchestrator.deadline import LOOK_EVERY_S, ProgressDeadline
 from orchestrator.exchange import MESSAGE_TTL_S
 from tests.orchestrator.fakes import FakeClock
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from contract.records import RoundProgress
-from orchestrator.deadline import NOTHING_SEEN, ProgressDeadline
+from contract.records import NOTHING_SEEN, RoundProgress
+from orchestrator.deadline import ProgressDeadline
 from orchestrator.exchange import MESSAGE_TTL_S, POLL_S, Answer, Exchange
 from orchestrator.messages import RoundOrder, adapter_record, order_message
 from tests.orchestrator.fakes import Content, FakeClock, FakeGrid, FakeNode

@@ -22,10 +22,9 @@ from contract.errors import (
     SessionError,
     TrunklineError,
 )
-from contract.records import RoundKey
+from contract.records import NOTHING_SEEN, RoundKey
 from contract.trunk_pb2_grpc import TrunkServicer, add_TrunkServicer_to_server
 from orchestrator.adapters import draw_first_adapter
-from orchestrator.deadline import NOTHING_SEEN
 from orchestrator.trunk import Trunk
 from tests.orchestrator.conftest import SETTINGS, LiveTrunk
 
