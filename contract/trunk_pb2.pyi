@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrunkDescription(_message.Message):
-    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions", "codecs", "weights")
+    __slots__ = ("protocol", "model", "layers", "hidden_size", "max_message_bytes", "max_tokens", "open_sessions", "max_sessions", "codecs", "weights", "version", "clock_unix_s", "challenge", "ticket_signer")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,10 @@ class TrunkDescription(_message.Message):
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_SIGNER_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: ModelAgreement
     layers: int
@@ -32,7 +36,11 @@ class TrunkDescription(_message.Message):
     max_sessions: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
     weights: str
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., weights: _Optional[str] = ...) -> None: ...
+    version: str
+    clock_unix_s: float
+    challenge: bytes
+    ticket_signer: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., open_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., weights: _Optional[str] = ..., version: _Optional[str] = ..., clock_unix_s: _Optional[float] = ..., challenge: _Optional[bytes] = ..., ticket_signer: _Optional[str] = ...) -> None: ...
 
 class ModelAgreement(_message.Message):
     __slots__ = ("fingerprint", "head_layers", "tail_layers", "dtype", "attn_implementation", "torch_version", "transformers_version", "peft_version")
@@ -137,7 +145,7 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., forward: _Optional[_Union[ForwardReply, _Mapping]] = ..., backward: _Optional[_Union[BackwardReply, _Mapping]] = ..., step: _Optional[_Union[StepReply, _Mapping]] = ..., adapter: _Optional[_Union[AdapterReply, _Mapping]] = ..., close: _Optional[_Union[CloseReply, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs", "trunk_autocast", "deterministic")
+    __slots__ = ("protocol", "client_id", "model", "lora", "seed", "adapter_sha256", "round", "trainable", "quiet", "codecs", "trunk_autocast", "deterministic", "ticket", "challenge", "proof")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +158,9 @@ class Hello(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     TRUNK_AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client_id: str
     model: ModelAgreement
@@ -162,10 +173,13 @@ class Hello(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[str]
     trunk_autocast: str
     deterministic: bool
-    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., trunk_autocast: _Optional[str] = ..., deterministic: _Optional[bool] = ...) -> None: ...
+    ticket: bytes
+    challenge: bytes
+    proof: bytes
+    def __init__(self, protocol: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelAgreement, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., trainable: _Optional[str] = ..., quiet: _Optional[bool] = ..., codecs: _Optional[_Iterable[str]] = ..., trunk_autocast: _Optional[str] = ..., deterministic: _Optional[bool] = ..., ticket: _Optional[bytes] = ..., challenge: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "credits", "autocast_dtype", "sample_cache_bytes")
+    __slots__ = ("session_id", "adapter_sha256", "max_pending", "pending_ttl_s", "chunk_bytes", "max_tokens", "codecs", "credits", "autocast_dtype", "sample_cache_bytes", "renewal")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +190,7 @@ class Welcome(_message.Message):
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RENEWAL_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     adapter_sha256: str
     max_pending: int
@@ -186,7 +201,8 @@ class Welcome(_message.Message):
     credits: int
     autocast_dtype: str
     sample_cache_bytes: int
-    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., credits: _Optional[int] = ..., autocast_dtype: _Optional[str] = ..., sample_cache_bytes: _Optional[int] = ...) -> None: ...
+    renewal: bytes
+    def __init__(self, session_id: _Optional[str] = ..., adapter_sha256: _Optional[str] = ..., max_pending: _Optional[int] = ..., pending_ttl_s: _Optional[float] = ..., chunk_bytes: _Optional[int] = ..., max_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., credits: _Optional[int] = ..., autocast_dtype: _Optional[str] = ..., sample_cache_bytes: _Optional[int] = ..., renewal: _Optional[bytes] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "size_bytes", "codec", "outlier_channels")
@@ -389,3 +405,51 @@ class ProgressReply(_message.Message):
     received_bytes: int
     sent_bytes: int
     def __init__(self, sessions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
+
+class SessionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SessionsReply(_message.Message):
+    __slots__ = ("sessions",)
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: _containers.RepeatedCompositeFieldContainer[OpenSession]
+    def __init__(self, sessions: _Optional[_Iterable[_Union[OpenSession, _Mapping]]] = ...) -> None: ...
+
+class OpenSession(_message.Message):
+    __slots__ = ("session_id", "client_id", "round", "open_s", "idle_s", "steps", "tokens", "received_bytes", "sent_bytes", "pending")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OPEN_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    client_id: str
+    round: RoundId
+    open_s: float
+    idle_s: float
+    steps: int
+    tokens: int
+    received_bytes: int
+    sent_bytes: int
+    pending: int
+    def __init__(self, session_id: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., open_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., pending: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("grace_s", "operator")
+    GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_FIELD_NUMBER: _ClassVar[int]
+    grace_s: float
+    operator: str
+    def __init__(self, grace_s: _Optional[float] = ..., operator: _Optional[str] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("open_sessions",)
+    OPEN_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    open_sessions: int
+    def __init__(self, open_sessions: _Optional[int] = ...) -> None: ...

@@ -316,3 +316,122 @@ class Trunk:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TrunkAdminStub:
+    """For the trunk's operator alone.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Sessions = channel.unary_unary(
+                '/trunkline.v1.TrunkAdmin/Sessions',
+                request_serializer=contract_dot_trunk__pb2.SessionsRequest.SerializeToString,
+                response_deserializer=contract_dot_trunk__pb2.SessionsReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/trunkline.v1.TrunkAdmin/Drain',
+                request_serializer=contract_dot_trunk__pb2.DrainRequest.SerializeToString,
+                response_deserializer=contract_dot_trunk__pb2.DrainReply.FromString,
+                _registered_method=True)
+
+
+class TrunkAdminServicer:
+    """For the trunk's operator alone.
+    """
+
+    def Sessions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Admits no more sessions from now on; the trunk ends once the open ones have, or grace_s later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TrunkAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Sessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sessions,
+                    request_deserializer=contract_dot_trunk__pb2.SessionsRequest.FromString,
+                    response_serializer=contract_dot_trunk__pb2.SessionsReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=contract_dot_trunk__pb2.DrainRequest.FromString,
+                    response_serializer=contract_dot_trunk__pb2.DrainReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'trunkline.v1.TrunkAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('trunkline.v1.TrunkAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class TrunkAdmin:
+    """For the trunk's operator alone.
+    """
+
+    @staticmethod
+    def Sessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline.v1.TrunkAdmin/Sessions',
+            contract_dot_trunk__pb2.SessionsRequest.SerializeToString,
+            contract_dot_trunk__pb2.SessionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline.v1.TrunkAdmin/Drain',
+            contract_dot_trunk__pb2.DrainRequest.SerializeToString,
+            contract_dot_trunk__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -187,6 +187,20 @@ class Event(Base):
     at: Mapped[datetime]
 
 
+class AuditEntry(Base):
+    """What an operator did by a command. Append-only, as the ledger's rows are."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_at", "at"),)  # the newest entries
+
+    audit_id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    at: Mapped[datetime]
+    operator: Mapped[str]
+    action: Mapped[str]
+    target: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+
+
 class RosterCounter(Base):
     """One row. Its version counts changes of identities, and outlives them: a roster's version is never used twice."""
 
@@ -198,14 +212,20 @@ class RosterCounter(Base):
 
 
 class Identity(Base):
-    """A client id and its key, which stay taken once revoked; `roster_version` is that of the row's last change."""
+    """A client id and its key, which stay taken once revoked; `roster_version` is that of the row's last change.
+
+    `certificate_key_sha256` is of the public key (SubjectPublicKeyInfo) in the TLS certificate that the client shows.
+    """
 
     __tablename__ = "identities"
+    # One TLS key speaks for one client.
+    __table_args__ = (Index("uq_identities_certificate_key_sha256", "certificate_key_sha256", unique=True),)
 
     client_id: Mapped[str] = mapped_column(primary_key=True)
     public_key: Mapped[str] = mapped_column(unique=True)
     enrolled_at: Mapped[datetime]
     enrolled_by: Mapped[str]
+    certificate_key_sha256: Mapped[str | None]
     revoked_at: Mapped[datetime | None]
     revoke_reason: Mapped[str | None]
     roster_version: Mapped[int]
