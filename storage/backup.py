@@ -94,11 +94,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
-    """Bring a backup into the database at `url`, which must hold nothing, and its adapters into `artifacts`.
+def restorable(url: str, directory: Path) -> Manifest:
+    """The manifest of a backup that `restore` would bring into the database at `url`; nothing is written.
 
     Raises what read_manifest does; StorageError where the database holds anything, ConfigError where it is of the other
-    engine, SchemaError where the backup is newer than this code. An older one is to be upgraded afterwards.
+    engine, SchemaError where the backup is newer than this code.
     """
     manifest = read_manifest(directory)
     if state(manifest.revision) == "newer":
@@ -107,6 +107,16 @@ def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
         if engine.dialect.name != manifest.engine:
             raise ConfigError(f"{directory} is of {manifest.engine}, and {shown(engine)} is {engine.dialect.name}")
         _require_empty(engine)
+    return manifest
+
+
+def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
+    """Bring a backup into the database at `url`, which must hold nothing, and its adapters into `artifacts`.
+
+    Raises what `restorable` does. A backup of an older schema is to be upgraded afterwards.
+    """
+    manifest = restorable(url, directory)
+    with opened_engine(url) as engine:
         for sha256 in manifest.adapters:
             artifacts.put((directory / "artifacts" / f"{sha256}.safetensors").read_bytes())
         _load(engine, make_url(url), directory / _NAMES[manifest.engine])

@@ -21,7 +21,8 @@ from sqlalchemy import Engine, event
 from typer.testing import CliRunner
 
 from orchestrator import verification
-from orchestrator.cli import adapter_app, config_app, rounds_app, runs_app
+from orchestrator.adapter_cli import app as adapter_app
+from orchestrator.cli import config_app, rounds_app, runs_app
 from orchestrator.export import export_adapter
 from tests.orchestrator.conftest import Bench, LiveTrunk, inside_a_flower_task, make_bench_at
 

@@ -274,7 +274,7 @@ def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
     def enroll_another() -> None:
         other: Store = open_store()
         other.enroll_client("b", second, "bob")
-        place.publish(other, datetime.now(UTC))
+        place.publish(other, datetime.now(UTC), "bob")
         other.close()
 
     thread = threading.Thread(target=enroll_another)
@@ -287,7 +287,7 @@ def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
         write_roster(*arguments)
 
     monkeypatch.setattr(publication, "write_roster", write_slowly)
-    assert place.publish(store, datetime.now(UTC)).version == 1
+    assert place.publish(store, datetime.now(UTC), "ada").version == 1
     thread.join(60)
     store.close()
     assert waited == [True]

@@ -22,7 +22,7 @@ from storage.store import open_store
 from tests.storage.ledger_cases import Key, admit_all, charge, unit
 
 SHIPPED = Path(__file__).parent / "shipped"
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 RUN = "20261101-000000-0001"
 
 

@@ -14,7 +14,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from contract.config import ConfigValue, RunConfig
-from orchestrator.cli import adapter_app, rounds_app
+from orchestrator.adapter_cli import app as adapter_app
+from orchestrator.cli import rounds_app
 from storage.records import RunMode
 from storage.store import Store, open_store, utc_now
 from trunkline import follow, resume
