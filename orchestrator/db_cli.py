@@ -145,12 +145,21 @@ def back_up_database(
     operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Copy the database, also while runs go on, and the adapters that it names. Keys are not in it."""
-    who = operator_name(operator)
-    with closing(open_present_store()) as store:
-        manifest = back_up(database_url(), ArtifactStore(artifacts_dir()), directory)
-        how = {"revision": manifest.revision, "adapters": len(manifest.adapters)}
-        note_done(store, Deed(who, "database-backed-up", str(directory.absolute()), how), "the backup is written")
+    """Copy the database, also while runs go on, and the adapters that it names. Keys are not in it.
+
+    It may be of an older schema, which keeps no log of it.
+    """
+    url, who = database_url(), operator_name(operator)
+    with opened_engine(url) as engine:
+        older = state(current_revision(engine)) == "older"
+    if older:
+        manifest = back_up(url, ArtifactStore(artifacts_dir()), directory)
+        talk(f"its schema is revision {manifest.revision}: the audit log is that of `trunkline db upgrade` and later")
+    else:
+        with closing(open_present_store()) as store:
+            manifest = back_up(url, ArtifactStore(artifacts_dir()), directory)
+            how = {"revision": manifest.revision, "adapters": len(manifest.adapters)}
+            note_done(store, Deed(who, "database-backed-up", str(directory.absolute()), how), "the backup is written")
     emit(_told(manifest, directory), output)
 
 
