@@ -18,13 +18,21 @@ from aggregation.encoding import noise_scale
 from clients.site import Site
 from contract.config import RunConfig
 from contract.errors import BudgetError, ConfigError, HeadsFullError, LedgerError
-from contract.privacy_records import ALL_DATASETS, Budget, Channel, PricedRelease, PrivacyEvent, Standing, Unit
+from contract.privacy_records import (
+    ALL_DATASETS,
+    NODE_CONFIG,
+    Budget,
+    Channel,
+    PricedRelease,
+    PrivacyEvent,
+    Standing,
+    Unit,
+)
 from contract.records import RoundKey
 from privacy.accountant import ACCOUNTANT
 from privacy.filters import admit_standing, require_one_level
 from privacy.plan import level_of, register_budget, round_releases
 from storage.ledger import Ledger, open_ledger, open_ledger_to_read
-from storage.ledger_rows import NODE_CONFIG
 from storage.records import Charge, SignedHead
 
 logger = logging.getLogger("trunkline.clients")

@@ -35,7 +35,7 @@ from contract.model_files import (
 )
 from contract.records import CutLayers, Side
 
-__all__ = ["PartInfo", "fingerprint", "make_folder", "part_info", "write_parts"]
+__all__ = ["PartInfo", "fingerprint", "make_folder", "part_bytes", "part_info", "write_parts"]
 
 _PIECE_BYTES = 8 * 1024 * 1024
 SHARD_BYTES = 2 * 1024**3
@@ -126,17 +126,8 @@ def write_parts(model_dir: str | Path, out_dir: str | Path, cut: CutLayers, dtyp
     directory, out = resolve_model(model_dir), Path(out_dir)
     if part_info(directory) is not None:
         raise ModelError(f"{directory} is a part already; split the whole model")
-    found = probe(directory)
-    cut.check(found.layers)
+    client, trunk = _parted(directory, cut)
     identity = fingerprint(directory)
-    tensors = stored_tensors(directory)
-    layer_of = _layer_reader(found.layers_path)
-    trunk_layers = cut.kept(found.layers, "trunk")
-    trunk = [tensor for tensor in tensors if layer_of(tensor.name) in trunk_layers]
-    held = {layer_of(tensor.name) for tensor in trunk}
-    if held != trunk_layers:
-        raise ModelError(f"{directory} has no weights for layers {sorted(trunk_layers - held)}")
-    client = [tensor for tensor in tensors if layer_of(tensor.name) not in trunk_layers]
     sizes: dict[str, int] = {}
     sides: tuple[tuple[Side, list[StoredTensor]], ...] = (("client", client), ("trunk", trunk))
     for side, _ in sides:
@@ -151,6 +142,37 @@ def write_parts(model_dir: str | Path, out_dir: str | Path, cut: CutLayers, dtyp
             shutil.rmtree(out / written, ignore_errors=True)
         raise
     return {**sizes, "whole": sizes["client"] + sizes["trunk"]}
+
+
+def part_bytes(model_dir: str | Path, cut: CutLayers, side: Side, dtype: str) -> int:
+    """Bytes of the weights of one side, floating-point ones in `dtype`, from the headers alone.
+
+    `model_dir` is the whole model, or that side's part, whose own cut counts. Raises ConfigError for a cut that the
+    model cannot have, ModelError, UnsupportedModelError.
+    """
+    directory = resolve_model(model_dir)
+    info = part_info(directory)
+    if info is None:
+        tensors = _parted(directory, cut)[0 if side == "client" else 1]
+    elif info.side != side:
+        raise ModelError(f"{directory} is the {info.side} part of a model; name the whole one or its {side} part")
+    else:
+        tensors = stored_tensors(directory)
+    return sum(_written_size(tensor, dtype) for tensor in tensors)
+
+
+def _parted(directory: Path, cut: CutLayers) -> tuple[list[StoredTensor], list[StoredTensor]]:
+    """The tensors of a whole checkpoint that are the client's, and those that are the trunk's."""
+    found = probe(directory)
+    cut.check(found.layers)
+    tensors = stored_tensors(directory)
+    layer_of = _layer_reader(found.layers_path)
+    trunk_layers = cut.kept(found.layers, "trunk")
+    trunk = [tensor for tensor in tensors if layer_of(tensor.name) in trunk_layers]
+    held = {layer_of(tensor.name) for tensor in trunk}
+    if held != trunk_layers:
+        raise ModelError(f"{directory} has no weights for layers {sorted(trunk_layers - held)}")
+    return [tensor for tensor in tensors if layer_of(tensor.name) not in trunk_layers], trunk
 
 
 def _layer_reader(layers_path: str) -> Callable[[str], int | None]:

@@ -27,6 +27,7 @@ from contract.errors import ConfigError, TrunklineError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 SCHEMA_VERSION = 1
 EXIT_INTERRUPTED = 130
@@ -59,9 +60,9 @@ def emit(
         _print_table(plain, columns, title)
     elif fmt is OutputFormat.JSONL and isinstance(plain, list):
         for row in plain:
-            typer.echo(_envelope("ok", data=row))
+            typer.echo(envelope("ok", data=row))
     else:
-        typer.echo(_envelope("ok", data=plain))
+        typer.echo(envelope("ok", data=plain))
 
 
 def talk(message: str) -> None:
@@ -137,7 +138,7 @@ def report_error(error: TrunklineError, fmt: OutputFormat = OutputFormat.TABLE) 
     talk(f"error: {reason}")
     if fmt is not OutputFormat.TABLE:
         detail = {"type": type(error).__name__, "message": reason, "exit_code": error.exit_code}
-        typer.echo(_envelope("error", error=detail))
+        typer.echo(envelope("error", error=detail))
 
 
 def _chosen_format(arguments: Mapping[str, object]) -> OutputFormat:
@@ -145,7 +146,8 @@ def _chosen_format(arguments: Mapping[str, object]) -> OutputFormat:
     return next(chosen, OutputFormat.TABLE)
 
 
-def _envelope(status: str, **body: object) -> str:
+def envelope(status: str, **body: object) -> str:
+    """One line of JSON as every command prints it; `body` is `data` or `error`."""
     return json.dumps({"schema_version": SCHEMA_VERSION, "status": status, **body}, ensure_ascii=False, allow_nan=False)
 
 
@@ -154,12 +156,19 @@ def _print_table(plain: Any, columns: Sequence[str] | None, title: str | None) -
 
     # A pipe has no width: without this rich would fold every row at 80 characters.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPED_TABLE_WIDTH, highlight=False)
+    console.print(renderable(plain, columns, title))
+
+
+def renderable(data: object, columns: Sequence[str] | None, title: str | None) -> Table | Text:
+    """`data` as `emit` shows it to people, for who draws it by other means."""
+    from rich.text import Text
+
+    plain = plain_data(data)
     if isinstance(plain, list):
-        console.print(_rows_table(plain, columns, title))
-    elif isinstance(plain, dict):
-        console.print(_object_table(plain, columns, title))
-    else:
-        console.print(_cell(plain), markup=False)
+        return _rows_table(plain, columns, title)
+    if isinstance(plain, dict):
+        return _object_table(plain, columns, title)
+    return Text(_cell(plain))
 
 
 def _rows_table(rows: list[Any], columns: Sequence[str] | None, title: str | None) -> Table:

@@ -28,6 +28,8 @@ CHANNELS: tuple[Channel, ...] = get_args(Channel)
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
 ALL_DATASETS = "*"
 """The dataset of a unit that stands for all of a client's datasets together; only budgets are kept for it."""
+NODE_CONFIG, RUN_PREFIX = "node config", "run "
+"""Who sets a budget where no person does: a site's settings, and a run (with its id)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +155,8 @@ class Standing:
     chosen: bool = False
     client_chosen: bool = False
     other_level: bool = False
+
+
+def chosen_by_person(operator: str) -> bool:
+    """Whether `operator`, who set a budget, is a person rather than settings that stood there before."""
+    return operator != NODE_CONFIG and not operator.startswith(RUN_PREFIX)

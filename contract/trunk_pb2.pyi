@@ -417,7 +417,7 @@ class SessionsReply(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[OpenSession, _Mapping]]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
-    __slots__ = ("session_id", "client_id", "round", "open_s", "idle_s", "steps", "tokens", "received_bytes", "sent_bytes", "pending")
+    __slots__ = ("session_id", "client_id", "round", "open_s", "idle_s", "steps", "tokens", "received_bytes", "sent_bytes", "pending", "quiet")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -428,6 +428,7 @@ class OpenSession(_message.Message):
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
+    QUIET_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     client_id: str
     round: RoundId
@@ -438,7 +439,8 @@ class OpenSession(_message.Message):
     received_bytes: int
     sent_bytes: int
     pending: int
-    def __init__(self, session_id: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., open_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., pending: _Optional[int] = ...) -> None: ...
+    quiet: bool
+    def __init__(self, session_id: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[_Union[RoundId, _Mapping]] = ..., open_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., pending: _Optional[int] = ..., quiet: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_s", "operator")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -13,8 +13,8 @@ from urllib.parse import quote
 import typer
 
 from contract.errors import ConfigError, IntegrityError, StorageError
+from contract.operators import OperatorOption, operator_name
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
-from orchestrator.operators import OperatorOption, operator_name
 
 if TYPE_CHECKING:
     from contract.config import RunConfig
@@ -274,21 +274,11 @@ def _url(site: Path | None) -> str | None:
 
 
 def _settings(runs: set[str]) -> dict[str, RunConfig]:
-    """The settings of those runs that the database still has, as far as this version reads them."""
-    from contract.config import RunConfig
+    from orchestrator.settings import settings_of
     from storage.store import open_reader
 
-    found = {}
-    reader = open_reader()
-    try:
-        for run in runs:
-            try:
-                found[run] = RunConfig.from_flower(reader.get_run(run).config)
-            except (StorageError, ConfigError) as error:
-                talk(f"run {run} is judged by its charges alone: {error}")
-    finally:
-        reader.close()
-    return found
+    with closing(open_reader()) as reader:
+        return settings_of(reader, runs)
 
 
 def _run_budgets(

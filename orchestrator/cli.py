@@ -1,10 +1,9 @@
-"""`trunkline runs|rounds|adapter|config`: what was run, what came of it, and what a run would be set to."""
+"""`trunkline runs|rounds|config`: what was run, what came of it, and what a run would be set to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,20 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contract.errors import ConfigError, StorageError
+from contract.operators import OperatorOption, operator_name
+from contract.options import DryRunOption, LimitOption, NewestOption, SinceOption, WatchOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
+from contract.watching import Look, watch
 from orchestrator.metrics import best_version, judged_losses
-from orchestrator.operators import OperatorOption, operator_name
 from orchestrator.protection import told_protection, told_run_privacy
-from storage.home import artifacts_dir, home_dir
+from storage.home import adapter_dir
 from storage.reader import LAST, Reader
-from storage.records import ParticipationRow, RoundRow, RunRow
+from storage.records import Deed, ParticipationRow, RoundRow, RunRow
 
 if TYPE_CHECKING:
     from storage.ledger import Ledger
 
 runs_app = typer.Typer(help="Runs: what was started, how it stands or ended.", no_args_is_help=True)
 rounds_app = typer.Typer(help="Rounds of a run.", no_args_is_help=True)
-adapter_app = typer.Typer(help="Adapters: what a run is for.", no_args_is_help=True)
 config_app = typer.Typer(help="A run's settings.", no_args_is_help=True)
 
 RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, or its Flower run id.")]
@@ -51,9 +51,14 @@ class Status(StrEnum):
     STOPPED = "stopped"
 
 
+class AttemptStatus(StrEnum):
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
 @runs_app.callback()
 @rounds_app.callback()
-@adapter_app.callback()
 @config_app.callback()
 def _group() -> None:
     """Keeps a group with one command a group."""
@@ -62,19 +67,23 @@ def _group() -> None:
 @runs_app.command("list")
 @cli_errors
 def list_runs(
-    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
+    limit: LimitOption = 20,
     status: Annotated[Status | None, typer.Option(help="Only runs that stand like this.")] = None,
-    since: Annotated[
-        datetime | None,
-        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Only runs that began then (UTC) or later."),
-    ] = None,
+    since: SinceOption = None,
+    watching: WatchOption = False,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """The newest runs."""
-    began = None if since is None else since.replace(tzinfo=UTC)
     with _reader() as reader:
-        found = reader.list_runs(limit, status.value if status else None, since=began)
-        rows = [_run_data(reader, run) for run in found]
+
+        def look() -> Look:
+            found = reader.list_runs(limit, status.value if status else None, since=in_utc(since))
+            return Look([_run_data(reader, run) for run in found])
+
+        if watching:
+            watch(look, output, RUN_COLUMNS)
+            return
+        rows = look().data
     emit(rows, output, columns=RUN_COLUMNS)
 
 
@@ -88,7 +97,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         with _ledger() as ledger:
             data["privacy"] = "; ".join(told_run_privacy(row, ledger))
-        data["adapter"] = _adapter_directory(row.run_id) if _adapter_directory(row.run_id).is_dir() else None
+        data["adapter"] = adapter_dir(row.run_id) if adapter_dir(row.run_id).is_dir() else None
         data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
         data |= {"ended_at": row.ended_at, "config": row.config}
     emit(data, output, columns=SHOW_COLUMNS)
@@ -100,7 +109,8 @@ def stop_run(
     run: RunArgument = None,
     last: LastOption = False,
     reason: Annotated[str, typer.Option(help="Why, for the run's history.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
     operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
@@ -110,34 +120,52 @@ def stop_run(
 
     `trunkline runs resume` goes on with it.
     """
-    from storage.store import open_store
+    from storage.store import open_present_store
 
-    with closing(open_store()) as store:
-        row = store.get_run(named_run(run, last))
+    named, who = named_run(run, last), operator_name(operator)
+    with closing(open_present_store()) as store:
+        row = store.get_run(named)
         if row.status != "running":
             raise StorageError(f"run {row.run_id} has {row.status} already")
+        told = f"stopped by {who}" + (f": {reason}" if reason else "")
+        if dry_run:
+            emit({"run": row.run_id, "status": row.status, "committed_rounds": row.committed_rounds}, output)
+            talk("it would be stopped; its open round, if there is one, would be aborted")
+            return
         require_agreed("a run is ended", f"Stop run {row.run_id}, {row.committed_rounds} rounds committed?", yes=yes)
-        told = f"stopped by {operator_name(operator)}" + (f": {reason}" if reason else "")
-        if not store.finish_run(row.run_id, "stopped", told):
+        deed = Deed(who, "run-stopped", row.run_id, {"reason": reason})
+        if not store.finish_run(row.run_id, "stopped", told, deed=deed):
             raise StorageError(f"run {row.run_id} ended by itself meanwhile")
         emit({"run": row.run_id, "status": "stopped", "reason": told}, output)
 
 
 @rounds_app.command("list")
 @cli_errors
-def list_rounds(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
+def list_rounds(
+    run: RunArgument = None,
+    last: LastOption = False,
+    status: Annotated[AttemptStatus | None, typer.Option(help="Only attempts that stand like this.")] = None,
+    since: SinceOption = None,
+    limit: NewestOption = None,
+    watching: WatchOption = False,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
     """Every attempt at every round of a run. The held-out loss is that of the adapter which the round committed."""
     with _reader() as reader:
-        row = reader.get_run(named_run(run, last))
-        attempts = reader.rounds(row.run_id)
-        cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
-        for one in reader.participations(row.run_id):
-            cohorts.setdefault((one.number, one.attempt), []).append(one)
-        metrics = reader.metrics(row.run_id, over_clients=True)
-    losses = judged_losses(metrics)
-    told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
-    rows = [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
-    emit(rows, output, columns=ROUND_COLUMNS, title=f"run {row.run_id}: {row.status}")
+        run_id, opened = reader.get_run(named_run(run, last)).run_id, in_utc(since)
+
+        def look() -> Look:
+            row = reader.get_run(run_id)
+            attempts = [one for one in reader.rounds(run_id) if status is None or one.status == status.value]
+            attempts = [one for one in attempts if opened is None or one.opened_at >= opened]
+            data = _rounds_data(reader, run_id, attempts if limit is None else attempts[-limit:])
+            return Look(data, f"run {run_id}: {row.status}", final=row.status != "running")
+
+        if watching:
+            watch(look, output, ROUND_COLUMNS)
+            return
+        found = look()
+    emit(found.data, output, columns=ROUND_COLUMNS, title=found.title)
 
 
 @rounds_app.command("show")
@@ -169,84 +197,6 @@ def show_round(
     ]
     title = f"run {row.run_id}, round {number}: " + "; ".join(map(_attempt_told, attempts.values()))
     emit(rows, output, columns=CLIENT_COLUMNS, title=title)
-
-
-@adapter_app.command("list")
-@cli_errors
-def list_adapters(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
-    """The adapters that a run committed, version 0 first, with the hashes of both halves."""
-    with _reader() as reader:
-        row = reader.get_run(named_run(run, last))
-        losses = judged_losses(reader.metrics(row.run_id, over_clients=True))
-        versions = reader.adapter_versions(row.run_id)
-    rows = [
-        {
-            "round": version.number,
-            "held_out_loss": losses.get(version.number),
-            "trained_tokens": version.trained_tokens,
-            "client_sha256": version.client_sha256,
-            "trunk_sha256": version.trunk_sha256,
-            "created_at": version.created_at.replace(microsecond=0),
-        }
-        for version in versions
-    ]
-    emit(rows, output, title=f"run {row.run_id}: {row.status}")
-
-
-@adapter_app.command("export")
-@cli_errors
-def export(
-    run: RunArgument = None,
-    last: LastOption = False,
-    number: Annotated[
-        int | None, typer.Option("--round", min=0, help="The adapter of this round; 0 is the first one.")
-    ] = None,
-    best: Annotated[bool, typer.Option("--best", help="The adapter with the lowest held-out loss.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Directory to write; default: HOME/runs/RUN/adapter.")] = None,
-    output: OutputOption = OutputFormat.TABLE,
-) -> None:
-    """Write a committed adapter, by default the newest, as a directory that stock PEFT loads."""
-    from orchestrator.export import export_adapter
-    from storage.artifacts import ArtifactStore
-
-    if best and number is not None:
-        raise ConfigError("--best and --round both choose an adapter; give one of them")
-    with _reader() as reader:
-        row = reader.get_run(named_run(run, last))
-        chosen = row.committed_rounds if number is None else number
-        if best:
-            chosen = _best(reader, row)
-        directory = (out or _adapter_directory(row.run_id)).absolute()
-        export = export_adapter(reader, ArtifactStore(artifacts_dir()), row, chosen, directory)
-    emit(export, output)
-    talk(f"check it with: trunkline adapter verify {directory}")
-
-
-@adapter_app.command("verify")
-@cli_errors
-def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An exported adapter.")],
-    model: Annotated[
-        str | None, typer.Option(help="The whole base model; default: the one that the export names.")
-    ] = None,
-    output: OutputOption = OutputFormat.TABLE,
-) -> None:
-    """Load an adapter with stock PEFT in a fresh process; fail unless it is what was trained."""
-    from orchestrator.verification import verify_adapter
-    from storage.artifacts import ArtifactStore
-
-    with _reader_if_any() as reader:
-        found = verify_adapter(directory.absolute(), model, reader, ArtifactStore(artifacts_dir()))
-    if output is OutputFormat.TABLE:
-        emit(found.findings, output, columns=("check", "ok", "found"), title=f"adapter {found.adapter_sha256[:12]}")
-    else:
-        emit({"ok": found.ok, "adapter": found.adapter, "model": found.model, "committed": found.committed,
-              "adapter_sha256": found.adapter_sha256, "findings": found.findings}, output)  # fmt: skip
-    if not found.committed:
-        talk("note: this machine's database does not know the run; hashes were compared with the export's record only")
-    if not found.ok:
-        talk(f"error: {directory} is not what was trained: " + _failed_checks(found.findings))
-        raise typer.Exit(1)
 
 
 @config_app.command("show")
@@ -291,39 +241,11 @@ def _ledger() -> Iterator[Ledger]:
         ledger.close()
 
 
-@contextmanager
-def _reader_if_any() -> Iterator[Reader | None]:
-    """None where this machine has no database: who received an adapter may verify it too."""
-    from storage.store import has_database
-
-    if not has_database():
-        yield None
-        return
-    with _reader() as reader:
-        yield reader
-
-
 def named_run(run: str | None, last: bool) -> str:
     """What a command was told of which run it is for. Raises ConfigError unless that is one."""
     if (run is None) != last:
         raise ConfigError("name one run: RUN or --last" + (", not both" if last else ""))
     return LAST if run is None else run
-
-
-def _adapter_directory(run_id: str) -> Path:
-    return home_dir() / "runs" / run_id / "adapter"
-
-
-def _best(reader: Reader, run: RunRow) -> int:
-    if run.config.get("dp", "off") != "off":
-        raise ConfigError(
-            f"run {run.run_id} has differential privacy, and --best would choose its adapter by losses that nothing "
-            "prices; choose one with --round"
-        )
-    best = best_version(judged_losses(reader.metrics(run.run_id, over_clients=True)))
-    if best is None:
-        raise StorageError(f"no adapter of run {run.run_id} was judged on held-out text; choose one with --round")
-    return best
 
 
 def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
@@ -339,6 +261,16 @@ def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
         "secagg": told_protection(reader, run),
         "created_at": run.created_at.replace(microsecond=0),
     }
+
+
+def _rounds_data(reader: Reader, run_id: str, attempts: Sequence[RoundRow]) -> list[dict[str, Any]]:
+    cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
+    for one in reader.participations(run_id):
+        cohorts.setdefault((one.number, one.attempt), []).append(one)
+    metrics = reader.metrics(run_id, over_clients=True)
+    losses = judged_losses(metrics)
+    told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
+    return [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
 
 
 def _round_data(
@@ -369,7 +301,3 @@ def _round_data(
 
 def _attempt_told(attempt: RoundRow) -> str:
     return f"attempt {attempt.attempt} {attempt.status}" + (f" ({attempt.reason})" if attempt.reason else "")
-
-
-def _failed_checks(findings: Any) -> str:
-    return "; ".join(f"{finding.check} ({finding.found})" for finding in findings if not finding.ok)

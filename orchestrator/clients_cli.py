@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from contract.errors import ConfigError, TrunklineError
+from contract.errors import ConfigError, StorageError, TrunklineError
+from contract.operators import OperatorOption, operator_name
+from contract.options import DryRunOption, NewestOption, SinceOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
-from orchestrator.operators import OperatorOption, operator_name
 from storage.records import IdentityRow
 
 if TYPE_CHECKING:
@@ -74,25 +75,53 @@ def enroll(
     line, who = _public_line(public_key), operator_name(operator)
     with _change(roster, signing_key) as (store, publication):
         version = store.enroll_client(client_id, line, who)
-        _finish(f"client {client_id} is enrolled", client_id, version, store, publication, output)
+        _finish(f"client {client_id} is enrolled", client_id, version, store, publication, who, output)
 
 
 @app.command("list")
 @cli_errors
 def list_clients(
     everybody: Annotated[bool, typer.Option("--all", help="Also those that were revoked.")] = False,
+    since: SinceOption = None,
+    limit: NewestOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Enrolled clients and their keys."""
+    """Enrolled clients and their keys. --since and --limit go by when a client was enrolled or revoked last."""
     from storage.store import open_reader
 
-    reader = open_reader()
-    try:
+    with closing(open_reader()) as reader:
         version, rows = reader.roster_version(), reader.list_identities(include_revoked=everybody)
-    finally:
-        reader.close()
+    changed = in_utc(since)
+    rows = [row for row in rows if changed is None or (row.revoked_at or row.enrolled_at) >= changed]
+    if limit is not None:
+        kept = sorted(row.roster_version for row in rows)[-limit:]
+        rows = [row for row in rows if row.roster_version in kept]
     columns = ALL_COLUMNS if everybody else COLUMNS
     emit([_row_data(row) for row in rows], output, columns=columns, title=f"roster version {version}")
+
+
+@app.command("show")
+@cli_errors
+def show_client(
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="An enrolled client's id, or a Flower node's.")],
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """All that is known of one client: its identity and who changed it, the nodes that spoke for it, what it took part
+    in, and its privacy budgets.
+
+    `last_seen_at` is its newest first contact in a run, or answer in a round.
+    """
+    from orchestrator.client_view import read_client, tables
+    from storage.ledger import open_ledger_to_read
+    from storage.store import open_reader
+
+    with closing(open_reader()) as reader, closing(open_ledger_to_read()) as ledger:
+        found = read_client(reader, ledger, client)
+    if output is not OutputFormat.TABLE:
+        emit(found, output)
+        return
+    for title, columns, data in tables(found):
+        emit(data, output, columns, title)
 
 
 @app.command("revoke")
@@ -100,9 +129,8 @@ def list_clients(
 def revoke(
     client_id: ClientArgument,
     reason: Annotated[str, typer.Option(help="Why, for the record.")],
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask; needed where there is no terminal to ask at.")
-    ] = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
     operator: OperatorOption = None,
     roster: RosterOption = None,
     signing_key: RosterKeyOption = None,
@@ -115,10 +143,13 @@ def revoke(
     who = operator_name(operator)
     if not reason.strip():
         raise ConfigError("--reason is empty; say why, for the record")
+    if dry_run:
+        _tell_revocation(client_id, output)
+        return
     with _change(roster, signing_key) as (store, publication):
         require_agreed("revoking cannot be taken back", f"Revoke client {client_id} for ever?", yes=yes)
         version = store.revoke_client(client_id, who, reason)
-        _finish(f"client {client_id} is revoked", client_id, version, store, publication, output)
+        _finish(f"client {client_id} is revoked", client_id, version, store, publication, who, output)
 
 
 @app.command("roster")
@@ -126,6 +157,7 @@ def revoke(
 def publish_roster(
     out: Annotated[Path, typer.Option(help="File to publish; an earlier roster there is replaced.")],
     signing_key: Annotated[Path, typer.Option(help="The roster signer's private key, made by `clients keygen`.")],
+    operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Publish who is enrolled as a signed file. Each site keeps a copy and pins the signer's public key.
@@ -134,14 +166,11 @@ def publish_roster(
     """
     from contract.identity import public_key_text
     from orchestrator.publication import Publication
-    from storage.store import open_reader
+    from storage.store import open_present_store
 
-    publication = Publication.at(out, signing_key)
-    reader = open_reader()
-    try:
-        published = publication.publish(reader, datetime.now(UTC))
-    finally:
-        reader.close()
+    who, publication = operator_name(operator), Publication.at(out, signing_key)
+    with closing(open_present_store()) as store:
+        published = publication.publish(store, datetime.now(UTC), who)
     data = {"roster": publication.path, "version": published.version, "members": len(published.members)}
     emit(data | {"issued_at": published.issued_at, "signer": public_key_text(published.signer)}, output)
 
@@ -167,19 +196,39 @@ def _change(roster: Path | None, signing_key: Path | None) -> Iterator[tuple[Sto
 
 
 def _finish(
-    done: str, client_id: str, version: int, store: Store, publication: Publication | None, output: OutputFormat
+    done: str,
+    client_id: str,
+    version: int,
+    store: Store,
+    publication: Publication | None,
+    operator: str,
+    output: OutputFormat,
 ) -> None:
     """Publish what was changed, where that was asked for, and tell of both."""
     if publication is None:
         talk(f"{done}; sites learn of it once you publish: trunkline clients roster --out FILE --signing-key FILE")
     else:
         try:
-            version = publication.publish(store, datetime.now(UTC)).version
+            version = publication.publish(store, datetime.now(UTC), operator).version
         except TrunklineError:
             talk(f"{done}, but the roster was not published; do it with `trunkline clients roster`")
             raise
     path = None if publication is None else publication.path
     emit({"client_id": client_id, "roster_version": version, "published": path}, output)
+
+
+def _tell_revocation(client_id: str, output: OutputFormat) -> None:
+    """Say whom `revoke` would shut out. Raises StorageError unless it is enrolled."""
+    from storage.store import open_reader
+
+    with closing(open_reader()) as reader:
+        row = next((one for one in reader.list_identities() if one.client_id == client_id), None)
+    if row is None:
+        raise StorageError(
+            f"client {client_id} is not enrolled, or was revoked already: `trunkline clients list --all`"
+        )
+    emit(_row_data(row), output)
+    talk(f"client {client_id} would be revoked, for ever")
 
 
 def _public_line(given: str) -> str:

@@ -55,8 +55,8 @@ def export_adapter(reader: Reader, artifacts: ArtifactStore, run: RunRow, number
         "attn_implementation": config.attn_implementation,
     }
     title = f"Adapter of run {run.run_id}, round {number}"
-    tensors = _joined(artifacts, version)
-    write_export(directory, tensors, _structure(reader, run.run_id), config.model, title, origin)
+    tensors = joined(artifacts, version)
+    write_export(directory, tensors, structure(reader, run.run_id), config.model, title, origin)
     return Export(run.run_id, number, directory, joined_sha256(artifacts, version))
 
 
@@ -64,10 +64,11 @@ def joined_sha256(artifacts: ArtifactStore, version: AdapterVersionRow) -> str:
     """The id of the whole adapter of a version, which is the SHA-256 of its export's weights file."""
     from contract.adapter import sha256_hex, to_bytes
 
-    return sha256_hex(to_bytes(_joined(artifacts, version)))
+    return sha256_hex(to_bytes(joined(artifacts, version)))
 
 
-def _joined(artifacts: ArtifactStore, version: AdapterVersionRow) -> Mapping[str, Any]:
+def joined(artifacts: ArtifactStore, version: AdapterVersionRow) -> Mapping[str, Any]:
+    """The tensors of both halves of a version. Raises StorageError, and IntegrityError where one was changed."""
     from contract.adapter import from_bytes
 
     return {
@@ -76,7 +77,8 @@ def _joined(artifacts: ArtifactStore, version: AdapterVersionRow) -> Mapping[str
     }
 
 
-def _structure(reader: Reader, run_id: str) -> LoraSpec:
+def structure(reader: Reader, run_id: str) -> LoraSpec:
+    """The structure of a run's adapters. Raises StorageError for a run that has none."""
     for event in reader.events(run_id, limit=MOST_EVENTS):
         if event.kind == STRUCTURE_EVENT:
             lists = {name: tuple(value) for name, value in event.detail.items() if isinstance(value, list)}

@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from contract.errors import ConfigError, IntegrityError, StorageError
 from contract.identity import decode_public_key, read_private_key
 from contract.roster import Roster, read_roster, write_roster
-from storage.reader import Reader
-from storage.records import RosterRow
+from orchestrator.deeds import note_done
+from storage.records import Deed, RosterRow
+from storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,13 @@ class Publication:
             )
         return published
 
-    def publish(self, reader: Reader, now: datetime) -> Roster:
+    def publish(self, store: Store, now: datetime, operator: str) -> Roster:
         """Write the database's roster as it stands, unless it is published already; raises as `check` and write_roster.
 
         Operators who publish at the same time take turns, so that none puts an older list over a newer one.
         """
         with _alone_in(self.path.parent):
-            row = reader.roster()
+            row = store.roster()
             if row.version == 0:
                 raise ConfigError("nobody was ever enrolled, so there is no roster yet: `trunkline clients enroll`")
             published = self.check(row)
@@ -70,6 +71,8 @@ class Publication:
                 return published
             roster = Roster(row.version, now.replace(microsecond=0), self.signer, _members(row))
             write_roster(self.path, roster, self.signing_key)
+            how = {"version": roster.version, "members": len(roster.members)}
+            note_done(store, Deed(operator, "roster-published", str(self.path), how), "the roster is published")
             return roster
 
 

@@ -1,4 +1,4 @@
-"""`trunkline trunk serve|status` and `trunkline model split`. Torch is imported only when a command runs."""
+"""`trunkline trunk serve|status|sessions|drain` and `trunkline model split`. A command imports torch when it runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
+from server_trunk.admin_cli import drain, show_sessions
 from storage.home import home_dir
 
 if TYPE_CHECKING:
@@ -222,3 +223,7 @@ def split(
         for part in ("client", "trunk", "whole")
     ]
     emit(rows, output, columns=("part", "size", "share", "path"))
+
+
+app.command("sessions")(show_sessions)
+app.command("drain")(drain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from contract.errors import ConfigError, ConnectionFailedError, ListenError, StorageError
 from contract.records import CutLayers
 from contract.wire import message_limits
+from server_trunk.admin import AdminServicer
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, choose_device, load_trunk
 from server_trunk.heap import Heap
@@ -120,6 +122,8 @@ class TrunkServer:
         self._first_lane = Worker("trunk-compute-1")
         self._disk = Worker("trunk-disk")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.told_to_end = asyncio.Event()
+        self._cut_off_s = math.inf
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
             options.max_sessions,
             options.max_pending,
@@ -176,6 +180,7 @@ class TrunkServer:
             spill=self._spill,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        self._server.add_generic_rpc_handlers((AdminServicer(self._table, self.end_within).handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -188,13 +193,34 @@ class TrunkServer:
         self._beating = asyncio.create_task(self._beat())
         return f"{host}:{port}", f"{engine.summary()} {found.summary()}"
 
+    def end(self) -> None:
+        """Have the trunk end as the options say: open sessions get their grace period, or the rest of a shorter one.
+
+        torchrun's own patience bounds it.
+        """
+        grace_s = self._options.grace_s if self._member.size == 1 else min(self._options.grace_s, _TORCHRUN_GRACE_S)
+        self._cut_off_s = min(self._cut_off_s, time.monotonic() + grace_s)
+        self.told_to_end.set()
+
+    def end_within(self, grace_s: float) -> None:
+        """Admit no more sessions from now on, and end once the open ones have, or in `grace_s` seconds.
+
+        The last call decides, also while the trunk drains already.
+        """
+        self._table.stop_admitting()
+        self._cut_off_s = time.monotonic() + grace_s
+        self.told_to_end.set()
+
     async def drain(self, hurry: asyncio.Event) -> None:
-        """Admit no more sessions, let the open ones finish for the grace period (or until `hurry`), then stop."""
+        """Admit no more sessions, let the open ones finish until they are cut off (or until `hurry`), then stop."""
         self._table.stop_admitting()
         await self._health.enter_graceful_shutdown()
-        grace_s = self._options.grace_s if self._member.size == 1 else min(self._options.grace_s, _TORCHRUN_GRACE_S)
-        deadline = time.monotonic() + grace_s
-        while self._table.taken and time.monotonic() < deadline and not hurry.is_set():
+        if not self.told_to_end.is_set():
+            self.end()
+        logger.warning(
+            "draining for up to %.0f s; signal again to stop now", max(0.0, self._cut_off_s - time.monotonic())
+        )
+        while self._table.taken and time.monotonic() < self._cut_off_s and not hurry.is_set():
             await asyncio.sleep(_DRAIN_POLL_S)
         if self._table.taken:
             logger.warning("%d sessions were still open and are cut off", self._table.taken)
@@ -303,16 +329,20 @@ def follow(options: ServeOptions, member: Member) -> None:
 
 
 async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> bool:
-    """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends the grace period.
+    """Serve until SIGTERM, Ctrl-C or an operator tells it to end, then drain; a second signal ends the grace period.
 
     `on_ready` is called with HOST:PORT and what is served once clients can come and the announce file is there.
     False when a signal came before that: the thread that loads the model may still run, and cannot be stopped.
     """
     server = TrunkServer(options)
-    ending, hurry = asyncio.Event(), asyncio.Event()
+    ending, hurry = server.told_to_end, asyncio.Event()
+    signalled = asyncio.Event()
 
     def end() -> None:
-        (hurry if ending.is_set() else ending).set()
+        if signalled.is_set():
+            hurry.set()
+        signalled.set()
+        server.end()
 
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -329,7 +359,6 @@ async def serve(options: ServeOptions, on_ready: Callable[[str], None]) -> bool:
         await server.stop()
         raise
     await ending.wait()
-    logger.warning("draining for up to %g s; signal again to stop now", options.grace_s)
     await server.drain(hurry)
     return True
 

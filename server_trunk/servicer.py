@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from contract.errors import (
     SessionError,
     TrunklineError,
 )
+from contract.version import VERSION
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
@@ -235,6 +237,8 @@ class TrunkServicer:
             max_sessions=self._table.max_sessions,
             codecs=SESSION_CODECS,
             weights=self._engine.weights,
+            version=VERSION,
+            clock_unix_s=time.time(),
         )
 
     @_answers_errors

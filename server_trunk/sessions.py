@@ -11,7 +11,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
@@ -139,6 +139,21 @@ class Counters:
         self.sent_bytes += sent_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class SeenSession:
+    """What a session is and has done so far: `open_s` since its hello, `idle_s` since its client was last heard or
+    answered, `pending` forwards that wait for their backward."""
+
+    session_id: str
+    client_id: str
+    round_key: RoundKey | None
+    open_s: float
+    idle_s: float
+    counters: Counters
+    pending: int
+    quiet: bool
+
+
 @dataclass(slots=True, eq=False)
 class Session(Generic[Adapter, Graph]):
     """One client's stream, from its hello to its close."""
@@ -156,6 +171,8 @@ class Session(Generic[Adapter, Graph]):
     quiet: bool = False
     autocast_dtype: str = ""
     counters: Counters = field(default_factory=Counters)
+    opened_s: float = 0.0
+    heard_s: float = 0.0
     _showed_life: float = float("-inf")
 
     def seed_of(self, microbatch: int) -> int:
@@ -166,11 +183,24 @@ class Session(Generic[Adapter, Graph]):
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
         """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on."""
         self.counters.add(steps, tokens, received_bytes, sent_bytes)
+        self.heard_s = self.clock()
         if not self.quiet:
             self.totals.add(steps, tokens, received_bytes, sent_bytes)
-        elif self.clock() - self._showed_life >= SIGN_OF_LIFE_S:
-            self._showed_life = self.clock()
+        elif self.heard_s - self._showed_life >= SIGN_OF_LIFE_S:
+            self._showed_life = self.heard_s
             self.totals.add(1, 0, 0, 0)
+
+    def seen(self) -> SeenSession:
+        """The session as its trunk's operator may see it.
+
+        What a quiet one counts follows from its client's text, and the moments of its frames do: of it no more is told
+        than its round's progress tells.
+        """
+        now = self.clock()
+        told = (self.session_id, self.client_id, self.round_key, now - self.opened_s)
+        if self.quiet:
+            return SeenSession(*told, now - max(self._showed_life, self.opened_s), Counters(), 0, True)
+        return SeenSession(*told, now - self.heard_s, replace(self.counters), self.pending.reserved, False)
 
 
 class SessionTable(Generic[Adapter, Graph]):
@@ -239,6 +269,8 @@ class SessionTable(Generic[Adapter, Graph]):
             dropout_key="" if deterministic else client_id,
             quiet=quiet,
             autocast_dtype=autocast_dtype,
+            opened_s=self._clock(),
+            heard_s=self._clock(),
         )
         self._open.add(session)
         return session
@@ -247,6 +279,10 @@ class SessionTable(Generic[Adapter, Graph]):
         """Forget a session and free its graphs."""
         self._open.discard(session)
         session.pending.close()
+
+    def seen(self) -> list[SeenSession]:
+        """The open sessions as their trunk's operator may see them, the oldest first."""
+        return sorted((session.seen() for session in self._open), key=lambda one: (-one.open_s, one.session_id))
 
     def sweep(self) -> int:
         """Free the graphs that waited too long; the number freed."""

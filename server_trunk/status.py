@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
@@ -19,7 +20,11 @@ ANSWER_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class TrunkStatus:
-    """`ready` is False for a trunk that takes no new sessions, as when it is about to end."""
+    """`ready` is False for a trunk that takes no new sessions, as when it is about to end.
+
+    `version` is empty and `clock_skew_s` None for a trunk that tells neither. The skew is how far its clock is ahead of
+    this machine's, right to `clock_error_s`, half the round trip.
+    """
 
     address: str
     ready: bool
@@ -35,6 +40,9 @@ class TrunkStatus:
     torch: str
     transformers: str
     peft: str
+    version: str
+    clock_skew_s: float | None
+    clock_error_s: float
 
     @property
     def speaks_ours(self) -> bool:
@@ -47,11 +55,14 @@ def ask(address: str) -> TrunkStatus:
     split_address("trunk", address)
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            told: TrunkDescription = TrunkStub(channel).Describe(DescribeRequest(), timeout=ANSWER_TIMEOUT_S)
             asked = health_pb2.HealthCheckRequest()
+            # First, so that connecting is no part of the round trip that the clocks are compared by.
             health = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=ANSWER_TIMEOUT_S)
+            asked_s = time.time()
+            told: TrunkDescription = TrunkStub(channel).Describe(DescribeRequest(), timeout=ANSWER_TIMEOUT_S)
+            answered_s = time.time()
         except grpc.RpcError as error:
-            _raise_named(error, address)
+            raise_named(error, address)
     model = told.model
     return TrunkStatus(
         address=address,
@@ -68,10 +79,14 @@ def ask(address: str) -> TrunkStatus:
         torch=model.torch_version,
         transformers=model.transformers_version,
         peft=model.peft_version,
+        version=told.version,
+        clock_skew_s=told.clock_unix_s - (asked_s + answered_s) / 2 if told.clock_unix_s else None,
+        clock_error_s=(answered_s - asked_s) / 2,
     )
 
 
-def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+def raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+    """Raise the error of ours that a failed call to a trunk comes to, naming its address."""
     code = cast(grpc.Call, error).code()
     if code is grpc.StatusCode.UNAVAILABLE:
         raise ConnectionFailedError(f"no trunk answers at {address}") from None

@@ -51,12 +51,13 @@ class Manifest:
 def back_up(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
     """Write a backup to `directory`, which must not exist or be empty.
 
-    Raises StorageError, IntegrityError for an adapter that is gone or was changed, SchemaError, ConfigError.
+    The database may be of an older schema: who is about to upgrade it wants a way back. Raises StorageError,
+    IntegrityError for an adapter that is gone or was changed, SchemaError for a newer schema, ConfigError.
     """
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty; name a directory that a backup can have for itself")
     with opened_engine(url) as engine:
-        require_current(engine)
+        revision = _require_readable(engine)
         database = directory / _NAMES[engine.dialect.name]
         try:
             (directory / "artifacts").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,11 +69,20 @@ def back_up(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
                 replace_file(path, artifacts.get(sha256))
                 written.append(path)
             sums = {str(path.relative_to(directory)): _sha256(path) for path in written}
-            manifest = Manifest(VERSION, engine.dialect.name, head_revision(), sums)
+            manifest = Manifest(VERSION, engine.dialect.name, revision, sums)
             replace_file(directory / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True).encode())
         except OSError as error:
             raise StorageError(f"{directory}: the backup cannot be written: {error.strerror}") from error
     return manifest
+
+
+def _require_readable(engine: Engine) -> str:
+    """The database's revision. Raises StorageError where it has none, SchemaError for one newer than this code."""
+    found = current_revision(engine)
+    if found is None or state(found) != "older":
+        require_current(engine)
+        return head_revision()
+    return found
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -94,11 +104,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
-    """Bring a backup into the database at `url`, which must hold nothing, and its adapters into `artifacts`.
+def restorable(url: str, directory: Path) -> Manifest:
+    """The manifest of a backup that `restore` would bring into the database at `url`; nothing is written.
 
     Raises what read_manifest does; StorageError where the database holds anything, ConfigError where it is of the other
-    engine, SchemaError where the backup is newer than this code. An older one is to be upgraded afterwards.
+    engine, SchemaError where the backup is newer than this code.
     """
     manifest = read_manifest(directory)
     if state(manifest.revision) == "newer":
@@ -107,6 +117,16 @@ def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
         if engine.dialect.name != manifest.engine:
             raise ConfigError(f"{directory} is of {manifest.engine}, and {shown(engine)} is {engine.dialect.name}")
         _require_empty(engine)
+    return manifest
+
+
+def restore(url: str, artifacts: ArtifactStore, directory: Path) -> Manifest:
+    """Bring a backup into the database at `url`, which must hold nothing, and its adapters into `artifacts`.
+
+    Raises what `restorable` does. A backup of an older schema is to be upgraded afterwards.
+    """
+    manifest = restorable(url, directory)
+    with opened_engine(url) as engine:
         for sha256 in manifest.adapters:
             artifacts.put((directory / "artifacts" / f"{sha256}.safetensors").read_bytes())
         _load(engine, make_url(url), directory / _NAMES[manifest.engine])

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
 from contract.identity import check_client_id, parse_public_key, public_key_text
-from storage import schema
+from storage import audit_log, schema
+from storage.records import Deed
 
 SIGNATURE_BYTES = 64
 _Found = TypeVar("_Found")
@@ -114,7 +115,11 @@ def _locked_roster(session: Session) -> schema.RosterCounter:
 
 
 def _record(session: Session, kind: str, message: str, detail: dict[str, Any], version: int, now: datetime) -> None:
-    session.add(schema.Event(kind=kind, message=message, detail=detail | {"roster_version": version}, at=now))
+    """An event, and the same in the audit log; `detail` names the client and the operator."""
+    told = detail | {"roster_version": version}
+    session.add(schema.Event(kind=kind, message=message, detail=told, at=now))
+    how = {name: value for name, value in told.items() if name not in ("client_id", "operator")}
+    audit_log.note(session, Deed(detail["operator"], kind, detail["client_id"], how), now)
 
 
 def _day(moment: datetime) -> str:

@@ -13,19 +13,19 @@ from sqlalchemy import Engine, bindparam, case, func, select
 from sqlalchemy.orm import Session
 
 from contract.errors import BudgetError, LedgerError
-from contract.privacy_records import Budget, PricedRelease, Standing, Unit
-from storage import leases, ledger_heads, schema
+from contract.privacy_records import RUN_PREFIX, Budget, PricedRelease, Standing, Unit, chosen_by_person
+from storage import audit_log, leases, ledger_heads, schema
 from storage.engine import in_turn, make_engine, storable, storage_errors
 from storage.home import database_url
 from storage.ledger_audit import audit
 from storage.ledger_chain import unit_id_of
 from storage.ledger_report import report_of
-from storage.ledger_rows import COLUMNS, RUN_PREFIX, budget_row, reserved_row
+from storage.ledger_rows import COLUMNS, budget_row, reserved_row
 from storage.ledger_settlement import settle_in
 from storage.ledger_standings import Standings, all_budgets
 from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
 from storage.ledger_writer import LedgerWriter, moment, take_turn
-from storage.records import Account, Charge, HeadSigner, LedgerRow, Refusal, Settled, SignedHead
+from storage.records import Account, Charge, Deed, HeadSigner, LedgerRow, Refusal, Settled, SignedHead
 from storage.revisions import opened_for_writing, require_current
 from storage.store import Clock, utc_now
 
@@ -132,9 +132,18 @@ class Ledger:
     def set_budget(self, unit: Unit, budget: Budget, operator: str, reason: str) -> None:
         """Set a unit's budget, for the first time or anew; a dataset of ALL_DATASETS is for all of a client's together.
 
-        Raises LedgerError for an empty operator or reason, and for numbers that bound nothing.
+        What a person sets is in the audit log too. Raises LedgerError for an empty operator or reason, and for numbers
+        that bound nothing.
         """
-        in_turn(self._engine, lambda session: self._set_budgets(session, [unit], budget, operator, reason, anew=True))
+        told = {"dataset": unit.dataset, "level": unit.level, "epsilon": budget.epsilon, "delta": budget.delta}
+        deed = Deed(operator, "budget-set", unit.client, {**told, "reason": storable(reason)})
+
+        def work(session: Session) -> None:
+            self._set_budgets(session, [unit], budget, operator, reason, anew=True)
+            if chosen_by_person(operator):
+                audit_log.note(session, deed, self._clock())
+
+        in_turn(self._engine, work)
 
     def register_budgets(self, units: Iterable[Unit], budget: Budget, run_id: str) -> None:
         """Set the budget of those units that never had one, as a run does when it is created."""

@@ -21,8 +21,6 @@ from storage.records import Charge, LedgerRow, Settled
 
 COLUMNS = tuple(column.name for column in fields(LedgerRow))
 BUDGET_CHANNEL = "budget"
-NODE_CONFIG, RUN_PREFIX = "node config", "run "
-"""Who sets a budget where no person does: a site's settings, and a run (with its id)."""
 _INTEGERS = frozenset({"seq", "round", "attempt"})
 
 
@@ -73,11 +71,6 @@ def budget_from(text: str) -> Budget:
     if budget_text(budget) != text:
         raise LedgerError("a ledger row's budget is not written as it is by this program")
     return budget
-
-
-def chosen_by_person(operator: str) -> bool:
-    """Whether `operator`, who set a budget, is a person rather than settings that stood there before."""
-    return operator != NODE_CONFIG and not operator.startswith(RUN_PREFIX)
 
 
 def unit_of(row: LedgerRow) -> Unit:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from contract.privacy_records import Budget, Standing, Unit
+from contract.privacy_records import Budget, Standing, Unit, chosen_by_person
 from storage.ledger_chain import unit_id_of
-from storage.ledger_rows import BUDGET_CHANNEL, budget_from, chosen_by_person
+from storage.ledger_rows import BUDGET_CHANNEL, budget_from
 from storage.ledger_tables import NAMED, ROWS, TALLIES, UNITS, chunks
 from storage.records import Charge
 

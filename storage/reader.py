@@ -8,20 +8,23 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, Select, and_, func, or_, select
+from sqlalchemy import Engine, Select, and_, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from contract.errors import StorageError
-from storage import schema
+from storage import audit_log, schema
 from storage.engine import storage_errors
 from storage.identities import client_of_node, present
 from storage.records import (
     AdapterVersionRow,
+    AuditRow,
+    ClientHistory,
     ClientRow,
     EventRow,
     IdentityRow,
     MetricRow,
     NodeBindingRow,
+    ParticipationCount,
     ParticipationRow,
     RosterRow,
     RoundRow,
@@ -30,6 +33,8 @@ from storage.records import (
 )
 
 LAST = "last"
+_ANSWERED = ("trained", "refused")
+"""The outcomes of a round that a client must have been there for."""
 _Record = TypeVar("_Record")
 
 
@@ -208,6 +213,61 @@ class Reader:
         query = select(row).where(row.run_id == run_id).order_by(row.bound_at, row.node_id)
         with self._reading() as session:
             return [_record(NodeBindingRow, found) for found in session.scalars(query)]
+
+    def audit_log(
+        self, limit: int = 100, *, since: datetime | None = None, operator: str | None = None, action: str | None = None
+    ) -> list[AuditRow]:
+        """What operators did, the newest `limit` entries, newest first; of those only what each filter lets through."""
+        with self._reading() as session:
+            return audit_log.newest(session, limit, since=since, operator=operator, action=action)
+
+    def client_history(self, client: str) -> ClientHistory | None:
+        """What is known of an enrolled client or, where nobody is enrolled under that name, of a Flower node.
+
+        None where `client` is neither.
+        """
+        row = schema.NodeBinding
+        bound = select(row).where(row.client_id == client).order_by(row.bound_at, row.node_id)
+        with self._reading() as session:
+            identity = session.get(schema.Identity, client)
+            node = session.get(schema.Client, client) if identity is None else None
+            if identity is None and node is None:
+                return None
+            bindings = [_record(NodeBindingRow, found) for found in session.scalars(bound)]
+            counts = _participation_counts(session, client, enrolled=identity is not None)
+            seen = [binding.bound_at for binding in bindings]
+            seen += [count.last_at for count in counts if count.status in _ANSWERED]
+            return ClientHistory(
+                client,
+                None if identity is None else _record(IdentityRow, identity),
+                None if node is None else node.first_seen_at,
+                _identity_changes(session, client),
+                bindings,
+                counts,
+                max(seen, default=None),
+            )
+
+
+def _identity_changes(session: Session, client: str) -> list[EventRow]:
+    """What was done to its identity, oldest first: identities change seldom, so that all changes may be read."""
+    row = schema.Event
+    changes = select(row).where(row.kind.like("client-%"), row.run_id.is_(None)).order_by(row.event_id)
+    return [_record(EventRow, event) for event in session.scalars(changes) if event.detail.get("client_id") == client]
+
+
+def _participation_counts(session: Session, client: str, *, enrolled: bool) -> list[ParticipationCount]:
+    part, attempt, bound = schema.Participation, schema.Round, schema.NodeBinding
+    same_attempt = and_(
+        attempt.run_id == part.run_id, attempt.number == part.number, attempt.attempt == part.attempt
+    )  # fmt: skip
+    query = select(part.run_id, part.status, func.count(), func.max(attempt.progress_at)).join(attempt, same_attempt)
+    if enrolled:
+        spoke_for = select(bound.node_id, bound.run_id).where(bound.client_id == client)
+        query = query.where(tuple_(part.node_id, part.run_id).in_(spoke_for))
+    else:
+        query = query.where(part.node_id == client)
+    query = query.group_by(part.run_id, part.status).order_by(part.run_id, part.status)
+    return [ParticipationCount(*found) for found in session.execute(query)]
 
 
 def _runs() -> Select[schema.Run, int | None]:

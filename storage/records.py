@@ -124,13 +124,39 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Deed:
+    """What an operator did by a command, for the audit log: to what, and plain JSON that says how."""
+
+    operator: str
+    action: str
+    target: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """One entry of the audit log."""
+
+    audit_id: int
+    at: datetime
+    operator: str
+    action: str
+    target: str
+    detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class IdentityRow:
-    """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change."""
+    """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change.
+
+    `certificate_key_sha256` is of the public key in the TLS certificate that the client shows, None for none.
+    """
 
     client_id: str
     public_key: str
     enrolled_at: datetime
     enrolled_by: str
+    certificate_key_sha256: str | None
     revoked_at: datetime | None
     revoke_reason: str | None
     roster_version: int
@@ -153,6 +179,33 @@ class NodeBindingRow:
     client_id: str
     bound_at: datetime
     signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParticipationCount:
+    """How many attempts at rounds of a run ended so for a client; `last_at` is when the newest of them last moved."""
+
+    run_id: str
+    status: ParticipationStatus
+    count: int
+    last_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHistory:
+    """A client as the database knows it. `identity` is None for a Flower node that nobody enrolled as a client.
+
+    `changes` are the events of its identity, `first_seen_at` is of such a node, and `last_seen_at` the last time that
+    it did what only a client can that is there: its first contact in a run, or an answer in a round.
+    """
+
+    client: str
+    identity: IdentityRow | None
+    first_seen_at: datetime | None
+    changes: Sequence[EventRow]
+    bindings: Sequence[NodeBindingRow]
+    participations: Sequence[ParticipationCount]
+    last_seen_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

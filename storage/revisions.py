@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, text
 
 from contract.errors import SchemaError, StorageError
-from storage import schema
+from storage import audit_log, schema
 from storage.engine import for_writing, make_engine, shown, storage_errors
 from storage.home import database_url, names_database
+from storage.records import Deed
 
 # Not Alembic's default name: another program's tables may live in the same PostgreSQL database.
 VERSION_TABLE = "trunkline_schema"
@@ -106,8 +108,11 @@ def follow(engine: Engine) -> Path | None:
     return copy
 
 
-def upgrade(engine: Engine) -> tuple[str | None, str]:
-    """Bring the database to this code's revision in one transaction; answers (revision before, after)."""
+def upgrade(engine: Engine, operator: str | None = None) -> tuple[str | None, str]:
+    """Bring the database to this code's revision in one transaction; answers (revision before, after).
+
+    Where that changes anything and an `operator` asked for it, the audit log says so.
+    """
     with for_writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
@@ -117,6 +122,9 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        if operator is not None and found != head_revision():
+            told = {"before": found, "revision": head_revision()}
+            audit_log.note(connection, Deed(operator, "database-upgraded", shown(engine), told), datetime.now(UTC))
     return found, head_revision()
 
 

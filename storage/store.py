@@ -15,12 +15,12 @@ from sqlalchemy.orm import Session
 
 from contract.errors import LeaseError, StorageError
 from contract.failpoint import failpoint
-from storage import identities, leases, schema
+from storage import audit_log, identities, leases, schema
 from storage.engine import for_writing, make_engine, opened_engine, storable, storage_errors
 from storage.home import database_url
 from storage.ledger_settlement import settle_in
 from storage.reader import Reader
-from storage.records import EndStatus, HeadSigner, Outcome, RoundCommit, RunMode, RunRow
+from storage.records import Deed, EndStatus, HeadSigner, Outcome, RoundCommit, RunMode, RunRow
 from storage.revisions import current_revision, opened_for_writing, require_current
 
 Clock = Callable[[], datetime]
@@ -42,6 +42,12 @@ def has_database(url: str | None = None) -> bool:
     """Whether there is a Trunkline database at `url` (default as in open_store); raises as open_store."""
     with opened_engine(url or database_url()) as engine:
         return current_revision(engine) is not None
+
+
+def open_present_store(url: str | None = None) -> Store:
+    """As open_store, but StorageError where there is no database: what only tells of one must not make one."""
+    open_reader(url).close()
+    return open_store(url)
 
 
 def open_reader(url: str | None = None) -> Reader:
@@ -125,9 +131,15 @@ class Store(Reader):
             leases.renew(self._driven_run(session, run_id), self._clock())
 
     def finish_run(
-        self, run_id: str, status: EndStatus, reason: str | None = None, *, flower_run_id: str | None = None
+        self,
+        run_id: str,
+        status: EndStatus,
+        reason: str | None = None,
+        *,
+        flower_run_id: str | None = None,
+        deed: Deed | None = None,
     ) -> bool:
-        """End a run; its open round, if any, is aborted with it. True if this call ended it.
+        """End a run; its open round, if any, is aborted with it. True if this call ended it, and then `deed` is noted.
 
         The first ending MUST stay: on a run that has ended this changes nothing and answers False; so it does, with
         `flower_run_id`, where another Flower run drives the run by now.
@@ -141,6 +153,8 @@ class Store(Reader):
             opened = session.scalar(select(schema.Round).where(_open_round_of(run_id)))
             if opened is not None:
                 _abort(opened, f"the run {status}" + (f": {reason}" if reason else ""), now)
+            if deed is not None:
+                audit_log.note(session, deed, now)
             return True
 
     def add_client(self, node_id: str, name: str | None = None) -> None:
@@ -339,6 +353,11 @@ class Store(Reader):
                     at=self._clock(),
                 )
             )
+
+    def note(self, deed: Deed) -> None:
+        """Append to the audit log what an operator did outside of SQL."""
+        with self._writing("note") as session:
+            audit_log.note(session, deed, self._clock())
 
     def enroll_client(self, client_id: str, public_key: str, operator: str) -> int:
         """Enroll a client and answer the roster's new version; `public_key` is the line of `public_key_text`.

@@ -33,6 +33,11 @@ the same in a terminal. `trunkline --install-completion` sets up completion for 
 - A check that fails is no error: `data check`, `doctor`, `adapter verify` and `budget verify` then print what they
   found, in an envelope with status `ok`, and exit with 1. What failed is in its data: `sound` of `data check`, `ok` of
   `adapter verify` and `budget verify`, a `result` of `FAIL` among the findings of `doctor`.
+- What destroys something asks first, and is refused where there is no terminal unless `--yes` is given; `--dry-run`
+  only says what it would do. What changes something is kept in the audit log (`db log`) with who decided it: your login
+  name, or `--operator NAME`.
+- `--watch` shows a list anew whenever it changes, until Ctrl-C (exit code 130). Without a terminal, or with `-o json`
+  or `-o jsonl`, each line of stdout is then the whole list in an envelope.
 - `--last` names the newest run.
 - `NO_COLOR=1` turns colours off; so does a pipe.
 - `TRUNKLINE_HOME` and `TRUNKLINE_DATABASE_URL` say where runs are kept: see [deployment](deployment.md).

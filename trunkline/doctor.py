@@ -1,16 +1,17 @@
-"""`trunkline doctor`: is this machine ready? PASS or FAIL per check, and what to do about each FAIL."""
+"""`trunkline doctor`: is this machine ready? Each check comes to PASS, WARN, FAIL or SKIP, the bad ones with a fix."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +21,16 @@ import typer
 from contract.addresses import trunk_addresses
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
-from storage.home import database_url, home_dir, network_filesystem
+from contract.records import CutLayers
+from storage.home import home_dir, network_filesystem
+from trunkline.database_checks import check_database, check_database_clock, check_database_write
+from trunkline.finding import Finding, NotReadyError, SkippedError
+from trunkline.model_checks import AskedModel, check_gpu_memory, check_model_memory
+from trunkline.port_checks import SUPERLINK_PORT, SUPERNODE_PORT, TRUNK_PORT, check_port
 from trunkline.ports import reserve_port
 from trunkline.programs import scripts_dir
+from trunkline.tls_checks import check_tls
+from trunkline.trunk_checks import check_trunk_clock, check_trunk_version
 from trunkline.workplace import cores
 
 if TYPE_CHECKING:
@@ -37,22 +45,9 @@ NEEDED_DISK_BYTES = 10**9
 TORCH_LIMIT_S = 120
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found; `fix` says what to do where it failed."""
-
-    check: str
-    result: str
-    detail: str
-    fix: str | None = None
-
-
-class NotReadyError(Exception):
-    """A check failed: what was found, and its fix."""
-
-    def __init__(self, detail: str, fix: str) -> None:
-        super().__init__(detail)
-        self.fix = fix
+class ServedDtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 @app.command()
@@ -62,12 +57,22 @@ def doctor(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too; or several, parted by commas."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Check that the trunk's part of this model, or this trunk part, fits here."),
+    ] = None,
+    head_layers: Annotated[int, typer.Option(min=0, help="Of a whole --model: as for `trunk serve`.")] = 1,
+    tail_layers: Annotated[int, typer.Option(min=0, help="Of a whole --model: as for `trunk serve`.")] = 1,
+    dtype: Annotated[ServedDtype, typer.Option(help="Of --model: as for `trunk serve`.")] = ServedDtype.FLOAT32,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Check this machine. Exits 1 if a check fails."""
-    if trunk is not None:
-        trunk_addresses(trunk, "trunk")
-    findings = list(examine(trunk))
+    """Check this machine. Exits 1 if a check fails; one that only warns, or had nothing to look at, fails nothing.
+
+    Files for TLS are those that TRUNKLINE_TRUNK_CA, TRUNKLINE_TRUNK_CERTIFICATE and TRUNKLINE_TRUNK_KEY name.
+    """
+    addresses = () if trunk is None else trunk_addresses(trunk, "trunk")
+    asked = None if model is None else AskedModel(model, CutLayers(head_layers, tail_layers), dtype.value)
+    findings = list(examine(addresses, asked))
     if output is OutputFormat.TABLE:
         for finding in findings:
             typer.echo(f"{finding.result}  {finding.check}: {finding.detail}")
@@ -79,22 +84,33 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(trunk: str | None = None) -> Iterator[Finding]:
-    """Every check in turn; `trunk` (HOST:PORT, or several) adds one for it."""
+def examine(addresses: Sequence[str] = (), model: AskedModel | None = None) -> Iterator[Finding]:
+    """Every check in turn; each trunk's address adds some of its own. None takes longer than minutes."""
     checks: dict[str, Callable[[], str]] = {
         "python": check_python,
         "packages": check_packages,
         "torch": check_torch,
         "flower": check_flower,
         "cores and memory": check_machine,
+        "GPU memory": lambda: check_gpu_memory(model),
+        "model memory": lambda: check_model_memory(model),
         "disk": check_disk,
         "home": check_home,
         "database": check_database,
+        "database write": check_database_write,
+        "database clock": check_database_clock,
         "ports": check_ports,
+        f"port {SUPERLINK_PORT} (SuperLink)": lambda: check_port(SUPERLINK_PORT),
+        f"port {TRUNK_PORT} (trunk)": lambda: check_port(TRUNK_PORT),
+        f"port {SUPERNODE_PORT} (SuperNode)": lambda: check_port(SUPERNODE_PORT, loopback_only=True),
+        "TLS files": check_tls,
         "demo": check_demo,
     }
-    if trunk is not None:
-        checks["trunk"] = lambda: check_trunk(trunk)
+    if addresses:
+        checks["trunk"] = lambda: check_trunk(",".join(addresses))
+    for address in addresses:
+        checks[f"trunk version {address}"] = functools.partial(check_trunk_version, address)
+        checks[f"trunk clock {address}"] = functools.partial(check_trunk_clock, address)
     for name, check in checks.items():
         yield _finding(name, check)
 
@@ -102,8 +118,10 @@ def examine(trunk: str | None = None) -> Iterator[Finding]:
 def _finding(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "PASS", check())
+    except SkippedError as nothing:
+        return Finding(name, "SKIP", str(nothing))
     except NotReadyError as problem:
-        return Finding(name, "FAIL", str(problem), problem.fix)
+        return Finding(name, problem.result, str(problem), problem.fix)
 
 
 def check_python() -> str:
@@ -193,22 +211,6 @@ def check_home() -> str:
         raise NotReadyError(f"{home}: {error.strerror}", "set TRUNKLINE_HOME to a directory you may write to") from None
     network = network_filesystem(home)
     return str(home) if network is None else f"{home}, on a network disk ({network}): SQLite is not safe there"
-
-
-def check_database() -> str:
-    from storage.engine import opened_engine, shown
-    from storage.revisions import current_revision, state
-
-    try:
-        with opened_engine(database_url()) as engine:
-            standing, place = state(current_revision(engine)), shown(engine)
-    except TrunklineError as error:
-        raise NotReadyError(str(error), "see TRUNKLINE_DATABASE_URL and TRUNKLINE_HOME") from None
-    if standing == "older":
-        raise NotReadyError(f"{place} has an older schema", "run `trunkline db upgrade`")
-    if standing == "newer":
-        raise NotReadyError(f"{place} has a newer schema", "install the trunkline that made it, or a later one")
-    return f"{place}, {'made by the first run' if standing == 'absent' else 'schema is current'}"
 
 
 def check_ports() -> str:

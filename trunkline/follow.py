@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 from contract.errors import RoundError
-from contract.output import cli_errors, talk
+from contract.output import OutputFormat, OutputOption, cli_errors, talk
+from contract.watching import Look, watch
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
 from storage.leases import LEASE_S
 from storage.reader import Reader
 from storage.records import RunRow
 from storage.store import open_reader, utc_now
-from trunkline.live import display, read_standing
+from trunkline.live import Standing, display, read_standing
 from trunkline.watch import pause_s
 
 
 @runs_app.command("watch")
 @cli_errors
-def watch(run: RunArgument = None, last: LastOption = False) -> None:
+def watch_run(run: RunArgument = None, last: LastOption = False, output: OutputOption = OutputFormat.TABLE) -> None:
     """Show a run's rounds as they go, until it ends: exits 0 if it finished, 1 otherwise. Ctrl-C ends the watch alone.
+
+    With json or jsonl stdout gets a line whenever anything changed: how the run stands, with its rounds.
 
     A run that was killed says nothing of it: it is told where its orchestrator was not heard for a while.
     """
     with closing(open_reader()) as reader:
-        row = follow(reader, reader.get_run(named_run(run, last)).run_id)
+        run_id = reader.get_run(named_run(run, last)).run_id
+        row = follow(reader, run_id) if output is OutputFormat.TABLE else _stream(reader, run_id, output)
     if row.status != "finished":
         raise RoundError(f"run {row.run_id} {row.status}: {row.reason or 'it left no reason'}")
     talk(f"run {row.run_id} finished" + (f": {row.reason}" if row.reason else ""))
@@ -32,7 +37,7 @@ def watch(run: RunArgument = None, last: LastOption = False) -> None:
 
 def follow(reader: Reader, run_id: str) -> RunRow:
     """Show the run until it has ended; its row then."""
-    told = False
+    tell_silence = _silence_teller()
     with display() as show:
         while True:
             looked_s = time.monotonic()
@@ -42,9 +47,44 @@ def follow(reader: Reader, run_id: str) -> RunRow:
                 show(standing)
             if row.status != "running":
                 return row
-            silent_s = 0.0 if row.lease_until is None else (utc_now() - row.lease_until).total_seconds() + LEASE_S
-            if silent_s > 2 * LEASE_S and not told:
-                how = f"trunkline runs resume {run_id}"
-                talk(f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: {how}")
-            told = silent_s > 2 * LEASE_S
+            tell_silence(row)
             time.sleep(pause_s(time.monotonic() - looked_s))
+
+
+def _stream(reader: Reader, run_id: str, output: OutputFormat) -> RunRow:
+    """The same as lines of JSON."""
+    tell_silence = _silence_teller()
+    row = reader.get_run(run_id)
+
+    def look() -> Look:
+        nonlocal row
+        row = reader.get_run(run_id)
+        standing = read_standing(reader, row.flower_run_id)
+        tell_silence(row)
+        return Look(_as_data(row, standing), final=row.status != "running")
+
+    watch(look, output)
+    return row
+
+
+def _as_data(row: RunRow, standing: Standing | None) -> dict[str, object]:
+    rounds, share = ((), 0.0) if standing is None else (standing.lines, standing.share)
+    told = {"run_id": row.run_id, "status": row.status, "reason": row.reason, "committed_rounds": row.committed_rounds}
+    return {**told, "share": share, "rounds": rounds}
+
+
+def _silence_teller() -> Callable[[RunRow], None]:
+    """Says, once for each silence, that a running run's orchestrator was not heard for a while."""
+    told = False
+
+    def tell(row: RunRow) -> None:
+        nonlocal told
+        silent_s = 0.0
+        if row.status == "running" and row.lease_until is not None:
+            silent_s = (utc_now() - row.lease_until).total_seconds() + LEASE_S
+        if silent_s > 2 * LEASE_S and not told:
+            how = f"trunkline runs resume {row.run_id}"
+            talk(f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: {how}")
+        told = silent_s > 2 * LEASE_S
+
+    return tell

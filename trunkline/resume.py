@@ -13,14 +13,15 @@ import typer
 
 from contract.config import RunConfig
 from contract.errors import ConfigError, LeaseError
+from contract.operators import OperatorOption, operator_name
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
 from orchestrator.resumption import MAY_CHANGE, RESUMED
 from orchestrator.settings import parse_overrides
 from storage.leases import LEASE_S, require_resumable
 from storage.reader import Reader
-from storage.records import RunRow
-from storage.store import open_reader, utc_now
+from storage.records import Deed, RunRow
+from storage.store import open_present_store, open_reader, utc_now
 from trunkline.flower import SuperLinkAddress
 from trunkline.run import run_deployed, run_simulated, summary
 
@@ -47,6 +48,7 @@ def resume(
     run_config: Annotated[
         list[str] | None, typer.Option("--run-config", "-c", help="Other waits, such as 'node-wait-s=600'.")
     ] = None,
+    operator: OperatorOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Go on with a run that failed, was stopped, or whose orchestrator, SuperLink or trunk was killed.
@@ -54,6 +56,7 @@ def resume(
     Committed rounds stay as they are. The round that was open is played again as a fresh attempt, which privacy budgets
     pay for again. The run keeps its settings; only where things are may change.
     """
+    who = operator_name(operator)
     with closing(open_reader()) as reader:
         row = _resumable(reader, reader.get_run(named_run(run, last)).run_id)
         clients = simulate or _simulated_clients(reader, row)
@@ -62,14 +65,22 @@ def resume(
     if row.mode == "simulation":
         if superlink is not None:
             raise ConfigError(f"run {row.run_id} is a simulation, which goes on at no SuperLink: leave --superlink out")
+        _note(row, who, None)
         emit(summary(run_simulated(config, clients, own_trunk=trunk is None)), output)
         return
     if superlink is None:
         raise ConfigError(f"run {row.run_id} was deployed: name the SuperLink that it goes on at with --superlink")
+    _note(row, who, superlink)
     certificates = root_certificates.absolute() if root_certificates else None
     done = run_deployed(config, SuperLinkAddress(superlink, certificates))
     if done is not None:
         emit(summary(done), output)
+
+
+def _note(row: RunRow, operator: str, superlink: str | None) -> None:
+    how = {"was": row.status, "committed_rounds": row.committed_rounds, "superlink": superlink}
+    with closing(open_present_store()) as store:
+        store.note(Deed(operator, "run-resumed", row.run_id, how))
 
 
 def _config(row: RunRow, trunk: str | None, overrides: Sequence[str]) -> RunConfig:

@@ -21,8 +21,10 @@ from sqlalchemy import Engine, event
 from typer.testing import CliRunner
 
 from orchestrator import verification
-from orchestrator.cli import adapter_app, config_app, rounds_app, runs_app
-from orchestrator.export import export_adapter
+from orchestrator.adapter_cli import app as adapter_app
+from orchestrator.cli import config_app, rounds_app, runs_app
+from orchestrator.export import export_adapter, joined
+from storage.artifacts import ArtifactStore
 from tests.orchestrator.conftest import Bench, LiveTrunk, inside_a_flower_task, make_bench_at
 
 MakeBench = Callable[..., Bench]
@@ -165,6 +167,74 @@ def test_a_changed_artifact_is_never_exported(bench: Bench, tmp_path: Path) -> N
     assert done.exit_code == 1
     assert "it was changed or cut short" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_in_the_audit_log_with_who_asked_for_it(bench: Bench, tmp_path: Path) -> None:
+    exported = data(adapter_app, "export", "--last", "--round", "1", "--out", tmp_path / "out", "--operator", "ada")
+    (entry,) = bench.store.audit_log()
+    assert (entry.operator, entry.action, entry.target) == ("ada", "adapter-exported", exported["run_id"])
+    how = {"round": 1, "directory": str(tmp_path / "out"), "adapter_sha256": exported["adapter_sha256"]}
+    assert entry.detail == how
+    assert run(adapter_app, "export", "--last", "--round", "9", "--out", tmp_path / "none").exit_code == 1
+    assert len(bench.store.audit_log()) == 1, "what was not exported is in the log"
+
+
+# ---- differences -----------------------------------------------------------------------------------------------------
+
+
+def test_two_rounds_of_a_run_differ_and_a_round_equals_its_export(bench: Bench, tmp_path: Path) -> None:
+    run_id = bench.store.get_run("last").run_id
+    found = data(adapter_app, "diff", f"{run_id}@0", run_id)
+    assert (found["a"], found["b"], found["equal"]) == (f"{run_id}@0", f"{run_id}@3", False)
+    first = ArtifactStore(bench.home / "artifacts")
+    whole = [joined(first, bench.store.adapter_version(run_id, number)) for number in (0, 3)]
+    change = torch.cat([(whole[1][name] - whole[0][name]).double().flatten() for name in sorted(whole[0])])
+    assert found["parameters"]["norm_difference"] == pytest.approx(float(change.norm()))
+    assert found["products"]["norm_a"] == 0.0, "the first adapter adds nothing"
+    assert found["products"]["norm_difference"] > 0
+    assert {row["name"] for row in found["by_parameter"]} == set(whole[0])
+
+    data(adapter_app, "export", "--last", "--round", "3", "--out", tmp_path / "out")
+    same = data(adapter_app, "diff", "last@3", tmp_path / "out")
+    assert same["equal"] is True
+    assert same["a_sha256"] == same["b_sha256"]
+    assert (same["parameters"]["max_abs"], same["products"]["max_abs"]) == (0.0, 0.0)
+    shown = run(adapter_app, "diff", "last@3", tmp_path / "out")
+    assert "equal to the bit" in shown.stderr
+    assert "total" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("a", "code", "told"),
+    [
+        ("nope", 1, "there is no run nope"),
+        ("last@7", 1, "that round was not committed"),
+        ("last@x", 2, "it must be a directory, RUN or RUN@ROUND"),
+        ("@1", 1, "there is no run"),
+    ],
+)
+def test_an_adapter_that_is_none_is_one_line(bench: Bench, a: str, code: int, told: str) -> None:
+    done = run(adapter_app, "diff", a, "last")
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert told in done.stderr
+
+
+def test_adapters_are_listed_from_a_moment_on_and_the_newest_only(bench: Bench) -> None:
+    assert [row["round"] for row in data(adapter_app, "list", "--last", "--limit", "2")] == [2, 3]
+    assert data(adapter_app, "list", "--last", "--since", "2999-01-01") == []
+
+
+def test_rounds_are_listed_by_how_they_stand_and_the_newest_only(bench: Bench) -> None:
+    assert [row["round"] for row in data(rounds_app, "list", "--last", "--limit", "2")] == [2, 3]
+    assert data(rounds_app, "list", "--last", "--status", "aborted") == []
+    assert len(data(rounds_app, "list", "--last", "--status", "committed", "--since", "2020-01-01")) == 3
+
+
+def test_watching_the_rounds_of_a_run_that_has_ended_tells_them_once(bench: Bench) -> None:
+    done = run(rounds_app, "list", "--last", "--watch")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["data"] == data(rounds_app, "list", "--last")
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------

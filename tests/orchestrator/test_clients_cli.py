@@ -198,6 +198,12 @@ def test_the_published_roster_follows_enrolling_and_revoking(tmp_path: Path, sig
     assert told["signer"] == clients("roster", "--out", roster, "--signing-key", signer).stdout.split()[-1]
     data("revoke", "a", "--reason", "left", "--yes", *publishing)
     assert (signed(roster, signer).version, list(signed(roster, signer).members)) == (3, ["b"])
+    reader = open_reader()
+    published = [entry for entry in reader.audit_log() if entry.action == "roster-published"]
+    reader.close()
+    assert [(entry.operator, entry.target, entry.detail["version"]) for entry in published] == [
+        ("ada", str(roster), version) for version in (3, 2, 1)
+    ], "what was published already is published once"
 
 
 def test_publishing_once_more_leaves_the_file_as_it_is(tmp_path: Path, signer: Path) -> None:
@@ -274,7 +280,7 @@ def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
     def enroll_another() -> None:
         other: Store = open_store()
         other.enroll_client("b", second, "bob")
-        place.publish(other, datetime.now(UTC))
+        place.publish(other, datetime.now(UTC), "bob")
         other.close()
 
     thread = threading.Thread(target=enroll_another)
@@ -287,7 +293,7 @@ def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
         write_roster(*arguments)
 
     monkeypatch.setattr(publication, "write_roster", write_slowly)
-    assert place.publish(store, datetime.now(UTC)).version == 1
+    assert place.publish(store, datetime.now(UTC), "ada").version == 1
     thread.join(60)
     store.close()
     assert waited == [True]

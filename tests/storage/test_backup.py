@@ -80,7 +80,7 @@ def test_a_backup_is_restored_to_what_it_was_taken_of(
     store.finish_run("r1", "failed", "after the backup")
     monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "new home"))
     monkeypatch.setenv("TRUNKLINE_DATABASE_URL", elsewhere)
-    done = db("restore", tmp_path / "backup")
+    done = db("restore", tmp_path / "backup", "--yes")
     assert done.exit_code == 0, done.output
     assert contents(elsewhere) == before
     assert db("check").exit_code == 0

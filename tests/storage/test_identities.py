@@ -211,7 +211,7 @@ def test_the_database_itself_has_one_roster_and_one_owner_of_a_key(store: Store)
     store.enroll_client("a", key(1), "ada")
     for statement in (
         "INSERT INTO roster VALUES (2, 9)",
-        "INSERT INTO identities SELECT 'b', public_key, enrolled_at, enrolled_by, NULL, NULL, 1 FROM identities",
+        "INSERT INTO identities SELECT 'b', public_key, enrolled_at, enrolled_by, NULL, NULL, 1, NULL FROM identities",
     ):
         with pytest.raises(Exception, match=r"(?i)unique|check"):
             with store._engine.begin() as connection:

@@ -12,12 +12,11 @@ import pytest
 from sqlalchemy import Engine, text
 
 from contract.errors import BudgetError, LedgerError, StorageError, UnpricedError
-from contract.privacy_records import ALL_DATASETS, Budget, PricedRelease, Standing, Unit
+from contract.privacy_records import ALL_DATASETS, NODE_CONFIG, Budget, PricedRelease, Standing, Unit
 from storage import ledger as ledger_module
 from storage.engine import make_engine
 from storage.ledger import Admit, Ledger, open_ledger_to_read
 from storage.ledger_chain import unit_id_of
-from storage.ledger_rows import NODE_CONFIG
 from storage.records import Account, Refusal, Settled
 from tests.storage.ledger_cases import BUDGET, RUN, admit_all, cap, charge, release, spent_of, unit
 

@@ -136,3 +136,12 @@ def test_what_was_committed_while_a_person_was_asked_stays(
     monkeypatch.setattr("orchestrator.db_cli.require_agreed", agree)
     assert json.loads(gc().stdout)["data"] == []
     assert artifacts.has(sha256)
+
+
+def test_what_is_removed_is_in_the_audit_log_by_its_name(home: Path, artifacts: ArtifactStore, kept: Store) -> None:
+    orphan = artifacts.path(aged(artifacts, b"an orphan", 30)).name
+    assert gc("--yes", "--operator", "ada").exit_code == 0
+    assert gc("--yes", "--operator", "bob").exit_code == 0, "nothing is left to remove"
+    (entry,) = kept.audit_log()
+    assert (entry.operator, entry.action, entry.target) == ("ada", "artifacts-removed", str(home / "artifacts"))
+    assert entry.detail == {"files": 1, "bytes": len(b"an orphan"), "names": [orphan]}

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, make_url, text
+from typer.testing import CliRunner
 
 from contract.errors import SchemaError
+from orchestrator.db_cli import app
+from storage.artifacts import ArtifactStore
+from storage.backup import read_manifest, restore
 from storage.engine import make_engine
 from storage.ledger import open_ledger
 from storage.records import RoundCommit
@@ -22,7 +26,7 @@ from storage.store import open_store
 from tests.storage.ledger_cases import Key, admit_all, charge, unit
 
 SHIPPED = Path(__file__).parent / "shipped"
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 RUN = "20261101-000000-0001"
 
 
@@ -78,6 +82,26 @@ def test_it_upgrades_and_its_run_goes_on(old: Engine, database_url: str, revisio
     store.commit_round(RoundCommit(RUN, 2, attempt, "e" * 64, "f" * 64, 7, ["11", "12"], 1.0))
     assert [version.number for version in store.adapter_versions(RUN)] == [0, 1, 2]
     store.close()
+
+
+def test_it_can_be_backed_up_before_it_is_upgraded(
+    old: Engine, database_url: str, revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRUNKLINE_DATABASE_URL", database_url)
+    with old.begin() as connection:  # its adapters were never files
+        connection.execute(text("DELETE FROM adapter_versions"))
+    done = CliRunner().invoke(app, ["backup", str(tmp_path / "backup")])
+    assert done.exit_code == 0, done.output
+    assert f"its schema is revision {revision}" in done.stderr
+    manifest = read_manifest(tmp_path / "backup")
+    assert manifest.revision == revision
+    assert upgrade(old) == (revision, head_revision()), "the backup upgraded what it copied"
+    if old.dialect.name == "sqlite":
+        restored = make_engine(f"sqlite:///{tmp_path / 'restored.db'}")
+        restore(str(restored.url), ArtifactStore(tmp_path / "other"), tmp_path / "backup")
+        assert current_revision(restored) == revision
+        restored.dispose()
 
 
 def test_its_ledger_holds_and_is_appended_to(old: Engine, database_url: str, revision: str) -> None:

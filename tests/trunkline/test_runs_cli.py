@@ -13,9 +13,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from contract import watching
 from contract.config import ConfigValue, RunConfig
-from orchestrator.cli import adapter_app, rounds_app
-from storage.records import RunMode
+from orchestrator.adapter_cli import app as adapter_app
+from orchestrator.cli import rounds_app
+from storage.records import RoundCommit, RunMode
 from storage.store import Store, open_store, utc_now
 from trunkline import follow, resume
 from trunkline.runs import runs_app
@@ -162,6 +164,56 @@ def test_watching_tells_of_an_orchestrator_that_fell_silent(began: Began, monkey
     assert done.exit_code == 0, done.output
     assert f"was last heard 70 s ago; if it is dead: trunkline runs resume {RUN}" in done.stderr
     assert f"run {RUN} finished" in done.stderr
+
+
+def test_a_run_is_watched_by_scripts_as_lines_of_json(began: Began, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = began(num_rounds=2)
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    steps = iter(
+        [
+            lambda: store.open_round(RUN, 1, ["1", "2"]),
+            lambda: None,
+            lambda: store.commit_round(RoundCommit(RUN, 1, 1, "c" * 64, "d" * 64, 9, ["1", "2"], 1.0)),
+            lambda: store.finish_run(RUN, "failed", "no quorum"),
+        ]
+    )
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: next(steps)())
+    done = runs("watch", "--last", "-o", "jsonl")
+    assert done.exit_code == 1
+    *lines, error = (json.loads(line) for line in done.stdout.splitlines())
+    assert [(one["data"]["status"], one["data"]["committed_rounds"], len(one["data"]["rounds"])) for one in lines] == [
+        ("running", 0, 0),
+        ("running", 0, 1),
+        ("running", 1, 1),
+        ("failed", 1, 1),
+    ]
+    assert error["status"] == "error"
+
+
+def test_who_stopped_a_run_is_in_the_audit_log(began: Began) -> None:
+    store = began()
+    assert runs("stop", RUN, "--yes", "--reason", "wrong data", "--operator", "bob").exit_code == 0
+    (entry,) = store.audit_log()
+    assert (entry.operator, entry.action, entry.target, entry.detail) == (
+        *("bob", "run-stopped", RUN),
+        {"reason": "wrong data"},
+    )
+
+
+def test_who_resumed_a_run_is_in_the_audit_log_before_anything_is_started(
+    began: Began, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = began(secagg="off")
+    store.add_adapter_version(RUN, 0, "a" * 64, "b" * 64)
+    store.open_round(RUN, 1, ["1", "2"])
+    store.finish_run(RUN, "failed", "no quorum")
+    with pytest.raises(AssertionError, match="something was started"):
+        CliRunner().invoke(runs_app, ["resume", RUN, "--operator", "bob"], catch_exceptions=False)
+    (entry,) = store.audit_log()
+    assert (entry.operator, entry.action, entry.target) == ("bob", "run-resumed", RUN)
+    assert entry.detail == {"was": "failed", "committed_rounds": 0, "superlink": None}
+    assert runs("resume", RUN, "--superlink", "127.0.0.1:9").exit_code == 2
+    assert len(store.audit_log()) == 1, "what was refused is in the log"
 
 
 def test_runs_are_listed_from_a_moment_on(began: Began) -> None:

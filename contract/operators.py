@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from contract.errors import ConfigError
-from storage.ledger_rows import chosen_by_person
+from contract.privacy_records import chosen_by_person
 
 OperatorOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Who decides this, for the record; default: your login name.")

@@ -1,0 +1,3 @@
+"""The version of this code, which each process tells the others."""
+
+VERSION = "0.1.0"
