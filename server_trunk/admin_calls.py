@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import grpc
 
 from contract import trunk_pb2 as pb
 from contract.addresses import split_address
-from contract.errors import error_named
+from contract.tls import TlsFiles, open_channel
 from contract.trunk_pb2_grpc import TrunkAdminStub
-from contract.wire import ERROR_KEY, message_limits, round_from_wire
+from contract.wire import message_limits, round_from_wire
 from server_trunk.status import ANSWER_TIMEOUT_S, raise_named
 
 Answer = TypeVar("Answer")
@@ -45,10 +45,12 @@ class SessionLine:
 class TrunkOperator:
     """A connection by which a trunk's operator asks. Raises what server_trunk.status.ask does, or the trunk names."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+        """Asks by TLS where `tls` is given."""
         split_address("trunk", address)
         self._address = address
-        self._channel = grpc.insecure_channel(address, [*message_limits(), ("grpc.enable_http_proxy", 0)])
+        self._tls = tls
+        self._channel = open_channel(address, tls, [*message_limits(), ("grpc.enable_http_proxy", 0)])
         self._stub = TrunkAdminStub(self._channel)
 
     def close(self) -> None:
@@ -71,18 +73,13 @@ class TrunkOperator:
         try:
             return ask()
         except grpc.RpcError as error:
-            call = cast(grpc.Call, error)
-            trailer = cast("tuple[tuple[str, str], ...]", call.trailing_metadata() or ())
-            named = error_named(dict(trailer).get(ERROR_KEY, ""))
-            if named is not None:
-                raise named(" ".join((call.details() or "").split())) from None
-            raise_named(error, self._address)
+            raise_named(error, self._address, self._tls)
 
 
 @contextmanager
-def connected(address: str) -> Iterator[TrunkOperator]:
+def connected(address: str, tls: TlsFiles | None = None) -> Iterator[TrunkOperator]:
     """A TrunkOperator for as long as the block runs."""
-    operator = TrunkOperator(address)
+    operator = TrunkOperator(address, tls)
     try:
         yield operator
     finally:

@@ -12,6 +12,7 @@ from contract.errors import ConfigError
 from contract.operators import OperatorOption, operator_name
 from contract.options import DryRunOption, NewestOption, WatchOption, YesOption
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
+from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from contract.watching import Look, watch
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def show_sessions(
     run: Annotated[str | None, typer.Option(help="Only of this run.")] = None,
     limit: NewestOption = None,
     watching: WatchOption = False,
+    ca: TrunkCaOption = None,
+    certificate: TrunkCertificateOption = None,
+    key: TrunkKeyOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """A trunk's open sessions, the oldest first: whose they are, of which round, and what they have done.
@@ -40,7 +44,7 @@ def show_sessions(
     """
     from server_trunk.admin_calls import connected
 
-    with connected(address) as trunk:
+    with connected(address, trunk_tls(ca, certificate, key)) as trunk:
 
         def look() -> Look:
             rows = [row for row in trunk.sessions() if client in (None, row.client) and run in (None, row.run)]
@@ -62,6 +66,9 @@ def drain(
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     operator: OperatorOption = None,
+    ca: TrunkCaOption = None,
+    certificate: TrunkCertificateOption = None,
+    key: TrunkKeyOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Have a trunk take no more sessions and end, once the open ones have or --grace-s later, as on SIGTERM.
@@ -75,7 +82,7 @@ def drain(
     if not math.isfinite(grace_s):
         raise ConfigError(f"--grace-s is {grace_s}; it must be a number of seconds, at most a day")
     who = operator_name(operator)
-    with connected(address) as trunk:
+    with connected(address, trunk_tls(ca, certificate, key)) as trunk:
         sessions = trunk.sessions()
         told = {"address": address, "open_sessions": len(sessions), "grace_s": grace_s}
         if dry_run:

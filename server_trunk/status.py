@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
@@ -10,10 +11,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from contract.addresses import split_address
-from contract.errors import ConnectionFailedError, DeadlineError, TrunklineError
+from contract.errors import ConnectionFailedError, DeadlineError, TrunklineError, error_named
+from contract.tls import TlsFiles, open_channel, told_failure
 from contract.trunk_pb2 import DescribeRequest, TrunkDescription
 from contract.trunk_pb2_grpc import TrunkStub
-from contract.wire import PROTOCOL
+from contract.wire import ERROR_KEY, PROTOCOL
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -50,10 +52,12 @@ class TrunkStatus:
         return self.protocol == PROTOCOL
 
 
-def ask(address: str) -> TrunkStatus:
-    """Raises ConfigError for an address that is none, ConnectionFailedError, DeadlineError and TrunklineError."""
+def ask(address: str, tls: TlsFiles | None = None) -> TrunkStatus:
+    """Asked by TLS where `tls` is given. Raises ConfigError for an address or file that cannot be used,
+    ConnectionFailedError, DeadlineError, AccessError and TrunklineError.
+    """
     split_address("trunk", address)
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with open_channel(address, tls, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             asked = health_pb2.HealthCheckRequest()
             # First, so that connecting is no part of the round trip that the clocks are compared by.
@@ -62,7 +66,7 @@ def ask(address: str) -> TrunkStatus:
             told: TrunkDescription = TrunkStub(channel).Describe(DescribeRequest(), timeout=ANSWER_TIMEOUT_S)
             answered_s = time.time()
         except grpc.RpcError as error:
-            raise_named(error, address)
+            raise_named(error, address, tls)
     model = told.model
     return TrunkStatus(
         address=address,
@@ -85,12 +89,17 @@ def ask(address: str) -> TrunkStatus:
     )
 
 
-def raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+def raise_named(error: grpc.RpcError, address: str, tls: TlsFiles | None) -> NoReturn:
     """Raise the error of ours that a failed call to a trunk comes to, naming its address."""
     code = cast(grpc.Call, error).code()
+    details = " ".join((cast(grpc.Call, error).details() or "").split())
+    trailer = dict(cast(Iterable[tuple[str, str]], cast(grpc.Call, error).trailing_metadata() or ()))
+    if (cls := error_named(trailer.get(ERROR_KEY, ""))) is not None:
+        raise cls(f"trunk at {address}: {details}") from None
     if code is grpc.StatusCode.UNAVAILABLE:
-        raise ConnectionFailedError(f"no trunk answers at {address}") from None
+        raise ConnectionFailedError(
+            f"no trunk answers at {address}{told_failure(details, by_tls=tls is not None)}"
+        ) from None
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         raise DeadlineError(f"the trunk at {address} did not answer within {ANSWER_TIMEOUT_S:g} s") from None
-    details = " ".join((cast(grpc.Call, error).details() or "").split())
     raise TrunklineError(f"what listens at {address} is no trunk: {code.name}: {details}") from None

@@ -149,7 +149,7 @@ class AuditRow:
 class IdentityRow:
     """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change.
 
-    `certificate_key_sha256` is of the public key in the TLS certificate that the client shows, None for none.
+    `certificate_key_sha256` is of the public key in the TLS certificate that the client shows, None for any.
     """
 
     client_id: str

@@ -22,6 +22,8 @@ from contract.addresses import trunk_addresses
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from contract.records import CutLayers
+from contract.tls import VARIABLES, TlsFiles
+from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from storage.home import home_dir, network_filesystem
 from trunkline.database_checks import check_database, check_database_clock, check_database_write
 from trunkline.finding import Finding, NotReadyError, SkippedError
@@ -57,6 +59,9 @@ def doctor(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too; or several, parted by commas."),
     ] = None,
+    ca: TrunkCaOption = None,
+    certificate: TrunkCertificateOption = None,
+    key: TrunkKeyOption = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Check that the trunk's part of this model, or this trunk part, fits here."),
@@ -66,13 +71,10 @@ def doctor(
     dtype: Annotated[ServedDtype, typer.Option(help="Of --model: as for `trunk serve`.")] = ServedDtype.FLOAT32,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Check this machine. Exits 1 if a check fails; one that only warns, or had nothing to look at, fails nothing.
-
-    Files for TLS are those that TRUNKLINE_TRUNK_CA, TRUNKLINE_TRUNK_CERTIFICATE and TRUNKLINE_TRUNK_KEY name.
-    """
+    """Check this machine. Exits 1 if a check fails; one that only warns, or had nothing to look at, fails nothing."""
     addresses = () if trunk is None else trunk_addresses(trunk, "trunk")
     asked = None if model is None else AskedModel(model, CutLayers(head_layers, tail_layers), dtype.value)
-    findings = list(examine(addresses, asked))
+    findings = list(examine(addresses, asked, (ca, certificate, key)))
     if output is OutputFormat.TABLE:
         for finding in findings:
             typer.echo(f"{finding.result}  {finding.check}: {finding.detail}")
@@ -84,8 +86,17 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(addresses: Sequence[str] = (), model: AskedModel | None = None) -> Iterator[Finding]:
-    """Every check in turn; each trunk's address adds some of its own. None takes longer than minutes."""
+def examine(
+    addresses: Sequence[str] = (),
+    model: AskedModel | None = None,
+    tls_files: Sequence[Path | None] = (None, None, None),
+) -> Iterator[Finding]:
+    """Every check in turn; each trunk's address adds some of its own. None takes longer than minutes.
+
+    `tls_files` are CA, certificate and key for calling a trunk by TLS; without any it is asked in clear.
+    """
+    whole = all(tls_files)  # where some are missing, the check of the files says so, and no trunk is asked in clear
+    tls = trunk_tls(*tls_files) if whole else None
     checks: dict[str, Callable[[], str]] = {
         "python": check_python,
         "packages": check_packages,
@@ -103,14 +114,14 @@ def examine(addresses: Sequence[str] = (), model: AskedModel | None = None) -> I
         f"port {SUPERLINK_PORT} (SuperLink)": lambda: check_port(SUPERLINK_PORT),
         f"port {TRUNK_PORT} (trunk)": lambda: check_port(TRUNK_PORT),
         f"port {SUPERNODE_PORT} (SuperNode)": lambda: check_port(SUPERNODE_PORT, loopback_only=True),
-        "TLS files": check_tls,
+        "TLS files": lambda: check_tls(dict(zip(VARIABLES, tls_files, strict=True))),
         "demo": check_demo,
     }
-    if addresses:
-        checks["trunk"] = lambda: check_trunk(",".join(addresses))
-    for address in addresses:
-        checks[f"trunk version {address}"] = functools.partial(check_trunk_version, address)
-        checks[f"trunk clock {address}"] = functools.partial(check_trunk_clock, address)
+    if addresses and (whole or not any(tls_files)):
+        checks["trunk"] = lambda: check_trunk(",".join(addresses), tls)
+        for address in addresses:
+            checks[f"trunk version {address}"] = functools.partial(check_trunk_version, address, tls)
+            checks[f"trunk clock {address}"] = functools.partial(check_trunk_clock, address, tls)
     for name, check in checks.items():
         yield _finding(name, check)
 
@@ -235,11 +246,11 @@ def check_demo() -> str:
     return f"model of {weights.stat().st_size / 1e6:.1f} MB, text in {stdlib_root()}"
 
 
-def check_trunk(address: str) -> str:
+def check_trunk(address: str, tls: TlsFiles | None = None) -> str:
     from orchestrator.replicas import connect
 
     try:
-        with closing(connect(address)) as trunk:
+        with closing(connect(address, tls=tls)) as trunk:
             served = trunk.describe()
     except TrunklineError as error:
         raise NotReadyError(str(error), "start a trunk there, or name another one") from None

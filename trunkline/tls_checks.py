@@ -1,8 +1,7 @@
-"""The files that TLS to a trunk needs, where the environment names them."""
+"""The files that TLS to a trunk needs, where options or the environment name them."""
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,34 +11,32 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from contract.tls import VARIABLES
 from trunkline.finding import DoubtfulError, NotReadyError, SkippedError
 
-CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE = (
-    *("TRUNKLINE_TRUNK_CA", "TRUNKLINE_TRUNK_CERTIFICATE"),
-    "TRUNKLINE_TRUNK_KEY",
-)
+CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE = VARIABLES
 LONGEST_FILE_BYTES = 1 << 20
 LONGEST_CHAIN = 8
 EARLY_DAYS = 30
 """How many days before its end a certificate is warned of."""
 
 
-def check_tls(environment: Mapping[str, str] = os.environ) -> str:
-    """CA, certificate and private key are there, belong together, and are valid for a while yet."""
-    named = {name: environment.get(name, "") for name in (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE)}
-    if not any(named.values()):
-        raise SkippedError(f"none of {', '.join(named)} is set")
-    if missing := [name for name, value in named.items() if not value]:
+def check_tls(files: Mapping[str, Path | None]) -> str:
+    """CA, certificate and private key, by VARIABLES, are there, belong together, and are valid for a while yet."""
+    named = {name: file for name in VARIABLES if (file := files.get(name)) is not None}
+    if not named:
+        raise SkippedError(f"none of {', '.join(VARIABLES)} is set")
+    if missing := [name for name in VARIABLES if name not in named]:
         raise NotReadyError(f"{', '.join(missing)} not set", "set all three, or none of them")
-    authorities = _certificates(CA_VARIABLE, Path(named[CA_VARIABLE]))
-    chain = _certificates(CERTIFICATE_VARIABLE, Path(named[CERTIFICATE_VARIABLE]))
-    _require_key(Path(named[KEY_VARIABLE]), chain[0])
+    authorities = _certificates(CA_VARIABLE, named[CA_VARIABLE])
+    chain = _certificates(CERTIFICATE_VARIABLE, named[CERTIFICATE_VARIABLE])
+    _require_key(named[KEY_VARIABLE], chain[0])
     if not _leads_to(chain, authorities):
         detail = f"{named[CERTIFICATE_VARIABLE]} is not signed by the CA in {named[CA_VARIABLE]}"
         raise NotReadyError(detail, f"have {CA_VARIABLE} name the CA that issued it")
     now = datetime.now(UTC)
-    left = [_days_left(Path(named[CERTIFICATE_VARIABLE]), chain[0], now)]
-    left += [_days_left(Path(named[CA_VARIABLE]), authority, now) for authority in authorities]
+    left = [_days_left(named[CERTIFICATE_VARIABLE], chain[0], now)]
+    left += [_days_left(named[CA_VARIABLE], authority, now) for authority in authorities]
     told = f"the certificate is valid for {left[0]} days more, its CA for {min(left[1:])}"
     if min(left) < EARLY_DAYS:
         raise DoubtfulError(told, "have a new one issued before this one ends")

@@ -81,7 +81,7 @@ def answering(live_trunk: RunningTrunk, monkeypatch: pytest.MonkeyPatch) -> Call
 
     def answer(**changes: Any) -> str:
         told: TrunkStatus = replace(status.ask(live_trunk.address), **changes)
-        monkeypatch.setattr(status, "ask", lambda address: told)
+        monkeypatch.setattr(status, "ask", lambda address, tls: told)
         return live_trunk.address
 
     return answer

@@ -32,15 +32,15 @@ class Authority:
         self.certificate = self._signed(self.name, self.key.public_key(), NOW - timedelta(days=1), days, ca=True)
         self.path = self.write("ca.pem", self.certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, days: int = 100, begins: datetime = NOW - timedelta(days=1)) -> dict[str, str]:
+    def issue(self, days: int = 100, begins: datetime = NOW - timedelta(days=1)) -> dict[str, Path | None]:
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ward")])
         certificate = self._signed(name, key.public_key(), begins, days, ca=False)
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return {
-            CA_VARIABLE: str(self.path),
-            CERTIFICATE_VARIABLE: str(self.write("ward.pem", certificate.public_bytes(Encoding.PEM))),
-            KEY_VARIABLE: str(self.write("ward.key", pem)),
+            CA_VARIABLE: self.path,
+            CERTIFICATE_VARIABLE: self.write("ward.pem", certificate.public_bytes(Encoding.PEM)),
+            KEY_VARIABLE: self.write("ward.key", pem),
         }
 
     def write(self, name: str, data: bytes) -> Path:
@@ -69,7 +69,7 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
 
 
-def not_ready(environment: dict[str, str], told: str, result: str = "FAIL") -> str:
+def not_ready(environment: dict[str, Path | None], told: str, result: str = "FAIL") -> str:
     with pytest.raises(NotReadyError, match=told) as found:
         check_tls(environment)
     assert found.value.result == result
@@ -106,7 +106,7 @@ def test_a_certificate_that_has_ended_or_not_begun_is_not_ready(authority: Autho
 
 def test_a_key_that_others_can_read_is_not_ready(authority: Authority) -> None:
     named = authority.issue()
-    os.chmod(named[KEY_VARIABLE], 0o640)
+    os.chmod(authority.directory / "ward.key", 0o640)
     assert not_ready(named, "can be read or written by others") == f"run `chmod 600 {named[KEY_VARIABLE]}`"
 
 
@@ -122,9 +122,9 @@ def test_a_key_of_another_certificate_and_another_authority_are_told(authority: 
 @pytest.mark.parametrize("variable", [CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE])
 def test_a_file_that_is_gone_or_holds_something_else_is_named(authority: Authority, variable: str) -> None:
     named = authority.issue()
-    not_ready({**named, variable: "/nowhere/x.pem"}, f"{variable}: cannot read /nowhere/x.pem: No such file")
+    not_ready({**named, variable: Path("/nowhere/x.pem")}, f"{variable}: cannot read /nowhere/x.pem: No such file")
     nonsense = authority.write("nonsense", b"nothing of the kind")
-    not_ready({**named, variable: str(nonsense)}, f"{variable}: .*nonsense holds no")
+    not_ready({**named, variable: nonsense}, f"{variable}: .*nonsense holds no")
 
 
 def test_a_chain_by_way_of_another_authority_leads_to_the_first(authority: Authority, tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_a_chain_by_way_of_another_authority_leads_to_the_first(authority: Autho
     middle = Authority(below)
     crossed = authority._signed(middle.name, middle.key.public_key(), NOW - timedelta(days=1), 300, ca=True)
     authority.name = middle.name  # the cross-signed one must be issued under the first authority's own name
-    named = middle.issue()
-    certificate = Path(named[CERTIFICATE_VARIABLE])
+    middle.issue()
+    certificate = below / "ward.pem"
     certificate.write_bytes(certificate.read_bytes() + crossed.public_bytes(Encoding.PEM))
     assert tls_checks._leads_to(tls_checks._certificates("x", certificate), [authority.certificate])
     assert not tls_checks._leads_to(tls_checks._certificates("x", certificate)[:1], [authority.certificate])
