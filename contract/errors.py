@@ -21,6 +21,8 @@ TrunklineError
 ├── RoundError             a round or a run cannot go on
 │   └── QuorumError             too few clients answered
 ├── ConnectionFailedError  nothing answers at an address
+├── AccessError            the certificate that a caller shows does not allow what it asks
+│   └── TicketError             nor does the ticket that it presents
 ├── ListenError            an address cannot be taken to listen on
 ├── DeadlineError          a wait ran past its limit
 └── StorageError           SQL or an artifact cannot be read or written
@@ -125,6 +127,15 @@ class QuorumError(RoundError):
 class ConnectionFailedError(TrunklineError):
     exit_code = 3
     grpc_status = "UNAVAILABLE"
+
+
+class AccessError(TrunklineError):
+    exit_code = 3
+    grpc_status = "PERMISSION_DENIED"
+
+
+class TicketError(AccessError):
+    pass
 
 
 class ListenError(TrunklineError):

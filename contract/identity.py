@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
-import shlex
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -20,10 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from contract.durable_file import create_file
 from contract.errors import ConfigError
+from contract.private_file import read_private_file
 
 KEY_BYTES = 32
 KEY_PREFIX = "ed25519:"
-MAX_KEY_FILE_BYTES = 16_384
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PRIME = 2**255 - 19
@@ -102,7 +99,7 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
 
     Refused: what is no Ed25519 key in PEM, and a file that its group or others can read or write.
     """
-    pem = _read_private_file(path)
+    pem = read_private_file(path)
     try:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
@@ -112,23 +109,3 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"the key in {path} is no Ed25519 key; make one with `trunkline clients keygen`")
     return key
-
-
-def _read_private_file(path: Path) -> bytes:
-    try:
-        # Not blocking: what lies there may be a pipe that nobody writes to.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())  # of what was opened: the name may change its meaning
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{path} is not a file; it must be a private key in PEM")
-            if status.st_mode & 0o077:
-                raise ConfigError(
-                    f"others than its owner can use the key file {path} (mode {stat.S_IMODE(status.st_mode):04o}): "
-                    f"run `chmod 600 {shlex.quote(str(path))}`"
-                )
-            pem = file.read(MAX_KEY_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
-    if len(pem) > MAX_KEY_FILE_BYTES:
-        raise ConfigError(f"{path} is over {MAX_KEY_FILE_BYTES} bytes; no private key is that long")
-    return pem

@@ -52,6 +52,9 @@ MOUNTS = {
     "db": Mount("orchestrator.db_cli:app", "The database: upgrade, current, check, gc, backup, restore.", WATCH),
     "trunk": Mount("server_trunk.cli:app", "The trunk server: serve, status.", SERVE),
     "model": Mount("server_trunk.cli:model_app", "Checkpoints: split into a client part and a trunk part.", SERVE),
+    "pki": Mount(
+        "orchestrator.pki_cli:app", "Certificates for TLS to the trunk: init, issue, show, ticket-key.", SERVE
+    ),
     "data": Mount("clients.cli:data_app", "A site's text: check it before anyone joins a run.", SERVE),
     "audit": Mount("trunkline.audit:app", "Attack a site's own text, and see what gets out: run.", SERVE),
 }
