@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -58,11 +57,9 @@ def test_the_compose_file_keeps_to_the_specification() -> None:
 
 
 def test_compose_itself_takes_the_file(tmp_path: Path) -> None:
-    if shutil.which("docker-compose") is None:
-        pytest.skip("docker-compose is not installed")
     settings = tmp_path / "env"
     settings.write_text("ROSTER_SIGNER=ed25519:x\n", encoding="utf-8")
-    ran("docker-compose", "--env-file", settings, "-f", DOCKER / "compose.yaml", "config", "--quiet")
+    ran(BIN / "docker-compose", "--env-file", settings, "-f", DOCKER / "compose.yaml", "config", "--quiet")
 
 
 def test_the_image_ends_as_a_user_without_rights_and_holds_no_secret() -> None:

@@ -45,11 +45,12 @@ class Page:
         return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
     def commands(self) -> list[list[str]]:
-        """Every `trunkline ...` in a block of code or a span of it, as words; of a pipe or a list, the first part."""
+        """Every `trunkline ...` in a block of code or a span of it, as words; of a pipe or a list, the first part; none whose name is left open."""
         text = self.path.read_text(encoding="utf-8")
         lines = [line for _, block in _FENCE.findall(text) for line in _joined(block).splitlines()]
         lines += [span.replace("\n", " ") for span in _SPAN.findall(self.prose())]
-        return [_words(line) for line in lines if _PROMPT.match(line)]
+        told = [_words(line) for line in lines if _PROMPT.match(line)]
+        return [words for words in told if len(words) == 1 or not words[1].isupper()]
 
 
 def _joined(block: str) -> str:
@@ -67,4 +68,4 @@ def _joined(block: str) -> str:
 def _words(line: str) -> list[str]:
     words = shlex.split(_PROMPT.sub("", line), comments=True)
     ends = [number for number, word in enumerate(words) if word in ("|", "&&", ";", ">", "2>", "||")]
-    return words[: min(ends, default=len(words))]
+    return [word for word in words[: min(ends, default=len(words))] if word != "..."]
