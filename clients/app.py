@@ -27,6 +27,7 @@ from contract.flat_array import read_flat
 from contract.openmp import waiting
 from contract.records import RoundKey
 from contract.secure_records import SecureOrder, order_from, to_record
+from contract.ticket import MAX_TICKET_BYTES
 
 if TYPE_CHECKING:
     from clients.participation import RoundOrder
@@ -212,6 +213,15 @@ def _read_order(content: RecordDict) -> RoundOrder:
             factor=facts["factor"],
             clients=int(facts["clients"]),
             adapter_d=adapter_d,
+            ticket=_ticket(facts),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"the message's config record 'round' is incomplete: {error}") from error
+
+
+def _ticket(facts: ConfigRecord) -> bytes:
+    """What the order to a client brings for its trunk; nothing where that needs none. Raises ValueError."""
+    ticket = facts.get("ticket", b"")
+    if not isinstance(ticket, bytes) or len(ticket) > MAX_TICKET_BYTES:
+        raise ValueError(f"ticket is no more than {MAX_TICKET_BYTES} bytes")
+    return ticket

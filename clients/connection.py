@@ -23,6 +23,7 @@ from contract.errors import (
     TrunklineError,
     error_named,
 )
+from contract.tls import TlsFiles, open_channel, told_failure
 from contract.trunk_pb2 import ClientFrame, DescribeRequest, ServerFrame, TrunkDescription
 from contract.trunk_pb2_grpc import TrunkStub
 
@@ -35,14 +36,22 @@ T = TypeVar("T")
 class TrunkConnection:
     """A channel to the trunk at `address` (HOST:PORT). Opening one costs nothing until something is asked."""
 
-    def __init__(self, address: str, *, connect_timeout_s: float = 10.0, wire_log: WireLog | None = None) -> None:
-        """Raises ConfigError unless `address` is HOST:PORT."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float = 10.0,
+        wire_log: WireLog | None = None,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """By TLS alone where `tls` is given. Raises ConfigError unless the address is HOST:PORT, and for TLS files."""
         split_address("trunk-address", address)
         self.address = address
         self.wire_log = wire_log or WireLog()
         self._connect_timeout_s = connect_timeout_s
         # As the orchestrator does: a proxy between us and a trunk would be named by the address, not the environment.
-        self._channel = grpc.insecure_channel(address, options=[*wire.message_limits(), ("grpc.enable_http_proxy", 0)])
+        self._by_tls = tls is not None
+        self._channel = open_channel(address, tls, [*wire.message_limits(), ("grpc.enable_http_proxy", 0)])
         self._stub = TrunkStub(self._channel)
 
     def describe(self) -> TrunkDescription:
@@ -53,8 +62,9 @@ class TrunkConnection:
             reply: TrunkDescription = self._stub.Describe(request, timeout=self._connect_timeout_s)
         except grpc.RpcError as error:
             if cast(grpc.Call, error).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                why = told_failure(cast(grpc.Call, error).details(), by_tls=self._by_tls)
                 raise ConnectionFailedError(
-                    f"no trunk answers at {self.address}: start one with `trunkline trunk serve`, "
+                    f"no trunk answers at {self.address}{why}: start one with `trunkline trunk serve`, "
                     "or set trunk-address to where it listens"
                 ) from error
             raise rebuilt(error, self.address) from error

@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from aggregation import tally
 from aggregation.protocol import PlainSumClient
+from clients.admission import Admission
 from clients.data import SiteData, load_dataset, load_tokenizer, order_key, repeated_order_key
 from clients.link import WireCodecs
 from clients.replay import await_trunk, played
@@ -35,6 +36,7 @@ from clients.wire_privacy import wire_mechanism
 from contract import adapter
 from contract.config import RunConfig
 from contract.errors import ConfigError, NonFiniteError
+from contract.identity import read_private_key
 from contract.model_files import resolve_model
 from contract.records import Factor, RoundKey
 from privacy.stream import SecretStream
@@ -52,7 +54,10 @@ Done = tuple[Judgement, Training | None, bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class RoundOrder:
-    """What the orchestrator asks of one client. `clients` is the cohort's size, which fixes the fixed point's scale."""
+    """What the orchestrator asks of one client. `clients` is the cohort's size, which fixes the fixed point's scale.
+
+    `ticket` is empty where the trunk needs none.
+    """
 
     key: RoundKey
     client_id: str
@@ -61,6 +66,7 @@ class RoundOrder:
     factor: Factor
     clients: int
     adapter_d: npt.NDArray[np.float32]
+    ticket: bytes = b""
 
     @property
     def adapter_sha256(self) -> str:
@@ -99,7 +105,8 @@ def take_part(
         served = await_trunk(site, config, order.client_id, wire_log)
         if turn is not None:
             turn.check(order.key, config, order.factor, order.clients, served.model.fingerprint, training=training)
-        attempt = _Attempt(order, config, site, data, training, turn)
+        admission = Admission(order.ticket, read_private_key(site.identity_key)) if order.ticket else None
+        attempt = _Attempt(order, config, site, data, training, turn, admission)
         judgement, training_done, upload = played(attempt, site, config, order.client_id, wire_log)
         metrics = _metrics(judgement, training_done) | {"seconds": time.monotonic() - started}
         logger.info("round=%d site=%s %s", order.key.round, site.name, _told_here(metrics))
@@ -120,11 +127,12 @@ class _Attempt:
     data: SiteData
     training: bool
     turn: SecureTurn | None
+    admission: Admission | None = None
     opened: bool = False
     released: bool = False
 
     def play(self, route: TrunkRoute) -> Done:
-        model = _open_model(self.order, self.config, self.site, route)
+        model = _open_model(self.order, self.config, self.site, route, self.admission)
         self.opened = True
         with closing_session(model), _spending(self.site, self.config) as spending:
             if spending is not None and self.turn is not None and self.turn.head:
@@ -144,7 +152,9 @@ def _spending(site: Site, config: RunConfig) -> Iterator[SiteSpending | None]:
         yield spending
 
 
-def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRoute) -> PeftModel:
+def _open_model(
+    order: RoundOrder, config: RunConfig, site: Site, route: TrunkRoute, admission: Admission | None
+) -> PeftModel:
     settings = SplitSettings(
         model_path=site.model,
         cut=config.cut,
@@ -165,6 +175,7 @@ def _open_model(order: RoundOrder, config: RunConfig, site: Site, route: TrunkRo
         trunk_sha256=order.trunk_sha256,
         trunk_frozen=config.trunk_adapter == "frozen",
         quiet=config.dp != "off",
+        admission=admission,
     )
     return open_split_model(settings, spec, route, start)
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clients.admission import Admission
 from clients.connection import FrameStream, TrunkConnection
 from clients.crossing import Crossing, forward_request, without_padding
 from clients.exchanges import Exchange, Exchanges
@@ -86,8 +87,11 @@ class RemoteTrunk:
         mechanism: WireMechanism | None = None,
         codecs: WireCodecs = EXACT,
         arithmetic: TrunkArithmetic = PLAIN,
+        admission: Admission | None = None,
     ) -> None:
         """Opens the session. `adapter_bytes` is the size of the trunk's part of the adapter as safetensors.
+
+        With an `admission` the trunk is asked for a challenge first, and shown what answers it.
 
         Every value passes `mechanism` on its way out; one that is not Off needs `announce` before each forward.
         Raises AgreementError when the two sides do not hold the same model, the trunk does not take the codecs that
@@ -106,6 +110,8 @@ class RemoteTrunk:
         self._owed_step_replies = 0
         self._dropped: deque[int] = deque()
         self._held: set[int] = set()  # microbatches whose graph waits at the trunk for a backward that may yet come
+        if admission is not None:  # a description that is older than a minute has a challenge that is too old
+            hello = admission.presented(hello, self.address, connection.describe().challenge)
         self._stream: FrameStream = connection.open_stream(timeout_s)
         self._exchanges = Exchanges(self._stream.cancel)
         self._hang_up = weakref.finalize(self, self._stream.cancel)
@@ -114,6 +120,8 @@ class RemoteTrunk:
             self.welcome: Welcome = self._stream.receive("welcome")
             codecs.require_accepted(self.welcome.codecs, self.address)
             told = arithmetic.told(self.welcome.autocast_dtype, self.address)
+        if admission is not None:
+            admission.keep(self.address, self.welcome.renewal)
         if told:
             logger.info(told)
         self._codecs = CodecPolicy(codecs, self.welcome.codecs, connection.round_trip_s)

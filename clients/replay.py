@@ -49,7 +49,7 @@ def played(attempt: Attempt[Done_co], site: Site, config: RunConfig, client_id: 
     left = config.trunk_retries if (config.dp, config.wire) == ("off", "off") else 0
     while True:
         try:
-            with closing(trunk_route(site.trunk_address, client_id, wire_log)) as route:
+            with closing(trunk_route(site.trunk_address, client_id, wire_log, site.trunk_tls)) as route:
                 return attempt.play(route)
         except (ConnectionFailedError, SessionError) as error:
             if not attempt.opened or attempt.released or not left:
@@ -67,7 +67,7 @@ def await_trunk(site: Site, config: RunConfig, client_id: str, wire_log: WireLog
     until_s, told = time.monotonic() + config.trunk_wait_s, False
     while True:
         try:
-            with closing(trunk_route(site.trunk_address, client_id, wire_log)) as route:
+            with closing(trunk_route(site.trunk_address, client_id, wire_log, site.trunk_tls)) as route:
                 return route.describe()
         except ConnectionFailedError as error:
             if time.monotonic() > until_s:

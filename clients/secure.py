@@ -24,6 +24,7 @@ from clients.site import RosterPin, Site
 from clients.vault import Vault
 from contract.config import RunConfig
 from contract.errors import (
+    AccessError,
     AgreementError,
     ConfigError,
     ConnectionFailedError,
@@ -77,7 +78,7 @@ def open_secure_site(site: Site, client_id: str) -> SecureSite:
 
 _TOLD = (
     *(SecureSumError, ConfigError, ModelError, StorageError),
-    *(ConnectionFailedError, DeadlineError, AgreementError),
+    *(ConnectionFailedError, DeadlineError, AgreementError, AccessError),
 )
 """Whose texts, under masked sums, the orchestrator is told. They MUST quote no figure of a site's text or training."""
 

@@ -17,11 +17,14 @@ from aggregation.terms import DEFAULT_MAX_WEIGHT, DEFAULT_MIN_MEMBERS, Policy
 from contract.config import ConfigValue, RunConfig
 from contract.errors import ConfigError
 from contract.identity import check_client_id, parse_public_key
+from contract.tls import TlsFiles
 from storage.home import home_dir, simulation_dir
 
+_TLS_KEYS = ("trunk-ca", "trunk-certificate", "trunk-key")
 _KEYS = (
     *("model", "data", "name", "trunk-address", "wire-log"),
     *("state-dir", "identity-key", "roster", "roster-signer", "dataset"),
+    *_TLS_KEYS,
 )
 _BUDGET_KEYS = ("privacy-epsilon", "privacy-delta")
 _SIMULATED = Policy(min_members=2, max_weight=1 << 62)
@@ -50,7 +53,8 @@ class Site:
 
     `state_dir` keeps the secrets of open secure sums, `ledger` is the site's own record of the privacy that it spent;
     `roster` is None where no roster is pinned. `dataset` names the data whose privacy budget is spent; `budget` is the
-    site's own (epsilon, delta) for it, None where the first run's is taken.
+    site's own (epsilon, delta) for it, None where the first run's is taken. With `trunk_tls` the trunk is talked to by
+    TLS and in no other way.
     """
 
     model: str
@@ -68,6 +72,7 @@ class Site:
     roster: RosterPin | None
     simulated: bool
     clear_allowed: bool
+    trunk_tls: TlsFiles | None = None
 
     def require_clear_allowed(self) -> None:
         """Raise ConfigError unless this site lets a run see its update in clear: a run cannot lower its floors so."""
@@ -125,6 +130,7 @@ def read_site(
         roster=None if simulated else _pin(told),
         simulated=simulated,
         clear_allowed=simulated or _flag(node_config, CLEAR_KEY),
+        trunk_tls=TlsFiles.named([told.get(key) for key in _TLS_KEYS], [f"node config {key}" for key in _TLS_KEYS]),
     )
 
 

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from clients.admission import Admission
+from clients.connection import TrunkConnection
 from clients.link import EXACT, WireCodecs
 from clients.remote_layers import RemoteLayers
 from clients.remote_trunk import RemoteTrunk
@@ -31,6 +33,7 @@ from contract.errors import DataError, IntegrityError, ModelError
 from contract.model_files import resolve_model
 from contract.partition import attach_remote, load_part
 from contract.records import CutLayers, Factor, LoraSpec, RoundKey, Trainable
+from contract.tls import TlsFiles
 from contract.trunk_arithmetic import PLAIN, TrunkArithmetic
 from contract.trunk_pb2 import CloseReply, Hello, ModelAgreement
 from privacy.wire import WireMechanism
@@ -64,6 +67,7 @@ class RoundStart:
 
     With `trunk_frozen` that part stays as it is, and `trainable` is of the client's half alone. With `quiet` the trunk
     tells the orchestrator no counts of this session: how many rows were drawn would undo what secret sampling hides.
+    `admission` is what a trunk that takes sessions by ticket is shown.
     """
 
     key: RoundKey
@@ -74,6 +78,7 @@ class RoundStart:
     trunk_sha256: str
     trunk_frozen: bool = False
     quiet: bool = False
+    admission: Admission | None = None
 
 
 def load_split_model(
@@ -93,6 +98,9 @@ def load_split_model(
     wire_log: str | Path | None = None,
     trunk_autocast: str = "off",
     deterministic: bool = False,
+    trunk_ca: str | Path | None = None,
+    trunk_certificate: str | Path | None = None,
+    trunk_key: str | Path | None = None,
 ) -> PeftModel:
     """A PEFT causal LM that holds the first `head_layers` and the last `tail_layers` decoder layers of `model_path`.
 
@@ -111,15 +119,19 @@ def load_split_model(
     "auto", bfloat16 where the trunk gains from it. A `deterministic` session shares no pass with another, so that its
     bits do not depend on who else is there; neither codec nor autocast may go by the clock.
 
+    `trunk_ca`, `trunk_certificate` and `trunk_key` are PEM files, all three or none: with them the trunk is talked to
+    by TLS alone.
+
     Raises ConfigError, ModelError, UnsupportedModelError, AgreementError and ConnectionFailedError.
     """
+    tls = TlsFiles.named((trunk_ca, trunk_certificate, trunk_key), ("trunk_ca", "trunk_certificate", "trunk_key"))
     cut = CutLayers(head_layers, tail_layers)
     codecs = WireCodecs.named(codec, codec_backward, CODECS)
     arithmetic = TrunkArithmetic(trunk_autocast, deterministic)
     settings = SplitSettings(
         model_path, cut, dtype, attn_implementation, codecs, device, timeout_s, arithmetic=arithmetic
     )
-    route = trunk_route(trunk_address, secrets.token_hex(8), WireLog(wire_log))
+    route = trunk_route(trunk_address, secrets.token_hex(8), WireLog(wire_log), tls)
     spec = adapter.resolve_lora(resolve_model(model_path), lora_config)
     return open_split_model(settings, spec, route, seed)
 
@@ -159,8 +171,9 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
     _refuse_long_sequences(model)
     frozen = not isinstance(start, int) and start.trunk_frozen
     hello = _hello(agreement, trunk_spec(spec, found, settings.cut), "none" if frozen else trainable, start)
-    trunk = route.opened(
-        lambda connection: RemoteTrunk(
+
+    def opening(connection: TrunkConnection) -> RemoteTrunk:
+        return RemoteTrunk(
             connection,
             hello,
             hidden_size=found.hidden_size,
@@ -169,8 +182,10 @@ def open_split_model(settings: SplitSettings, spec: LoraSpec, route: TrunkRoute,
             mechanism=settings.mechanism,
             codecs=settings.codecs,
             arithmetic=settings.arithmetic,
+            admission=None if isinstance(start, int) else start.admission,
         )
-    )
+
+    trunk = route.opened(opening)
     layers = RemoteLayers(trunk, spec, str(settings.model_path), frozen=frozen).to(settings.device)
     layers.beside = tuple(weakref.ref(parameter) for parameter in model.parameters() if parameter.requires_grad)
     attach_remote(model, layers)

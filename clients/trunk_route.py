@@ -16,6 +16,7 @@ from clients.wire_log import WireLog
 from contract import wire
 from contract.addresses import trunk_addresses
 from contract.errors import AgreementError, CapacityError, ConnectionFailedError, SessionError, TrunklineError
+from contract.tls import TlsFiles
 from contract.trunk_pb2 import TrunkDescription
 
 logger = logging.getLogger("trunkline.clients")
@@ -84,12 +85,12 @@ class ReplicaRoute:
         return self._connections[self._first :] + self._connections[: self._first]
 
 
-def trunk_route(addresses: str, client_id: str, wire_log: WireLog) -> TrunkRoute:
-    """The way to the trunk at `addresses`, or to one of them where commas part several.
+def trunk_route(addresses: str, client_id: str, wire_log: WireLog, tls: TlsFiles | None = None) -> TrunkRoute:
+    """The way to the trunk at `addresses`, or to one of them where commas part several; by `tls` alone where given.
 
-    Raises ConfigError for an address that is none.
+    Raises ConfigError for an address that is none, and for files that TLS cannot use.
     """
-    connections = tuple(TrunkConnection(address, wire_log=wire_log) for address in trunk_addresses(addresses))
+    connections = tuple(TrunkConnection(address, wire_log=wire_log, tls=tls) for address in trunk_addresses(addresses))
     return connections[0] if len(connections) == 1 else ReplicaRoute(connections, client_id)
 
 

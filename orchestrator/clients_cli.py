@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 MAX_PUBLIC_FILE_BYTES = 16_384
-COLUMNS = ("client_id", "public_key", "enrolled_at", "enrolled_by")
+COLUMNS = ("client_id", "public_key", "tls_key", "enrolled_at", "enrolled_by")
 ALL_COLUMNS = (*COLUMNS, "revoked_at", "revoke_reason")
 
 app = typer.Typer(
@@ -35,6 +35,14 @@ RosterOption = Annotated[
 ]
 RosterKeyOption = Annotated[
     Path | None, typer.Option("--signing-key", help="The roster signer's private key, made by `clients keygen`.")
+]
+
+
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--certificate", dir_okay=False, help="Its TLS certificate: tickets are then good with that key alone."
+    ),
 ]
 
 
@@ -62,6 +70,7 @@ def enroll(
     public_key: Annotated[
         str, typer.Option(metavar="KEY", help="The line `ed25519:...` that keygen printed at the site, or @FILE of it.")
     ],
+    certificate: CertificateOption = None,
     operator: OperatorOption = None,
     roster: RosterOption = None,
     signing_key: RosterKeyOption = None,
@@ -72,9 +81,30 @@ def enroll(
     Get the line on a way that the server's operator cannot change: who is enrolled is who others trust.
     """
     line, who = _public_line(public_key), operator_name(operator)
+    tls_key = None if certificate is None else _tls_key(certificate)
     with _change(roster, signing_key) as (store, publication):
-        version = store.enroll_client(client_id, line, who)
+        version = store.enroll_client(client_id, line, who, tls_key)
         _finish(f"client {client_id} is enrolled", client_id, version, store, publication, output)
+
+
+@app.command("certificate")
+@cli_errors
+def set_certificate(
+    client_id: ClientArgument,
+    certificate: Annotated[Path, typer.Option(dir_okay=False, help="The client's TLS certificate, PEM.")],
+    operator: OperatorOption = None,
+    output: OutputOption = OutputFormat.TABLE,
+) -> None:
+    """Bind an enrolled client to the key of its TLS certificate; tickets that are issued from then on name it.
+
+    A new certificate for the same key needs none of this.
+    """
+    from storage.store import open_store
+
+    tls_key, who = _tls_key(certificate), operator_name(operator)
+    with closing(open_store()) as store:
+        store.set_client_certificate(client_id, tls_key, who)
+    emit({"client_id": client_id, "certificate_key_sha256": tls_key}, output)
 
 
 @app.command("list")
@@ -197,12 +227,26 @@ def _public_line(given: str) -> str:
     return data.decode("utf-8", "replace").strip()
 
 
+def _tls_key(path: Path) -> str:
+    """The hash of the public key in a client's certificate. Raises ConfigError unless it is one, and good now."""
+    from contract.certificates import Role, key_sha256, party_of, read_certificates, require_current
+
+    certificate = read_certificates(path)[0]
+    require_current(certificate, str(path), datetime.now(UTC))
+    party = party_of(certificate, str(path))
+    if party.role is not Role.CLIENT:
+        raise ConfigError(f"{path} is of role {party.role.value}; a client's must be of role {Role.CLIENT.value}")
+    return key_sha256(certificate)
+
+
 def _row_data(row: IdentityRow) -> dict[str, Any]:
     return {
         "client_id": row.client_id,
         "public_key": row.public_key,
         "enrolled_at": row.enrolled_at.replace(microsecond=0),
         "enrolled_by": row.enrolled_by,
+        "tls_key": None if row.certificate_key_sha256 is None else row.certificate_key_sha256[:12],
+        "certificate_key_sha256": row.certificate_key_sha256,
         "revoked_at": None if row.revoked_at is None else row.revoked_at.replace(microsecond=0),
         "revoke_reason": row.revoke_reason,
         "roster_version": row.roster_version,

@@ -10,6 +10,7 @@ from contract.config import RunConfig
 from contract.records import RoundKey, RoundProgress
 from orchestrator.adapters import ClientPart
 from orchestrator.exchange import Clock, Exchange
+from orchestrator.tickets import TicketOffice
 from orchestrator.trunk import TrunkAverage
 from storage.artifacts import ArtifactStore
 from storage.store import Store
@@ -29,7 +30,10 @@ class RunTrunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts and the time."""
+    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts and the time.
+
+    `tickets` is None where the trunk needs none.
+    """
 
     run_id: str
     config: RunConfig
@@ -38,6 +42,7 @@ class Desk:
     store: Store
     artifacts: ArtifactStore
     clock: Clock
+    tickets: TicketOffice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,11 @@ def adapter_record(vector_d: npt.NDArray[np.float32]) -> ArrayRecord:
     return ArrayRecord({"adapter": Array(vector_d)})
 
 
-def order_message(node_id: str, order: RoundOrder, adapter: ArrayRecord) -> Message:
-    """The message that asks one client to train, or, when the order is final, to judge."""
+def order_message(node_id: str, order: RoundOrder, adapter: ArrayRecord, ticket: bytes = b"") -> Message:
+    """The message that asks one client to train, or, when the order is final, to judge; `ticket` is its, if any."""
     facts = ConfigRecord({**asdict(order), "client_id": node_id})
+    if ticket:
+        facts["ticket"] = ticket
     return Message(
         RecordDict({"adapter": adapter, "round": facts}),
         dst_node_id=int(node_id),

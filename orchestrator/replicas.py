@@ -23,6 +23,7 @@ from contract.errors import (
     UpdateError,
 )
 from contract.records import NOTHING_SEEN, RoundKey, RoundProgress
+from contract.tls import TlsFiles
 from orchestrator.adapters import weighted_mean
 from orchestrator.desk import RunTrunk
 from orchestrator.trunk import ServedModel, Trunk, TrunkAverage, TrunkPart
@@ -145,16 +146,16 @@ class Replicas:
         return said, silent
 
 
-def connect(addresses: str, *, patience_s: float = 0.0) -> ConnectedTrunk:
+def connect(addresses: str, *, patience_s: float = 0.0, tls: TlsFiles | None = None) -> ConnectedTrunk:
     """The trunk at `addresses`, or all of them as one where commas part several.
 
     A single one is waited for as `Trunk` says; of several the others go on without one that is silent. Nothing is asked
-    yet. Raises ConfigError for an address that is none.
+    yet. By TLS alone where `tls` is given. Raises ConfigError for an address that is none, and for TLS files.
     """
     named = trunk_addresses(addresses)
     if len(named) == 1:
-        return Trunk(named[0], patience_s=patience_s)
-    return Replicas([Trunk(address) for address in named])
+        return Trunk(named[0], patience_s=patience_s, tls=tls)
+    return Replicas([Trunk(address, tls=tls) for address in named])
 
 
 def _part(trunk: Trunk, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> tuple[TrunkPart, bytes]:

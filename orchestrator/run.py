@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from aggregation.rules import rule_named
 from contract.config import ConfigValue, RunConfig
 from contract.errors import BudgetError, ConfigError, TrunklineError
+from contract.tls import TlsFiles
 from orchestrator.adapters import ClientPart, draw_first_adapter
 from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
@@ -30,6 +32,7 @@ from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
 from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
+from orchestrator.tickets import open_office
 from orchestrator.trunk import ServedModel, require_served
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
@@ -70,12 +73,14 @@ def conduct(start: Start) -> Export:
         with _refusal_recorded(start, run_id):
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
-            trunk = held.enter_context(closing(connect(config.trunk_address, patience_s=config.trunk_wait_s)))
+            tls = TlsFiles.from_environment(os.environ)
+            trunk = held.enter_context(closing(connect(config.trunk_address, patience_s=config.trunk_wait_s, tls=tls)))
             served = trunk.describe()
+            tickets = open_office(config, served, start.store, trunk.address)
             _take_up(start, run_id, config, served)
         lease = held.enter_context(renewed(start.store, run_id))
         exchange = Exchange(start.grid, start.clock, lease.require)
-        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock)
+        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock, tickets)
         ending = held.enter_context(_end_recorded(start, run_id))
         if start.mode == "simulation":
             held.callback(_forget_simulation, start.flower_run_id)

@@ -7,7 +7,7 @@ secrets. Exchange 3: unmask. A session that nobody set up beside another sets it
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from aggregation.ring import RingVector
 from contract.errors import SecureSumError, UpdateError
@@ -17,7 +17,7 @@ from orchestrator.collection import report_progress
 from orchestrator.deadline import ProgressDeadline, TrainedDeadline
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Deadline
-from orchestrator.messages import OUTSIDE_ROUNDS, adapter_record, order_message, read_update, round_order
+from orchestrator.messages import OUTSIDE_ROUNDS, RoundOrder, adapter_record, order_message, read_update, round_order
 from orchestrator.secure_exchange import SecureAnswer, ask_all, stage_deadline
 from orchestrator.secure_session import SecureSession
 from storage.records import Outcome
@@ -164,8 +164,19 @@ def _vectors(
         )
         for node_id in trains | later
     }
-    adapter = adapter_record(version.client.vector_d)
-    return ask_all(desk, orders, deadline, lambda node_id: order_message(node_id, order, adapter), trains)
+    adapter, ticket = adapter_record(version.client.vector_d), _ticketing(desk, key, order, session)
+    return ask_all(
+        desk, orders, deadline, lambda node_id: order_message(node_id, order, adapter, ticket(node_id)), trains
+    )
+
+
+def _ticketing(desk: Desk, key: RoundKey, order: RoundOrder, session: SecureSession) -> Callable[[str], bytes]:
+    """What makes each node's ticket when its order leaves; empty ones where the trunk needs none."""
+    if desk.tickets is None:
+        return lambda node_id: b""
+    keys = {member.client_id: member.identity_key for member in session.terms.members}
+    issue = desk.tickets.for_round(key, order.factor, order.trunk_sha256, final=order.final)
+    return lambda node_id: issue(node_id, keys[session.members[node_id]])
 
 
 def _added(answer: SecureAnswer, session: SecureSession) -> tuple[Outcome, str | None]:

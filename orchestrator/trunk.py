@@ -26,6 +26,7 @@ from contract.errors import (
 )
 from contract.failpoint import failpoint
 from contract.records import NOTHING_SEEN, CutLayers, RoundKey, RoundProgress
+from contract.tls import TlsFiles, open_channel, told_failure
 from contract.trunk_pb2_grpc import TrunkStub
 
 MAX_ADAPTER_BYTES = 1 << 30
@@ -40,7 +41,7 @@ log = logging.getLogger("trunkline.orchestrator")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a trunk says that it serves."""
+    """What a trunk says that it serves. `ticket_signers` are the public lines whose tickets sessions need, if any."""
 
     fingerprint: str
     cut: CutLayers
@@ -48,6 +49,7 @@ class ServedModel:
     attn_implementation: str
     layers: int
     hidden_size: int
+    ticket_signers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +79,28 @@ class Trunk:
     or takes adapters, and a commit, are asked again for `patience_s`: all of them may be asked twice.
     """
 
-    def __init__(self, address: str, answer_timeout_s: float = ANSWER_TIMEOUT_S, *, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        *,
+        patience_s: float = 0.0,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """By TLS alone where `tls` is given; raises ConfigError for its files."""
         self.address = address
+        self._by_tls = tls is not None
         self._answer_timeout_s = answer_timeout_s
         self._patience_s = patience_s
         # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", int(1000 * LOOK_S))]
-        self._channel = grpc.insecure_channel(address, [*wire.message_limits(), *options])
+        self._channel = open_channel(address, tls, [*wire.message_limits(), *options])
         self._stub = TrunkStub(self._channel)
         self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, NOTHING_SEEN, NOTHING_SEEN)
 
     def describe(self) -> ServedModel:
         """What the trunk serves. Raises AgreementError when it speaks another protocol."""
-        with _told_by(self.address):
+        with _told_by(self.address, by_tls=self._by_tls):
             told: pb.TrunkDescription = self._stub.Describe(pb.DescribeRequest(), timeout=self._answer_timeout_s)
         if told.protocol != wire.PROTOCOL:
             raise AgreementError(
@@ -104,6 +115,7 @@ class Trunk:
             attn_implementation=model.attn_implementation,
             layers=told.layers,
             hidden_size=told.hidden_size,
+            ticket_signers=tuple(told.ticket_signer.split(",")) if told.ticket_signer else (),
         )
 
     def put_adapter(self, data: bytes) -> str:
@@ -157,7 +169,7 @@ class Trunk:
 
     def progress(self, key: RoundKey) -> RoundProgress:
         """What the trunk has seen of this attempt so far; it only rises, also where the trunk is seen to start anew."""
-        with _told_by(self.address):
+        with _told_by(self.address, by_tls=self._by_tls):
             seen: pb.ProgressReply = self._stub.Progress(wire.round_to_wire(key), timeout=self._answer_timeout_s)
         told = RoundProgress(
             sessions=seen.sessions,
@@ -179,7 +191,7 @@ class Trunk:
         until_s: float | None = None
         while True:
             try:
-                with _told_by(self.address):
+                with _told_by(self.address, by_tls=self._by_tls):
                     return ask()
             except ConnectionFailedError as error:
                 until_s = time.monotonic() + self._patience_s if until_s is None else until_s
@@ -220,17 +232,17 @@ def _chunks(data: bytes, sha256: str) -> Iterator[pb.AdapterChunk]:
 
 
 @contextmanager
-def _told_by(address: str) -> Iterator[None]:
+def _told_by(address: str, *, by_tls: bool) -> Iterator[None]:
     """Turn a gRPC failure inside the block into the error that the trunk named, or into one that names the trunk."""
     failpoint("trunk.call.before")
     try:
         yield
     except grpc.RpcError as error:
-        _raise_named(error, address)
+        _raise_named(error, address, by_tls=by_tls)
     failpoint("trunk.call.after")
 
 
-def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+def _raise_named(error: grpc.RpcError, address: str, *, by_tls: bool) -> NoReturn:
     details = " ".join((error.details() or "").split())
     trailer = cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())
     cls = error_named(dict(trailer).get(wire.ERROR_KEY, ""))
@@ -238,7 +250,7 @@ def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:
         raise cls(details) from None
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         raise ConnectionFailedError(
-            f"trunk at {address} does not answer: start it with: "
+            f"trunk at {address} does not answer{told_failure(details, by_tls=by_tls)}: start it with: "
             f"trunkline trunk serve --model MODEL --head-layers K --tail-layers M --listen {address}"
         ) from None
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

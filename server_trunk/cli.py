@@ -15,6 +15,9 @@ import typer
 from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
+from contract.tls import TlsFiles
+from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
+from server_trunk.signers import ticket_signers
 from storage.home import home_dir
 
 if TYPE_CHECKING:
@@ -78,6 +81,24 @@ SpillBudgetOption = Annotated[
 InsecureListenOption = Annotated[
     bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
 ]
+TlsCertificateOption = Annotated[
+    Path | None, typer.Option(help="Serve by TLS: this trunk's certificate, PEM; needs --tls-key and --client-ca.")
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option(help="The certificate's key, a PEM file that its owner alone can read.")
+]
+ClientCaOption = Annotated[
+    Path | None,
+    typer.Option(help="Whoever calls must show a certificate that this CA signed; its role says what it may."),
+]
+TicketSignerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Rounds' sessions need a ticket by this key: the line of `pki ticket-key`, or @FILE of such lines; may be "
+        "given more than once.",
+    ),
+]
 
 
 @app.callback()
@@ -118,6 +139,10 @@ def serve(
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
     insecure_listen: InsecureListenOption = False,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    client_ca: ClientCaOption = None,
+    ticket_signer: TicketSignerOption = None,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C.
 
@@ -152,6 +177,8 @@ def serve(
         grace_s=grace_s,
         announce_file=announce_file,
         insecure_listen=insecure_listen,
+        tls=TlsFiles.named((client_ca, tls_certificate, tls_key), ("--client-ca", "--tls-certificate", "--tls-key")),
+        ticket_signers=ticket_signers(ticket_signer or []),
     )
     _serve(options)
 
@@ -164,7 +191,7 @@ def _serve(options: ServeOptions) -> None:
     if not member.leads:
         server.follow(options, member)
         return
-    if options.insecure_listen:
+    if options.insecure_listen and options.tls is None:
         talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
     talk(f"loading the trunk of {options.model}")
     served = asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
@@ -178,6 +205,9 @@ def _serve(options: ServeOptions) -> None:
 @cli_errors
 def show_status(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the trunk listens.")] = "127.0.0.1:50051",
+    ca: TrunkCaOption = None,
+    certificate: TrunkCertificateOption = None,
+    key: TrunkKeyOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """What a trunk serves, how many sessions it has, and whether it takes more: exits 0 if it does, 1 if it is ending.
@@ -186,7 +216,7 @@ def show_status(
     """
     from server_trunk.status import ask
 
-    found = ask(address)
+    found = ask(address, trunk_tls(ca, certificate, key))
     emit(found, output)
     if not found.speaks_ours:
         talk(f"it speaks protocol {found.protocol}, not this installation's: both sides need the same trunkline")

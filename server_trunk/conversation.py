@@ -104,6 +104,7 @@ class Conversation:
             credits=self._credits(),
             autocast_dtype=self._session.autocast_dtype,
             sample_cache_bytes=self._sample_cache_bytes,
+            renewal=b"" if self._session.ticket_use is None else self._session.ticket_use.renewal,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
@@ -322,6 +323,7 @@ class Conversation:
 
         async def answer() -> None:
             adapter = await future.pop()
+            self._tally()  # before anything is kept: a ticket may not allow what came
             if close.contribute and session.round_key is not None:
                 await self._disk.run(
                     self._contributions.add,
@@ -331,7 +333,6 @@ class Conversation:
                     close.trained_tokens,
                     adapter,
                 )
-            self._tally()
             reply = pb.CloseReply(
                 adapter_sha256=sha256_hex(adapter),
                 trained_tokens=close.trained_tokens,

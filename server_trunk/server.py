@@ -23,7 +23,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from contract.errors import ConfigError, ConnectionFailedError, ListenError, StorageError
 from contract.records import CutLayers
+from contract.tls import TlsFiles
 from contract.wire import message_limits
+from server_trunk.access import RoleGate
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine, choose_device, load_trunk
 from server_trunk.heap import Heap
@@ -37,6 +39,7 @@ from server_trunk.servicer import SERVICE, Limits, TrunkServicer
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.sharded_lane import Follower, ShardedLane
+from server_trunk.tickets import TicketBook, open_renewal_key
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -55,7 +58,11 @@ _CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """How `trunkline trunk serve` was asked to serve. Times are in seconds; `threads` 0 leaves PyTorch's own number,
-    `lanes` and `batch_tokens` 0 try out what is fastest here; `weights` "int8" quantises them, "" does not."""
+    `lanes` and `batch_tokens` 0 try out what is fastest here; `weights` "int8" quantises them, "" does not.
+
+    With `tls` callers show certificates, which its `ca` vouches for; with `ticket_signers`, public keys of 32 bytes,
+    sessions need tickets of theirs.
+    """
 
     model: str
     cut: CutLayers
@@ -79,10 +86,15 @@ class ServeOptions:
     grace_s: float = 30.0
     announce_file: Path | None = None
     insecure_listen: bool = False
+    tls: TlsFiles | None = None
+    ticket_signers: tuple[bytes, ...] = ()
 
 
-def check_listen(listen: str, insecure: bool) -> tuple[str, int]:
-    """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `insecure`."""
+def check_listen(listen: str, insecure: bool, *, tls: bool = False, tickets: bool = False) -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `tls` or `insecure`.
+
+    Nor do `tickets` go without `tls` there: whoever reaches the port could commit rounds.
+    """
     host, _, port = listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -91,10 +103,15 @@ def check_listen(listen: str, insecure: bool) -> tuple[str, int]:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback and not insecure:
+    if not loopback and not tls and tickets:
         raise ConfigError(
-            f"listen is {listen!r}, which other machines can reach, and the trunk has neither TLS nor a login yet: "
-            "listen on 127.0.0.1, or add --insecure-listen on a network that you trust"
+            f"ticket-signer is given, and listen is {listen!r}, which other machines can reach without TLS, and "
+            "could commit rounds by: give --tls-certificate, --tls-key and --client-ca too"
+        )
+    if not loopback and not tls and not insecure:
+        raise ConfigError(
+            f"listen is {listen!r}, which other machines can reach, and there is no TLS: give --tls-certificate, "
+            "--tls-key and --client-ca, listen on 127.0.0.1, or add --insecure-listen on a network that you trust"
         )
     return host, int(port)
 
@@ -105,7 +122,13 @@ class TrunkServer:
     def __init__(self, options: ServeOptions) -> None:
         """Raises ConfigError for a listen address, device, announce file or limits that cannot be served."""
         self._options = options
-        self._host, self._port = check_listen(options.listen, options.insecure_listen)
+        self._host, self._port = check_listen(
+            options.listen,
+            options.insecure_listen,
+            tls=options.tls is not None,
+            tickets=bool(options.ticket_signers),
+        )
+        self._credentials = None if options.tls is None else options.tls.server_credentials()
         choose_device(options.device)
         self._member = Member.told(os.environ)
         if self._member.size > 1 and options.lanes > 1:
@@ -137,15 +160,17 @@ class TrunkServer:
         self._server = grpc.aio.server(
             options=[*message_limits(), *_transport_options()],
             maximum_concurrent_rpcs=2 * options.max_sessions + _CONTROL_CALLS,
+            interceptors=[] if self._credentials is None else [RoleGate()],
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
         _require_free(self._host, self._port)
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._port}")
+            port = self._add_port(f"{host}:{self._port}")
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
             contributions = Contributions(options.state_dir)
+            tickets = self._ticket_book()
             engine = await self._first_lane.run(self._load)
             found = await self._first_lane.run(self._try_out, engine)
         except BaseException:
@@ -174,6 +199,7 @@ class TrunkServer:
             disk=self._disk,
             memory=MemoryBudget(int(budget * _FOR_WAITING)),
             spill=self._spill,
+            tickets=tickets,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -215,6 +241,17 @@ class TrunkServer:
         for worker in (*self._workers, self._disk):
             worker.close()
         self._spill.close()
+
+    def _add_port(self, address: str) -> int:
+        if self._credentials is None:
+            return int(self._server.add_insecure_port(address))
+        return int(self._server.add_secure_port(address, self._credentials))
+
+    def _ticket_book(self) -> TicketBook | None:
+        options = self._options
+        if not options.ticket_signers:
+            return None
+        return TicketBook(options.ticket_signers, open_renewal_key(options.state_dir))
 
     def _load(self) -> Engine:
         options = self._options

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
+from contract.certificates import key_sha256
 from contract.codec import SESSION_CODECS
 from contract.errors import (
     ConnectionFailedError,
     SessionError,
     TrunklineError,
 )
+from contract.tls import peer_certificate
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
@@ -32,6 +34,7 @@ from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
+from server_trunk.tickets import Admission, Asked, TicketBook, TicketUse
 from server_trunk.transfers import AdapterTransfers
 from server_trunk.worker import Worker
 
@@ -95,7 +98,9 @@ class TrunkServicer:
         disk: Worker,
         memory: MemoryBudget,
         spill: Spill,
+        tickets: TicketBook | None = None,
     ) -> None:
+        """With `tickets` sessions are admitted by those alone."""
         self._engine = engine
         self._table = table
         self._contributions = contributions
@@ -105,6 +110,7 @@ class TrunkServicer:
         self._memory = memory
         self._spill = spill
         self._disk = disk
+        self._tickets = tickets
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
         self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
         self._streams: set[asyncio.Task[Any]] = set()
@@ -149,7 +155,7 @@ class TrunkServicer:
             raise RuntimeError("gRPC runs every call in a task of its own")
         self._streams.add(task)
         try:
-            await self._serve(FrameStream(context, self._limits.idle_timeout_s))
+            await self._serve(FrameStream(context, self._limits.idle_timeout_s), context)
         except asyncio.CancelledError:
             if not self._hanging_up:
                 raise
@@ -157,7 +163,7 @@ class TrunkServicer:
         finally:
             self._streams.discard(task)
 
-    async def _serve(self, stream: FrameStream) -> None:
+    async def _serve(self, stream: FrameStream, context: Context) -> None:
         frame = await stream.read(min(HELLO_TIMEOUT_S, self._limits.idle_timeout_s))
         if frame is None:
             return
@@ -166,11 +172,13 @@ class TrunkServicer:
             raise SessionError(f"a {kind} frame came before hello; there is no session to use it in")
         opening = read_hello(frame.hello, self._agreement)
         self._engine.check_lora(opening.spec)
+        admission = None if self._tickets is None else _admission(self._tickets, frame.hello, opening, context)
         with self._table.place():
+            use = None if self._tickets is None or admission is None else self._tickets.enter(admission)
             adapter = await self._first_adapter(opening)
             seat = self._scheduler.enter(adapter, deterministic=opening.deterministic)
             try:
-                await self._converse(opening, seat, stream)
+                await self._converse(opening, seat, stream, use)
             finally:
                 self._scheduler.leave(seat)
 
@@ -185,7 +193,7 @@ class TrunkServicer:
             self._engine.open, SessionAdapter.release, opening.spec, start, opening.trainable
         )
 
-    async def _converse(self, opening: Opening, seat: Seat, stream: FrameStream) -> None:
+    async def _converse(self, opening: Opening, seat: Seat, stream: FrameStream, use: TicketUse | None) -> None:
         base_sha256, adapter = opening.start, seat.adapter
         if not isinstance(base_sha256, str):
             read = functools.partial(self._engine.read, adapter, gradients=False)
@@ -200,6 +208,7 @@ class TrunkServicer:
             deterministic=opening.deterministic,
             quiet=opening.quiet,
             autocast_dtype=self._limits.autocast_dtype if auto else opening.trunk_autocast,
+            ticket_use=use,
         )
         seat.keeps_graphs = lambda: session.pending.keeps_graphs
         try:
@@ -235,6 +244,8 @@ class TrunkServicer:
             max_sessions=self._table.max_sessions,
             codecs=SESSION_CODECS,
             weights=self._engine.weights,
+            challenge=b"" if self._tickets is None else self._tickets.challenge(),
+            ticket_signer="" if self._tickets is None else self._tickets.signers,
         )
 
     @_answers_errors
@@ -274,3 +285,12 @@ class TrunkServicer:
             received_bytes=done.received_bytes,
             sent_bytes=done.sent_bytes,
         )
+
+
+def _admission(tickets: TicketBook, hello: pb.Hello, opening: Opening, context: Context) -> Admission:
+    """Raises TicketError, before anything is taken for the session."""
+    asked = None
+    if opening.round_key is not None and isinstance(opening.start, str):
+        asked = Asked(opening.client_id, opening.round_key, opening.start, opening.trainable)
+    certificate = peer_certificate(context.auth_context())
+    return tickets.checked(hello, asked, "" if certificate is None else key_sha256(certificate))

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
 from contract.records import RoundKey, RoundProgress
 from server_trunk.memory import Hold
+from server_trunk.tickets import TicketUse
 
 Clock = Callable[[], float]
 Graph = TypeVar("Graph")
@@ -155,6 +156,7 @@ class Session(Generic[Adapter, Graph]):
     dropout_key: str = ""
     quiet: bool = False
     autocast_dtype: str = ""
+    ticket_use: TicketUse | None = None
     counters: Counters = field(default_factory=Counters)
     _showed_life: float = float("-inf")
 
@@ -164,8 +166,13 @@ class Session(Generic[Adapter, Graph]):
         return int.from_bytes(hashlib.sha256(named).digest()[:7], "little")
 
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
-        """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on."""
+        """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on.
+
+        Raises TicketError where the session has a ticket that does not allow as much.
+        """
         self.counters.add(steps, tokens, received_bytes, sent_bytes)
+        if self.ticket_use is not None:
+            self.ticket_use.spend(steps, received_bytes + sent_bytes)
         if not self.quiet:
             self.totals.add(steps, tokens, received_bytes, sent_bytes)
         elif self.clock() - self._showed_life >= SIGN_OF_LIFE_S:
@@ -218,6 +225,7 @@ class SessionTable(Generic[Adapter, Graph]):
         deterministic: bool = False,
         quiet: bool = False,
         autocast_dtype: str = "",
+        ticket_use: TicketUse | None = None,
     ) -> Session[Adapter, Graph]:
         """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress.
 
@@ -239,6 +247,7 @@ class SessionTable(Generic[Adapter, Graph]):
             dropout_key="" if deterministic else client_id,
             quiet=quiet,
             autocast_dtype=autocast_dtype,
+            ticket_use=ticket_use,
         )
         self._open.add(session)
         return session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
@@ -9,10 +10,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from contract.addresses import split_address
-from contract.errors import ConnectionFailedError, DeadlineError, TrunklineError
+from contract.errors import ConnectionFailedError, DeadlineError, TrunklineError, error_named
+from contract.tls import TlsFiles, open_channel, told_failure
 from contract.trunk_pb2 import DescribeRequest, TrunkDescription
 from contract.trunk_pb2_grpc import TrunkStub
-from contract.wire import PROTOCOL
+from contract.wire import ERROR_KEY, PROTOCOL
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -42,16 +44,18 @@ class TrunkStatus:
         return self.protocol == PROTOCOL
 
 
-def ask(address: str) -> TrunkStatus:
-    """Raises ConfigError for an address that is none, ConnectionFailedError, DeadlineError and TrunklineError."""
+def ask(address: str, tls: TlsFiles | None = None) -> TrunkStatus:
+    """Asked by TLS where `tls` is given. Raises ConfigError for an address or file that cannot be used,
+    ConnectionFailedError, DeadlineError, AccessError and TrunklineError.
+    """
     split_address("trunk", address)
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with open_channel(address, tls, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             told: TrunkDescription = TrunkStub(channel).Describe(DescribeRequest(), timeout=ANSWER_TIMEOUT_S)
             asked = health_pb2.HealthCheckRequest()
             health = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=ANSWER_TIMEOUT_S)
         except grpc.RpcError as error:
-            _raise_named(error, address)
+            _raise_named(error, address, tls)
     model = told.model
     return TrunkStatus(
         address=address,
@@ -71,11 +75,16 @@ def ask(address: str) -> TrunkStatus:
     )
 
 
-def _raise_named(error: grpc.RpcError, address: str) -> NoReturn:
+def _raise_named(error: grpc.RpcError, address: str, tls: TlsFiles | None) -> NoReturn:
     code = cast(grpc.Call, error).code()
+    details = " ".join((cast(grpc.Call, error).details() or "").split())
+    trailer = dict(cast(Iterable[tuple[str, str]], cast(grpc.Call, error).trailing_metadata() or ()))
+    if (cls := error_named(trailer.get(ERROR_KEY, ""))) is not None:
+        raise cls(f"trunk at {address}: {details}") from None
     if code is grpc.StatusCode.UNAVAILABLE:
-        raise ConnectionFailedError(f"no trunk answers at {address}") from None
+        raise ConnectionFailedError(
+            f"no trunk answers at {address}{told_failure(details, by_tls=tls is not None)}"
+        ) from None
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         raise DeadlineError(f"the trunk at {address} did not answer within {ANSWER_TIMEOUT_S:g} s") from None
-    details = " ".join((cast(grpc.Call, error).details() or "").split())
     raise TrunklineError(f"what listens at {address} is no trunk: {code.name}: {details}") from None

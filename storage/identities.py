@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from contract.errors import StorageError
+from contract.errors import ConfigError, StorageError
 from contract.identity import check_client_id, parse_public_key, public_key_text
 from storage import schema
 
 SIGNATURE_BYTES = 64
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _Found = TypeVar("_Found")
 
 
-def enroll(session: Session, client_id: str, public_key: str, operator: str, now: datetime) -> int:
-    """Add an identity; answers the roster's new version."""
+def enroll(
+    session: Session, client_id: str, public_key: str, operator: str, now: datetime, certificate: str | None
+) -> int:
+    """Add an identity, with the hash of its TLS key if it has one; answers the roster's new version."""
     check_client_id(client_id)
     public_key = public_key_text(parse_public_key(public_key))  # in its one spelling, so that no key is there twice
     counter = _locked_roster(session)
@@ -30,6 +34,7 @@ def enroll(session: Session, client_id: str, public_key: str, operator: str, now
     if owner is not None:
         was = "was the key of revoked" if owner.revoked_at else "is the key of"
         raise StorageError(f"the public key {was} client {owner.client_id}; each client has a key of its own")
+    _require_free_certificate(session, client_id, certificate)
     counter.version += 1
     session.add(
         identity(
@@ -37,12 +42,26 @@ def enroll(session: Session, client_id: str, public_key: str, operator: str, now
             public_key=public_key,
             enrolled_at=now,
             enrolled_by=operator,
+            certificate_key_sha256=certificate,
             roster_version=counter.version,
         )
     )
     detail = {"client_id": client_id, "public_key": public_key, "operator": operator}
+    if certificate is not None:
+        detail["certificate_key_sha256"] = certificate
     _record(session, "client-enrolled", f"{operator} enrolled client {client_id}", detail, counter.version, now)
     return counter.version
+
+
+def set_certificate(session: Session, client_id: str, certificate: str, operator: str, now: datetime) -> None:
+    """Take another TLS key for a client's own. The roster, in which certificates do not stand, stays as it is."""
+    counter = _locked_roster(session)
+    identity = live_identity(session, client_id)
+    _require_free_certificate(session, client_id, certificate)
+    before, identity.certificate_key_sha256 = identity.certificate_key_sha256, certificate
+    detail = {"client_id": client_id, "operator": operator, "certificate_key_sha256": certificate, "before": before}
+    message = f"{operator} gave client {client_id} the TLS key {certificate[:12]}"
+    _record(session, "client-certificate", message, detail, counter.version, now)
 
 
 def revoke(session: Session, client_id: str, operator: str, reason: str, now: datetime) -> int:
@@ -106,6 +125,20 @@ def present(counter: _Found | None) -> _Found:
     if counter is None:
         raise StorageError("the database has lost the roster's version; restore it from a backup")
     return counter
+
+
+def _require_free_certificate(session: Session, client_id: str, certificate: str | None) -> None:
+    """Raise StorageError where the TLS key is, or was, another client's; ConfigError for what is no hash."""
+    if certificate is None:
+        return
+    if not _SHA256.fullmatch(certificate):
+        raise ConfigError(
+            f"the hash of the certificate's key is {certificate[:80]!r}; it must be 64 hexadecimal digits"
+        )
+    identity = schema.Identity
+    owner = session.scalar(select(identity.client_id).where(identity.certificate_key_sha256 == certificate))
+    if owner is not None and owner != client_id:
+        raise StorageError(f"the certificate's key is that of client {owner}; each client has a key of its own")
 
 
 def _locked_roster(session: Session) -> schema.RosterCounter:

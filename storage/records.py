@@ -125,12 +125,16 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class IdentityRow:
-    """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change."""
+    """Who may speak for a client; `public_key` is one line, `roster_version` that of the last change.
+
+    `certificate_key_sha256` is of the public key in the TLS certificate that the client shows, None for any.
+    """
 
     client_id: str
     public_key: str
     enrolled_at: datetime
     enrolled_by: str
+    certificate_key_sha256: str | None
     revoked_at: datetime | None
     revoke_reason: str | None
     roster_version: int

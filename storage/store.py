@@ -340,13 +340,22 @@ class Store(Reader):
                 )
             )
 
-    def enroll_client(self, client_id: str, public_key: str, operator: str) -> int:
+    def enroll_client(
+        self, client_id: str, public_key: str, operator: str, certificate_key_sha256: str | None = None
+    ) -> int:
         """Enroll a client and answer the roster's new version; `public_key` is the line of `public_key_text`.
 
-        MUST raise StorageError for an id or a key that was ever enrolled, ConfigError for what is none.
+        MUST raise StorageError for an id or a key that was ever enrolled, ConfigError for what is none. The hash is of
+        its TLS key, and no other client's, or None.
         """
         with self._writing("enroll_client") as session:
-            return identities.enroll(session, client_id, public_key, storable(operator), self._clock())
+            operator = storable(operator)
+            return identities.enroll(session, client_id, public_key, operator, self._clock(), certificate_key_sha256)
+
+    def set_client_certificate(self, client_id: str, key_sha256: str, operator: str) -> None:
+        """Take this TLS key for the client's own; StorageError unless it is enrolled, and for another client's key."""
+        with self._writing("set_client_certificate") as session:
+            identities.set_certificate(session, client_id, key_sha256, storable(operator), self._clock())
 
     def revoke_client(self, client_id: str, operator: str, reason: str) -> int:
         """Revoke a client for ever and answer the roster's new version; StorageError unless it is enrolled."""

@@ -20,6 +20,8 @@ import typer
 from contract.addresses import trunk_addresses
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
+from contract.tls import TlsFiles
+from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from storage.home import database_url, home_dir, network_filesystem
 from trunkline.ports import reserve_port
 from trunkline.programs import scripts_dir
@@ -62,12 +64,15 @@ def doctor(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Check that this trunk answers, too; or several, parted by commas."),
     ] = None,
+    ca: TrunkCaOption = None,
+    certificate: TrunkCertificateOption = None,
+    key: TrunkKeyOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Check this machine. Exits 1 if a check fails."""
     if trunk is not None:
         trunk_addresses(trunk, "trunk")
-    findings = list(examine(trunk))
+    findings = list(examine(trunk, None if trunk is None else trunk_tls(ca, certificate, key)))
     if output is OutputFormat.TABLE:
         for finding in findings:
             typer.echo(f"{finding.result}  {finding.check}: {finding.detail}")
@@ -79,8 +84,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(trunk: str | None = None) -> Iterator[Finding]:
-    """Every check in turn; `trunk` (HOST:PORT, or several) adds one for it."""
+def examine(trunk: str | None = None, tls: TlsFiles | None = None) -> Iterator[Finding]:
+    """Every check in turn; `trunk` (HOST:PORT, or several) adds one for it, asked by TLS where `tls` is given."""
     checks: dict[str, Callable[[], str]] = {
         "python": check_python,
         "packages": check_packages,
@@ -94,7 +99,7 @@ def examine(trunk: str | None = None) -> Iterator[Finding]:
         "demo": check_demo,
     }
     if trunk is not None:
-        checks["trunk"] = lambda: check_trunk(trunk)
+        checks["trunk"] = lambda: check_trunk(trunk, tls)
     for name, check in checks.items():
         yield _finding(name, check)
 
@@ -233,11 +238,11 @@ def check_demo() -> str:
     return f"model of {weights.stat().st_size / 1e6:.1f} MB, text in {stdlib_root()}"
 
 
-def check_trunk(address: str) -> str:
+def check_trunk(address: str, tls: TlsFiles | None = None) -> str:
     from orchestrator.replicas import connect
 
     try:
-        with closing(connect(address)) as trunk:
+        with closing(connect(address, tls=tls)) as trunk:
             served = trunk.describe()
     except TrunklineError as error:
         raise NotReadyError(str(error), "start a trunk there, or name another one") from None

@@ -105,7 +105,7 @@ class Scripted:
 
 def play(attempt: Scripted, address: str, **settings: Any) -> str:
     config = RunConfig.from_flower({"trunk-address": address, **settings})
-    place: Any = type("AnySite", (), {"trunk_address": address, "name": "north"})()
+    place: Any = type("AnySite", (), {"trunk_address": address, "name": "north", "trunk_tls": None})()
     return replay.played(attempt, place, config, "client-1", WireLog())
 
 

@@ -23,6 +23,7 @@ from tests.clients.secure_sites import SecureSession, SecureSites
 TOLD = {
     *("SecureSumError", "ConfigError", "ModelError", "UnsupportedModelError", "AgreementError"),
     *("StorageError", "SchemaError", "LeaseError", "IntegrityError", "ConnectionFailedError", "DeadlineError"),
+    *("AccessError", "TicketError"),
 }
 WORDS = "row 3 has 4711 tokens"
 
