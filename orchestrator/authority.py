@@ -60,7 +60,7 @@ def create_authority(directory: Path, now: datetime, days: int) -> Authority:
     _make_private(directory)
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name("trunkline development CA")
-    builder = _builder(name, name, key.public_key(), now, days)
+    builder = _builder(name, name, key.public_key(), now, now + timedelta(days=days))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
     certificate = builder.sign(key, hashes.SHA256())
@@ -95,11 +95,12 @@ def issue(authority: Authority, party: Party, hosts: Sequence[str], now: datetim
         servers = " and ".join(sorted(role.value for role in SERVERS))
         raise ConfigError(f"--host is given, but a certificate of role {party.role.value} has none; {servers} have")
     require_current(authority.certificate, str(authority.directory / CA_CERTIFICATE), now)
-    ends = authority.certificate.not_valid_after_utc
-    if now + timedelta(days=days) > ends:
-        raise ConfigError(f"days is {days}, but the certificate authority itself ends at {told_moment(ends)}")
+    last = authority.certificate.not_valid_after_utc
+    ends = now + timedelta(days=days)
+    if ends > last + timedelta(days=1):  # what is shorter is the time since the authority was made for as many days
+        raise ConfigError(f"days is {days}, but the certificate authority itself ends at {told_moment(last)}")
     key = ec.generate_private_key(ec.SECP256R1())
-    builder = _builder(_name(party.name), authority.certificate.subject, key.public_key(), now, days)
+    builder = _builder(_name(party.name), authority.certificate.subject, key.public_key(), now, min(ends, last))
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(urn_of(party))]
     if party.role in SERVERS:
         names += [_host(host) for host in dict.fromkeys((*hosts, *_ALWAYS))]
@@ -121,17 +122,16 @@ def pair_of(directory: Path, name: str) -> tuple[Path, Path]:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, ends: datetime
 ) -> x509.CertificateBuilder:
-    now = now.replace(microsecond=0)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCKS_APART)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before((now - _CLOCKS_APART).replace(microsecond=0))
+        .not_valid_after(ends.replace(microsecond=0))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

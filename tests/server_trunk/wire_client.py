@@ -11,6 +11,7 @@ from torch import Tensor
 from contract import codec
 from contract import trunk_pb2 as pb
 from contract.errors import TrunklineError, error_named
+from contract.tls import TlsFiles, open_channel
 from contract.trunk_pb2_grpc import TrunkStub
 from contract.wire import ERROR_KEY, PROTOCOL, chunk_frames, message_limits, parse_server_frame
 
@@ -31,8 +32,8 @@ class Refused(Exception):  # noqa: N818
 class WireClient:
     """One channel; sessions, and the single requests with their errors as Refused."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address, options=message_limits())
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+        self.channel = open_channel(address, tls, message_limits())
         self.stub = TrunkStub(self.channel)
 
     def call(self, method: str, request: Any) -> Any:
