@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: the schemas take them, the programs know the options, pods have no rights and no way round."""
+"""The Kubernetes manifests: schemas take them, programs know the options in them, and pods have no rights."""
 
 from __future__ import annotations
 
@@ -146,9 +146,11 @@ def test_policies_let_in_and_out_what_the_docs_tell_of() -> None:
         for rule in (*policy.get("ingress", []), *policy.get("egress", []))
         for port in rule["ports"]
     }
-    services = {port["port"] for _, one in manifests() if one["kind"] == "Service" for port in one["spec"].get("ports", [])}
-    assert ports - {53} | services <= documented_ports()
-    assert services <= ports
+    services = {
+        port["port"] for _, one in manifests() if one["kind"] == "Service" for port in one["spec"].get("ports", [])
+    }
+    assert ports - {53} | served <= documented_ports()
+    assert served <= ports
 
 
 def test_one_state_has_one_process() -> None:

@@ -45,7 +45,10 @@ class Page:
         return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
     def commands(self) -> list[list[str]]:
-        """Every `trunkline ...` in a block of code or a span of it, as words; of a pipe or a list, the first part; none whose name is left open."""
+        """Every `trunkline ...` in a block of code or a span of it, as words; of a pipe or a list, the first part.
+
+        One whose command is left open, such as `trunkline COMMAND --help`, is none.
+        """
         text = self.path.read_text(encoding="utf-8")
         lines = [line for _, block in _FENCE.findall(text) for line in _joined(block).splitlines()]
         lines += [span.replace("\n", " ") for span in _SPAN.findall(self.prose())]
