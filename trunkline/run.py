@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,6 @@ import typer
 from contract.config import RunConfig
 from contract.errors import ConfigError, ModelError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
-from contract.tls import TlsFiles
 from orchestrator.base_model import HUB_ID
 from orchestrator.protection import told_protection, told_run_privacy
 from storage.home import home_dir
@@ -139,7 +137,7 @@ def require_trunk(address: str) -> None:
     """Raise ConnectionFailedError, before anything is started, unless a trunk answers at each of its addresses."""
     from orchestrator.replicas import connect
 
-    with closing(connect(address, tls=TlsFiles.from_environment(os.environ))) as trunk:
+    with closing(connect(address)) as trunk:
         trunk.describe()
 
 

@@ -6,6 +6,7 @@ import getpass
 import json
 import stat
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from orchestrator.clients_cli import app
 from orchestrator.publication import Publication
 from orchestrator.secagg_cli import app as secagg_app
 from storage.store import Store, open_reader, open_store
+from tests.pki import Pki
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +120,33 @@ def test_a_client_is_enrolled_listed_and_revoked(tmp_path: Path) -> None:
     reader = open_reader()
     assert [event.detail["operator"] for event in reader.events()] == ["ada", "bob", "ada"]
     reader.close()
+
+
+def test_a_client_is_bound_to_the_key_of_its_certificate_and_the_list_shows_it(tmp_path: Path) -> None:
+    pki, line = Pki.made(tmp_path / "pki"), keygen(tmp_path / "a.key")
+    north, south = (pki.files(name).certificate for name in ("north", "south"))
+    data("enroll", "site-a", "--public-key", line, "--certificate", north)
+    (row,) = data("list")
+    assert row["certificate_key_sha256"] == pki.key_sha256("north")
+    assert pki.key_sha256("north")[:12] in clients("list").stdout
+    told = data("certificate", "site-a", "--certificate", south, "--operator", "bob")
+    assert told == {"client_id": "site-a", "certificate_key_sha256": pki.key_sha256("south")}
+    with closing(open_reader()) as reader:
+        assert reader.events()[-1].detail["operator"] == "bob"
+    expired = Pki.expired(tmp_path / "expired").files("north").certificate
+    refused(
+        2,
+        "is of role trunk; a client's must be",
+        "certificate",
+        "site-a",
+        "--certificate",
+        pki.files("trunk").certificate,
+    )
+    refused(2, "north.pem expired at", "certificate", "site-a", "--certificate", expired)
+    refused(1, "client b is not enrolled", "certificate", "b", "--certificate", north)
+    line = keygen(tmp_path / "b.key")
+    refused(1, "is that of client site-a", "enroll", "b", "--public-key", line, "--certificate", south)
+    assert [row["client_id"] for row in data("list")] == ["site-a"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import LoraConfig
 
 from contract import trunk_pb2 as pb
-from contract.adapter import initial_adapter, resolve_lora, sha256_hex, to_bytes
+from contract.adapter import adapter_shapes, initial_adapter, resolve_lora, sha256_hex, split_adapter, to_bytes
+from contract.architecture import probe
 from contract.errors import CapacityError, SessionError, TicketError, TrunklineError
 from contract.identity import public_key_text
 from contract.records import RoundKey
@@ -24,7 +25,7 @@ from contract.wire import PROTOCOL, round_to_wire
 from server_trunk.tickets import TicketBook
 from tests.contract.ticket_cases import HOLDER, SIGNER, SIGNER_KEY, a_ticket
 from tests.pki import Pki
-from tests.server_trunk.conftest import HIDDEN, RunningTrunk
+from tests.server_trunk.conftest import CUT, HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient, WireSession
 
 KEY = RoundKey("a-run", 3, 1)
@@ -106,10 +107,6 @@ class Ticketed:
 def start_ticketed(
     start_trunk: Callable[..., RunningTrunk], pki: Pki, lora: pb.Lora, model_dir: Path, lora_config: LoraConfig
 ) -> Callable[..., Ticketed]:
-    from contract.adapter import adapter_shapes, split_adapter
-    from contract.architecture import probe
-    from tests.server_trunk.conftest import CUT
-
     shapes = adapter_shapes(model_dir, resolve_lora(model_dir, lora_config))
     _, trunk_part = split_adapter(initial_adapter(shapes, 0), probe(model_dir), CUT)
     adapter = to_bytes(trunk_part)

@@ -207,11 +207,44 @@ def test_a_database_without_its_version_is_refused(store: Store) -> None:
             use()
 
 
+def test_a_certificates_key_is_one_clients_and_each_change_of_it_an_event(store: Store) -> None:
+    store.enroll_client("a", key(1), "ada", "a" * 64)
+    store.enroll_client("b", key(2), "ada")
+    store.set_client_certificate("b", "b" * 64, "bob")
+    assert {row.client_id: row.certificate_key_sha256 for row in store.list_identities()} == {
+        "a": "a" * 64,
+        "b": "b" * 64,
+    }
+    changed = store.events()[-1]
+    assert (changed.kind, changed.message) == ("client-certificate", f"bob gave client b the TLS key {'b' * 12}")
+    assert changed.detail["certificate_key_sha256"] == "b" * 64
+    assert changed.detail["before"] is None
+    assert store.roster_version() == 2, "no roster names a certificate"
+    store.set_client_certificate("b", "b" * 64, "bob")
+    store.revoke_client("a", "ada", "laptop stolen")
+    before = everything(store)
+    refused = [
+        (StorageError, "is that of client a", lambda: store.set_client_certificate("b", "a" * 64, "bob")),
+        (StorageError, "is that of client b", lambda: store.enroll_client("c", key(3), "ada", "b" * 64)),
+        (StorageError, "client a was revoked", lambda: store.set_client_certificate("a", "c" * 64, "bob")),
+        (StorageError, "client c is not enrolled", lambda: store.set_client_certificate("c", "c" * 64, "bob")),
+        (ConfigError, "64 hexadecimal digits", lambda: store.set_client_certificate("b", "B" * 64, "bob")),
+        (ConfigError, "64 hexadecimal digits", lambda: store.enroll_client("c", key(3), "ada", "")),
+    ]
+    for error, told, change in refused:
+        with pytest.raises(error, match=told):
+            change()
+    assert everything(store) == before
+
+
 def test_the_database_itself_has_one_roster_and_one_owner_of_a_key(store: Store) -> None:
-    store.enroll_client("a", key(1), "ada")
+    store.enroll_client("a", key(1), "ada", "a" * 64)
+    columns = "client_id, public_key, enrolled_at, enrolled_by, certificate_key_sha256, roster_version"
     for statement in (
         "INSERT INTO roster VALUES (2, 9)",
-        "INSERT INTO identities SELECT 'b', public_key, enrolled_at, enrolled_by, NULL, NULL, 1 FROM identities",
+        f"INSERT INTO identities ({columns}) SELECT 'b', public_key, enrolled_at, 'x', NULL, 1 FROM identities",
+        f"INSERT INTO identities ({columns}) "
+        "SELECT 'b', 'other', enrolled_at, 'x', certificate_key_sha256, 1 FROM identities",
     ):
         with pytest.raises(Exception, match=r"(?i)unique|check"):
             with store._engine.begin() as connection:
