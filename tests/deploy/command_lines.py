@@ -34,6 +34,15 @@ def is_ours(argv: Sequence[str]) -> bool:
     return Path(argv[0]).name in ("trunkline", *FLOWER_PROGRAMS)
 
 
+def shell_commands(script: Path) -> list[list[str]]:
+    """Every command of ours or of Flower's in a shell script, as words without their quotes."""
+    text = re.sub(r"\\\n\s*", " ", script.read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if not re.match(r"\s*(#|for |step |fail |echo )", line)]
+    programs = "|".join(("trunkline", *FLOWER_PROGRAMS))
+    found = re.findall(rf"(?<![\w/.-])(?:{programs}) [^|>;)&\n]*", "\n".join(lines))
+    return [command.replace('"', "").replace("\\", "").split() for command in found]
+
+
 def _trunkline_faults(words: Sequence[str]) -> list[str]:
     if not words or words[0].startswith("-"):
         return [] if set(words) <= {"--help", "-h", "--version", "--install-completion"} else [f"trunkline {words}"]

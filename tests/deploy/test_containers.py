@@ -18,7 +18,7 @@ import yaml
 
 from contract.identity import parse_public_key
 from contract.tls import TlsFiles
-from tests.deploy.command_lines import ROOT, faults, is_ours
+from tests.deploy.command_lines import ROOT, faults, is_ours, shell_commands
 from tests.deploy.node_configs import check_node_config
 from tests.deploy.ports import documented_ports
 
@@ -169,6 +169,12 @@ def test_every_port_is_one_that_the_docs_tell_of() -> None:
     ports = {int(port) for port in re.findall(r"(?:[a-z0-9.]:|--port=|listen )(\d{4,5})\b", text)}
     assert {8000, 8443, 50051, 9094} <= ports
     assert ports <= documented_ports()
+
+
+def test_prepare_calls_commands_that_are_there() -> None:
+    called = shell_commands(DOCKER / "prepare")
+    assert {tuple(words[:3]) for words in called} >= {("trunkline", "pki", "issue"), ("trunkline", "model", "split")}
+    assert [fault for words in called for fault in faults(words)] == []
 
 
 def test_prepare_makes_every_secret_for_the_users_that_read_it(tmp_path: Path) -> None:
