@@ -1,6 +1,6 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy test test-killing faults lint bench clean
+.PHONY: help setup demo demo-deploy demo-authenticated test test-killing faults lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
@@ -19,6 +19,9 @@ demo: setup ## Fine-tune a small model over 4 simulated clients and a trunk serv
 
 demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
+
+demo-authenticated: setup ## A deployment in which everybody proves who they are, and strangers are turned away (2 minutes)
+	@exec deploy/authenticated/run
 
 test: setup ## Run the whole test suite, on up to 4 cores at once (12 to 15 minutes on 2)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

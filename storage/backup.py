@@ -31,6 +31,8 @@ from storage.revisions import current_revision, head_revision, require_current, 
 MANIFEST = "manifest.json"
 VERSION = 1
 PROGRAM_LIMIT_S = 3600.0
+_BY_QUERY = {"passfile": "PGPASSFILE", "sslmode": "PGSSLMODE", "sslrootcert": "PGSSLROOTCERT"}
+"""What a URL's query tells our own connections, as PostgreSQL's programs are told it."""
 _NAMES = {"sqlite": "database.sqlite", "postgresql": "database.dump"}
 
 
@@ -167,6 +169,7 @@ def _run(command: Sequence[str], url: URL) -> None:
         raise ConfigError(f"{command[0]} is not installed here; it comes with PostgreSQL's client programs")
     told = {"PGHOST": url.host or url.query.get("host"), "PGPORT": url.port, "PGUSER": url.username}
     told |= {"PGPASSWORD": url.password, "PGDATABASE": url.database, "PGCONNECT_TIMEOUT": 10}
+    told |= {variable: url.query.get(name) for name, variable in _BY_QUERY.items()}
     environment = os.environ | {name: str(value) for name, value in told.items() if value is not None}
     try:
         done = subprocess.run(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.deploy.command_lines import ROOT, faults
+
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 PROGRAMS = Path(sys.executable).parent
 
@@ -44,19 +45,7 @@ def test_systemd_finds_no_fault_in_a_unit(unit: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_its_program_knows_every_option(unit: Path) -> None:
     (command,) = setting(unit, "ExecStart")
-    program, *words = command.split()
-    subcommands = [word for word in words[:2] if not word.startswith("-")]
-    done = subprocess.run(
-        [str(PROGRAMS / Path(program).name), *subcommands, "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env={"COLUMNS": "200", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
-    )
-    options = [word for word in words if word.startswith("--")]
-    assert options
-    assert [option for option in options if option not in done.stdout] == []
+    assert faults(command.split()) == []
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
@@ -67,5 +56,19 @@ def test_it_runs_as_nobody_special_and_keeps_its_state_to_itself(unit: Path) -> 
     assert setting(unit, "NoNewPrivileges") == ["yes"]
     assert setting(unit, "ProtectSystem") == ["strict"]
     assert setting(unit, "UMask") == ["0077"]
-    text = unit.read_text(encoding="utf-8")
-    assert "key:/etc" in text or "key" not in setting(unit, "ExecStart")[0], "keys come as credentials"
+    assert setting(unit, "CapabilityBoundingSet") == [""]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_keys_are_credentials_or_files_that_our_program_checks_itself(unit: Path) -> None:
+    (command,) = setting(unit, "ExecStart")
+    given = {word.partition(":")[0] for word in setting(unit, "LoadCredential")}
+    for key in re.findall(r"\S+\.key", command):
+        credential = key.removeprefix("${CREDENTIALS_DIRECTORY}/")
+        assert credential in given if "trunkline trunk serve" not in command else key.startswith("/etc/trunkline/")
+    assert all("://" not in told for told in setting(unit, "Environment")), "a password is no one's to read here"
+
+
+def test_each_part_has_a_user_of_its_own() -> None:
+    users = [setting(unit, "User")[0] for unit in UNITS]
+    assert len(set(users)) == len(users)

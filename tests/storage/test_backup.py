@@ -146,8 +146,13 @@ def test_a_backup_that_is_newer_than_this_code_is_refused(
     assert "schema revision 9999, newer than this code's" in done.stderr
 
 
-def test_the_password_is_in_no_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[list[str], dict[str, str]]] = []
+Programs = list[tuple[list[str], dict[str, str]]]
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """Each of PostgreSQL's programs that would be run, with its environment."""
+    seen: Programs = []
 
     class Done:
         returncode = 0
@@ -158,7 +163,20 @@ def test_the_password_is_in_no_argument(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(backup.shutil, "which", lambda name: name)
     monkeypatch.setattr(backup.subprocess, "run", run)
+    return seen
+
+
+def test_the_password_is_in_no_argument(programs: Programs) -> None:
     backup._run(["pg_dump", "--file", "x"], make_url("postgresql://ada:secret@host:5433/runs"))
-    ((command, env),) = seen
+    ((command, env),) = programs
     assert "secret" not in " ".join(command)
     assert (env["PGPASSWORD"], env["PGHOST"], env["PGPORT"], env["PGUSER"]) == ("secret", "host", "5433", "ada")
+
+
+def test_a_password_file_and_tls_of_the_url_hold_for_postgresqls_programs_too(programs: Programs) -> None:
+    url = "postgresql://ada@host/runs?passfile=/keys/pgpass&sslmode=verify-full&sslrootcert=/keys/ca.pem"
+    backup._run(["pg_dump", "--file", "x"], make_url(url))
+    ((_, env),) = programs
+    told = (env["PGPASSFILE"], env["PGSSLMODE"], env["PGSSLROOTCERT"])
+    assert told == ("/keys/pgpass", "verify-full", "/keys/ca.pem")
+    assert "PGPASSWORD" not in env
