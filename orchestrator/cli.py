@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -15,10 +15,11 @@ from contract.errors import ConfigError, StorageError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from orchestrator.metrics import best_version, judged_losses
 from orchestrator.operators import OperatorOption, operator_name
-from orchestrator.protection import told_protection, told_run_privacy
-from storage.home import artifacts_dir, home_dir
+from orchestrator.protection import told_run_privacy
+from orchestrator.run_view import rounds_data, run_data
+from storage.home import artifacts_dir, run_dir
 from storage.reader import LAST, Reader
-from storage.records import ParticipationRow, RoundRow, RunRow
+from storage.records import RoundRow, RunRow
 
 if TYPE_CHECKING:
     from storage.ledger import Ledger
@@ -74,7 +75,7 @@ def list_runs(
     began = None if since is None else since.replace(tzinfo=UTC)
     with _reader() as reader:
         found = reader.list_runs(limit, status.value if status else None, since=began)
-        rows = [_run_data(reader, run) for run in found]
+        rows = [run_data(reader, run) for run in found]
     emit(rows, output, columns=RUN_COLUMNS)
 
 
@@ -84,7 +85,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
     """One run: how it ended and why, and its losses. `-o json` tells its settings too."""
     with _reader() as reader:
         row = reader.get_run(named_run(run, last))
-        data = _run_data(reader, row)
+        data = run_data(reader, row)
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         with _ledger() as ledger:
             data["privacy"] = "; ".join(told_run_privacy(row, ledger))
@@ -129,14 +130,8 @@ def list_rounds(run: RunArgument = None, last: LastOption = False, output: Outpu
     """Every attempt at every round of a run. The held-out loss is that of the adapter which the round committed."""
     with _reader() as reader:
         row = reader.get_run(named_run(run, last))
-        attempts = reader.rounds(row.run_id)
-        cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
-        for one in reader.participations(row.run_id):
-            cohorts.setdefault((one.number, one.attempt), []).append(one)
         metrics = reader.metrics(row.run_id, over_clients=True)
-    losses = judged_losses(metrics)
-    told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
-    rows = [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
+        rows = rounds_data(reader.rounds(row.run_id), reader.participations(row.run_id), metrics)
     emit(rows, output, columns=ROUND_COLUMNS, title=f"run {row.run_id}: {row.status}")
 
 
@@ -311,7 +306,7 @@ def named_run(run: str | None, last: bool) -> str:
 
 
 def _adapter_directory(run_id: str) -> Path:
-    return home_dir() / "runs" / run_id / "adapter"
+    return run_dir(run_id) / "adapter"
 
 
 def _best(reader: Reader, run: RunRow) -> int:
@@ -324,47 +319,6 @@ def _best(reader: Reader, run: RunRow) -> int:
     if best is None:
         raise StorageError(f"no adapter of run {run.run_id} was judged on held-out text; choose one with --round")
     return best
-
-
-def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
-    losses = judged_losses(reader.metrics(run.run_id, over_clients=True))
-    return {
-        "run_id": run.run_id,
-        "status": run.status,
-        "reason": run.reason,
-        "mode": run.mode,
-        "rounds": f"{run.committed_rounds}/{run.config.get('num-rounds', '?')}",
-        "held_out_loss": losses.get(run.committed_rounds),
-        "best_round": best_version(losses),
-        "secagg": told_protection(reader, run),
-        "created_at": run.created_at.replace(microsecond=0),
-    }
-
-
-def _round_data(
-    attempt: RoundRow,
-    taking_part: Sequence[ParticipationRow],
-    train_losses: Mapping[tuple[int, int], float],
-    held_out_losses: Mapping[int, float],
-) -> dict[str, Any]:
-    training_s = attempt.phase_seconds.get("training")
-    return {
-        "round": attempt.number,
-        "attempt": attempt.attempt,
-        "status": attempt.status,
-        "phase": attempt.phase,
-        "clients": f"{sum(row.status == 'trained' for row in taking_part)}/{len(taking_part)}",
-        "threshold": attempt.threshold,
-        "train_loss": train_losses.get((attempt.number, attempt.attempt)),
-        "held_out_loss": held_out_losses.get(attempt.number) if attempt.status == "committed" else None,
-        "tokens": attempt.trained_tokens or attempt.tokens,
-        "tokens_per_s": attempt.trained_tokens / training_s if training_s else None,
-        "wire_mb": (attempt.received_bytes + attempt.sent_bytes) / 1e6,
-        "seconds": attempt.seconds,
-        "phase_seconds": attempt.phase_seconds,
-        "reason": attempt.reason,
-        "participations": taking_part,
-    }
 
 
 def _attempt_told(attempt: RoundRow) -> str:

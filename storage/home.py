@@ -37,6 +37,11 @@ def artifacts_dir() -> Path:
     return home_dir() / "artifacts"
 
 
+def run_dir(run_id: str) -> Path:
+    """Where the files for people that come of a run lie."""
+    return home_dir() / "runs" / run_id
+
+
 def database_url() -> str:
     """TRUNKLINE_DATABASE_URL, or the SQLite file in the home directory."""
     return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_database()))}"

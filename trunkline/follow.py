@@ -8,7 +8,7 @@ from contextlib import closing
 from contract.errors import RoundError
 from contract.output import cli_errors, talk
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
-from storage.leases import LEASE_S
+from storage.leases import LEASE_S, heard_s_ago
 from storage.reader import Reader
 from storage.records import RunRow
 from storage.store import open_reader, utc_now
@@ -42,7 +42,7 @@ def follow(reader: Reader, run_id: str) -> RunRow:
                 show(standing)
             if row.status != "running":
                 return row
-            silent_s = 0.0 if row.lease_until is None else (utc_now() - row.lease_until).total_seconds() + LEASE_S
+            silent_s = heard_s_ago(row.lease_until, utc_now())
             if silent_s > 2 * LEASE_S and not told:
                 how = f"trunkline runs resume {run_id}"
                 talk(f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: {how}")
