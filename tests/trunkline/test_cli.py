@@ -44,7 +44,7 @@ def test_the_table_of_contents_loads_nothing_heavy(arguments: list[str]) -> None
 def test_loading_every_command_imports_no_torch() -> None:
     code = (
         "import sys; from trunkline.cli import commands; names = [name for name, _ in commands()]; "
-        "sys.exit('torch' if 'torch' in sys.modules else 0 if len(names) == 16 else str(names))"
+        "sys.exit('torch' if 'torch' in sys.modules else 0 if len(names) == 17 else str(names))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
@@ -75,7 +75,7 @@ def test_commands_are_all_loaded() -> None:
 
 def test_shell_completion_reaches_into_lazy_commands() -> None:
     answer = trunkline(_TRUNKLINE_COMPLETE="complete_bash", COMP_WORDS="trunkline runs ", COMP_CWORD="2")
-    assert answer.stdout.split() == ["list", "show", "stop", "watch", "resume"]
+    assert answer.stdout.split() == ["list", "show", "stop", "watch", "resume", "report"]
 
 
 def test_exit_code_0_for_success(tmp_path: Path) -> None:
