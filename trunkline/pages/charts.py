@@ -1,12 +1,12 @@
 """Where the marks of a picture lie: a plot as wide as its page, so that x is in percent, and y in pixels from the top.
 
 Lines cannot be drawn in percent: they are points of a box LINE_WIDTH by PLOT_HEIGHT, which is stretched over the plot.
-What is not finite is left out. Each function answers None where nothing is left to draw.
+What is not finite, or beyond LARGEST, is left out: a client may tell any number. Each function answers None where
+nothing is left to draw.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from trunkline.pages.scales import Unit, clock_marks, length_text, mark_text, ma
 
 PLOT_HEIGHT = 180
 LINE_WIDTH = 1000
+LARGEST = 1e15
+SMALLEST = 1e-6
 MOST_DOTS = 60
 _WIDEST = 12.0  # percent: one column alone is no wall
 _SIDE = 2.5  # percent of the plot left free on both sides, so that a dot at an end is whole
@@ -92,7 +94,7 @@ class Timeline:
 
 def line_chart(lines: Mapping[str, Mapping[int, float]]) -> LineChart | None:
     """Numbers by round, one line a kind."""
-    told = {kind: _finite(numbers) for kind, numbers in lines.items()}
+    told = {kind: _drawable(numbers) for kind, numbers in lines.items()}
     told = {kind: numbers for kind, numbers in told.items() if numbers}
     if not told:
         return None
@@ -148,12 +150,12 @@ def timeline(spans: Sequence[Span], length_s: float, moments_s: Sequence[float])
     return Timeline(x_marks, boxes, [100 * at_s / length_s for at_s in moments_s if 0 <= at_s <= length_s])
 
 
-def _finite(numbers: Mapping[int, float]) -> dict[int, float]:
-    return {number: value for number, value in numbers.items() if math.isfinite(value)}
+def _drawable(numbers: Mapping[int, float]) -> dict[int, float]:
+    return {number: value for number, value in numbers.items() if abs(value) <= LARGEST}
 
 
 def _parts(column: Column) -> list[tuple[str, float]]:
-    return [(kind, value) for kind, value in column.parts if math.isfinite(value) and value > 0]
+    return [(kind, value) for kind, value in column.parts if SMALLEST <= value <= LARGEST]
 
 
 def _across(done: float, whole: float) -> float:

@@ -64,7 +64,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "pair": pair,
     "span": _told(length_text),
     "size": _told(wire_size),
-    "loss": _told(lambda value: f"{value:.4f}"),
+    "loss": _told(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"),
     "seconds": _told(lambda value: f"{value:,.2f}"),
     "short": _told(lambda value: f"{value:.4g}"),
     "percent": _told(lambda value: f"{100 * value:.1f} %"),

@@ -34,7 +34,7 @@ def unit_for(largest: float, units: Sequence[Unit]) -> Unit:
 
 def marks(low: float, high: float, most: int = _MOST_MARKS) -> list[float]:
     """At most `most` round numbers, evenly spaced, the first at or below `low` and the last at or above `high`."""
-    if math.isclose(low, high, rel_tol=1e-6):
+    if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-9):
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
     for step in _round_steps((high - low) / most):
