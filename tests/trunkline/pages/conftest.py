@@ -34,11 +34,11 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return url_in(tmp_path)
 
 
-def until(what: str, look: Callable[[], _Found]) -> _Found:
-    """What `look` answers, once it answers something; the test fails where nothing comes of it in PATIENCE_S."""
-    deadline = time.monotonic() + PATIENCE_S
+def until(what: str, look: Callable[[], _Found], within_s: float = PATIENCE_S) -> _Found:
+    """What `look` answers, once it answers something; the test fails where nothing comes of it in time."""
+    deadline = time.monotonic() + within_s
     while not (found := look()):
-        assert time.monotonic() < deadline, f"waited for {what}"
+        assert time.monotonic() < deadline, f"waited for {what} in vain"
         time.sleep(0.1)
     return found
 

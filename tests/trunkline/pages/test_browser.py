@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,17 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.budget_cli import app as budget_app
+from orchestrator.metrics import judged_losses
+from storage.store import open_store, utc_now
+from tests.orchestrator.conftest import (
+    LiveTrunk,
+    inside_a_flower_task,
+    live_trunk,  # noqa: F401
+    make_bench_at,
+    tiny_model,  # noqa: F401
+)
 from tests.trunkline.pages.cases import EVIL, EVIL_NAME, case_at, eventful, long
-from tests.trunkline.pages.conftest import Browser, Dashboard, until
+from tests.trunkline.pages.conftest import PATIENCE_S, Browser, Dashboard, until
 from trunkline.runs import runs_app
 
 RUN = "20260101-120000-abcd"
@@ -180,7 +191,7 @@ def test_a_page_follows_its_run_as_it_goes(url: str, browser: Browser, dashboard
         page = f"{dashboard().url}runs/{RUN}"
         browser.open(page)
         assert "There is no run" in browser.text("#problem")
-        case.now = _now()
+        case.now = utc_now()
         case.begin(num_rounds=2)
         browser.open(page)
         assert "No round has been opened yet" in browser.text("#loss")
@@ -206,11 +217,53 @@ def test_a_page_follows_its_run_as_it_goes(url: str, browser: Browser, dashboard
     assert [one for one in browser.complaints if "404" not in one] == []
 
 
+def test_a_real_run_is_followed_from_round_to_round_to_its_end(
+    url: str,
+    browser: Browser,
+    dashboard: Start,
+    tmp_path: Path,
+    tiny_model: Path,  # noqa: F811
+    live_trunk: LiveTrunk,  # noqa: F811
+) -> None:
+    """Orchestrator, trunk and SQL are the real ones; the clients' training waits until the page was looked at."""
+    looked: dict[int, threading.Event] = {number_: threading.Event() for number_ in (2, 3)}
+    with inside_a_flower_task(), contextlib.closing(open_store(url)) as store:
+        bench = make_bench_at(
+            tmp_path, tiny_model, live_trunk, {1: 100, 2: 60}, {"num_rounds": 3, "quorum": 2}, store=store
+        )
+
+        def judge(version: int) -> float:
+            if version in looked:
+                assert looked[version].wait(PATIENCE_S)
+            return 5.0 - version
+
+        bench.clients[1].lost = judge
+        bench.tell_shapes_ahead()
+        with ThreadPoolExecutor(1) as pool:
+            playing = pool.submit(bench.conduct)
+            until("the run", lambda: playing.done() or store.list_runs(1))
+            run_id = store.get_run("last").run_id
+            browser.open(f"{dashboard().url}runs/{run_id}")
+            for committed in (2, 3):
+                until("a commit", lambda told=f"{committed} of 3": browser.text("#summary .tiles dd") == told)
+                shown = {int(row["round"]): row for row in rows_of(browser, "#versions")}
+                for row in store.adapter_versions(run_id):
+                    assert shown[row.number]["clients' half, SHA-256"] == row.client_sha256
+                looked[committed].set()
+            playing.result(PATIENCE_S)
+            until("the end", lambda: browser.text("#status") == "finished")
+        until("the last loss", lambda: browser.text("#summary .tiles div:nth-child(2) dd").startswith("2.0000"))
+        losses = {int(row["round"]): number(row["held-out"]) for row in rows_of(browser, "#loss table")}
+        assert losses == judged_losses(store.metrics(run_id, over_clients=True))
+        told = {one.node_id: one.status for one in store.participations(run_id, 3)}
+        assert {row["node"] for row in rows_of(browser, "#participation-table table")} == set(told) == {"1", "2"}
+
+
 def test_a_focused_part_that_changes_keeps_the_focus_and_its_place(
     url: str, browser: Browser, dashboard: Start
 ) -> None:
     with case_at(url) as case:
-        case.now = _now()
+        case.now = utc_now()
         case.begin(num_rounds=60)
         for number_ in range(1, 31):
             case.commit(number_, ["1", "2"])
@@ -229,7 +282,7 @@ def test_a_focused_part_that_changes_keeps_the_focus_and_its_place(
 
 def test_a_dashboard_that_ends_is_told_and_comes_back(url: str, browser: Browser, dashboard: Start) -> None:
     with case_at(url) as case:
-        case.now = _now()
+        case.now = utc_now()
         case.begin()
         first = dashboard()
         browser.open(f"{first.url}runs/{RUN}")
@@ -300,9 +353,3 @@ def _lightness(colour: str) -> float:
 def _contrast(one: str, other: str) -> float:
     low, high = sorted((_lightness(one), _lightness(other)))
     return (high + 0.05) / (low + 0.05)
-
-
-def _now() -> Any:
-    from storage.store import utc_now
-
-    return utc_now()
