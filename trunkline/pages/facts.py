@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.config import RunConfig
-from contract.errors import ConfigError, LedgerError, PrivacyError
+from contract.errors import ConfigError, PrivacyError
 from contract.privacy_records import Budget, Unit
 from orchestrator.metrics import judged_losses
 from orchestrator.protection import told_run_privacy
@@ -147,7 +147,7 @@ def read_privacy(view: View, run: RunRow) -> Privacy:
         if not units:
             return Privacy(lines)
         return _priced(view.reader, run, lines, _of_units(accounts, units), view.ledger.budgets())
-    except (ConfigError, LedgerError, PrivacyError) as error:
+    except (ConfigError, PrivacyError) as error:
         return Privacy([f"what the run spent cannot be told: {error}"])
 
 

@@ -102,7 +102,8 @@ class _Pages:
         return _answer(request, await self._in_thread(lambda: self._shelf.page(name, look)))
 
     async def _in_thread(self, work: Callable[[], _Made]) -> _Made:
-        return await to_thread.run_sync(work, limiter=self._threads)
+        # Who is told to end does not wait for a database that does not answer.
+        return await to_thread.run_sync(work, limiter=self._threads, abandon_on_cancel=True)
 
 
 def _answer(request: Request, page: Page) -> Response:

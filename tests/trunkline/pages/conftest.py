@@ -158,7 +158,14 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
     options.binary_location = binary
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     profile = tmp_path_factory.mktemp("chromium")
-    flags = ["--headless=new", "--disable-gpu", "--hide-scrollbars", "--no-first-run", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless=new",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-component-update",
+        f"--user-data-dir={profile}",
+    ]
     if os.geteuid() == 0:
         flags.append("--no-sandbox")  # Chromium's own sandbox refuses root, as containers have it
     flags.append("--disable-dev-shm-usage")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trunkline.pages.charts import (
@@ -26,6 +26,7 @@ LOSSES = st.dictionaries(st.integers(0, 500), ANY, max_size=80)
 AMOUNTS = st.floats(min_value=0, max_value=LARGEST)
 
 
+@settings(max_examples=200, deadline=None)
 @given(LOSSES, LOSSES)
 def test_lines_stay_within_the_plot_whatever_the_numbers(
     held_out: dict[int, float], training: dict[int, float]
@@ -68,6 +69,7 @@ def test_many_rounds_are_a_line_without_dots() -> None:
     assert len(chart.lines[0].points.split()) == 200
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(AMOUNTS, AMOUNTS), min_size=1, max_size=250))
 def test_columns_are_stacked_side_by_side_and_in_proportion(amounts: list[tuple[float, float]]) -> None:
     columns = [Column(str(at), (("up", up), ("down", down))) for at, (up, down) in enumerate(amounts)]

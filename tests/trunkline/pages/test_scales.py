@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trunkline.pages.scales import (
@@ -22,6 +22,7 @@ from trunkline.pages.scales import (
 NUMBERS = st.floats(min_value=-1e12, max_value=1e12, allow_nan=False)
 
 
+@settings(max_examples=200, deadline=None)
 @given(NUMBERS, NUMBERS)
 def test_marks_hold_both_ends_and_are_at_most_six(one: float, other: float) -> None:
     low, high = sorted((one, other))
@@ -33,6 +34,7 @@ def test_marks_hold_both_ends_and_are_at_most_six(one: float, other: float) -> N
     assert all(before < after for before, after in itertools.pairwise(found))
 
 
+@settings(max_examples=200, deadline=None)
 @given(NUMBERS, NUMBERS)
 def test_no_two_marks_have_the_same_text(one: float, other: float) -> None:
     found = marks(min(one, other), max(one, other))
@@ -56,6 +58,7 @@ def test_marks_are_round(low: float, high: float, texts: list[str]) -> None:
     assert [mark_text(value, found[1] - found[0]) for value in found] == texts
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 5), st.integers(0, 100_000))
 def test_whole_marks_begin_at_the_first_and_stay_within(low: int, more: int) -> None:
     found = whole_marks(low, low + more)
@@ -64,6 +67,7 @@ def test_whole_marks_begin_at_the_first_and_stay_within(low: int, more: int) -> 
     assert len(found) <= 6
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.floats(min_value=0.001, max_value=1e9))
 def test_clock_marks_begin_at_zero_and_stay_within(length_s: float) -> None:
     found = clock_marks(length_s)

@@ -110,6 +110,24 @@ def test_a_schema_that_is_older_ends_it_with_what_to_do(url: str, dashboard: Sta
     assert "run `trunkline db upgrade`" in refused.said()
 
 
+@pytest.mark.parametrize(
+    ("place", "code", "told"),
+    [
+        ("postgresql://ada:secret@127.0.0.1:1/runs", 3, "no database answers at"),
+        ("mysql://127.0.0.1/runs", 2, "must be sqlite:///PATH or postgresql://"),
+    ],
+)
+def test_a_database_that_cannot_be_had_ends_it(
+    url: str, dashboard: Start, monkeypatch: pytest.MonkeyPatch, place: str, code: int, told: str
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_DATABASE_URL", place)
+    refused = dashboard(ready=False)
+    assert refused.process.wait(120) == code
+    assert told in refused.said()
+    assert "secret" not in refused.said()
+    assert refused.said().count("\n") == 1
+
+
 def test_headers_without_an_end_end_the_connection(url: str, dashboard: Start) -> None:
     with case_at(url) as case:
         case.begin()
