@@ -76,6 +76,7 @@ def run_page(facts: RunFacts, *, report: bool = False) -> str:
         "spending": _spending(facts),
         "timeline_kinds": [(kind, text) for kind, text in _TIMELINE_KINDS if kind in there],
         "attempt_axis": "round, or round.attempt where there were several" if facts.played_again else "round",
+        "resumed": any(event.kind == "resumed" for event in facts.events),
         "judged": max(facts.held_out, default=None),
         "here": "run",
     }

@@ -30,7 +30,7 @@ SETTINGS = (
     f'model="{MODEL_DIR}" data="stdlib:{{partition}}" num-rounds={ROUNDS} quorum=4 local-steps=8 max-length=64 '
     "per-device-train-batch-size=4 eval-fraction=0.02 eval-batches=2 learning-rate=5e-3 lora-r=8 threads=1"
 )
-PRIVATE = 'dp="client" trunk-adapter="frozen" dp-noise-multiplier=4.0 dp-clip=0.02 dp-epsilon=8.0 local-steps=4'
+PRIVATE = 'dp="client" trunk-adapter="frozen" dp-noise-multiplier=4.0 dp-clip=0.02 dp-epsilon=8.0 num-rounds=4'
 LIMIT_S = 1500.0
 
 
@@ -76,7 +76,7 @@ def test_the_pictures_of_the_docs_are_made_from_a_real_run(
         run_id = reader.get_run("last").run_id
     browser.open(f"{board.url}runs/{run_id}", dark=True)
     until("the page to ask again", lambda: bool(browser.text("#checked")))
-    browser.picture(DOCS / "dashboard.png", height=1500)
+    browser.picture(DOCS / "dashboard.png", height=below(browser, "#time .legend"))
 
     assert resumed.wait(LIMIT_S) == 0, (tmp_path / "shown.log").read_text()
     with closing(open_reader(url)) as reader:
@@ -88,9 +88,15 @@ def test_the_pictures_of_the_docs_are_made_from_a_real_run(
     assert private.wait(LIMIT_S) == 0, (tmp_path / "shown.log").read_text()
     browser.open(Path(report(home)["report"]).as_uri())
     assert len(browser.run("return document.querySelectorAll('#spent-in-run tbody tr')")) == CLIENTS
-    browser.picture(DOCS / "report.png")
+    browser.picture(DOCS / "report.png", height=below(browser, "#adapters"))  # the settings name this machine's paths
     for name in ("dashboard.png", "report.png"):
         assert (DOCS / name).stat().st_size < MOST_BYTES, name
+
+
+def below(browser: Browser, selector: str) -> int:
+    """Just below an element, in pixels from the page's top."""
+    script = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom + scrollY"
+    return int(browser.run(script, selector)) + 12
 
 
 def report(home: Path) -> dict[str, str]:
