@@ -1,6 +1,6 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy demo-authenticated test test-killing faults lint bench clean
+.PHONY: help setup demo demo-deploy demo-authenticated test test-killing faults screenshots lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
@@ -31,6 +31,9 @@ test-killing: setup ## Kill sites of real deployments in the middle of a round (
 
 faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
+
+screenshots: setup ## Make docs/dashboard.png and docs/report.png anew, from a real run (needs chromium, chromium-driver)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m screenshots tests/trunkline/pages/test_screenshots.py
 
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import typer
 
-from contract.errors import ConfigError, IntegrityError, StorageError
+from contract.errors import ConfigError, IntegrityError
 from contract.operators import OperatorOption, operator_name
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 
@@ -66,7 +66,7 @@ def show(
     A client's rows under channel `all` are over all channels together, and under dataset `*` over all its datasets; who
     sees one channel only has one row. `-o json` has a row for each adversary, with the reason where no epsilon is told.
     """
-    from orchestrator.spending_view import folded, spending_rows, told_withheld
+    from orchestrator.spending_view import folded, run_budgets, spending_rows, told_withheld
 
     with _reading(site) as ledger:
         accounts: list[Account] = ledger.accounts()
@@ -74,7 +74,7 @@ def show(
     settings = _settings({one.run for one in accounts}) if site is None else {}
     if run is not None:
         accounts = [one for one in accounts if one.run == run]
-        budgets = _run_budgets(run, accounts, budgets, settings)
+        budgets = run_budgets(run, accounts, budgets, settings)
     rows = [
         row
         for row in spending_rows(accounts, budgets, settings)
@@ -274,25 +274,15 @@ def _url(site: Path | None) -> str | None:
 
 
 def _settings(runs: set[str]) -> dict[str, RunConfig]:
-    from orchestrator.settings import settings_of
+    """The settings of those runs that the database still has, as far as this version reads them."""
+    from orchestrator.spending_view import read_settings
     from storage.store import open_reader
 
     with closing(open_reader()) as reader:
-        return settings_of(reader, runs)
-
-
-def _run_budgets(
-    run: str, accounts: list[Account], budgets: Mapping[Unit, Budget], settings: Mapping[str, RunConfig]
-) -> Mapping[Unit, Budget]:
-    """What the units of a run may spend in it by itself."""
-    from privacy.plan import register_budget
-
-    if not accounts:
-        raise StorageError(f"run {run} spent nothing that this ledger knows of")
-    units = {one.unit for one in accounts}
-    if run not in settings:
-        return {unit: budget for unit, budget in budgets.items() if unit in units}
-    return dict.fromkeys(units, register_budget(settings[run]))
+        found, unread = read_settings(reader, runs)
+    for line in unread:
+        talk(line)
+    return found
 
 
 # ---- verifying -------------------------------------------------------------------------------------------------------

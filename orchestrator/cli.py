@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +15,12 @@ from contract.operators import OperatorOption, operator_name
 from contract.options import DryRunOption, LimitOption, NewestOption, SinceOption, WatchOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from contract.watching import Look, watch
-from orchestrator.metrics import best_version, judged_losses
-from orchestrator.protection import told_protection, told_run_privacy
+from orchestrator.metrics import judged_losses
+from orchestrator.protection import told_run_privacy
+from orchestrator.run_view import rounds_data, run_data
 from storage.home import adapter_dir
 from storage.reader import LAST, Reader
-from storage.records import Deed, ParticipationRow, RoundRow, RunRow
+from storage.records import Deed, RoundRow
 
 if TYPE_CHECKING:
     from storage.ledger import Ledger
@@ -78,7 +79,7 @@ def list_runs(
 
         def look() -> Look:
             found = reader.list_runs(limit, status.value if status else None, since=in_utc(since))
-            return Look([_run_data(reader, run) for run in found])
+            return Look([run_data(reader, run) for run in found])
 
         if watching:
             watch(look, output, RUN_COLUMNS)
@@ -93,7 +94,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
     """One run: how it ended and why, and its losses. `-o json` tells its settings too."""
     with _reader() as reader:
         row = reader.get_run(named_run(run, last))
-        data = _run_data(reader, row)
+        data = run_data(reader, row)
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         with _ledger() as ledger:
             data["privacy"] = "; ".join(told_run_privacy(row, ledger))
@@ -158,7 +159,9 @@ def list_rounds(
             row = reader.get_run(run_id)
             attempts = [one for one in reader.rounds(run_id) if status is None or one.status == status.value]
             attempts = [one for one in attempts if opened is None or one.opened_at >= opened]
-            data = _rounds_data(reader, run_id, attempts if limit is None else attempts[-limit:])
+            metrics = reader.metrics(run_id, over_clients=True)
+            newest = attempts if limit is None else attempts[-limit:]
+            data = rounds_data(newest, reader.participations(run_id), metrics)
             return Look(data, f"run {run_id}: {row.status}", final=row.status != "running")
 
         if watching:
@@ -246,57 +249,6 @@ def named_run(run: str | None, last: bool) -> str:
     if (run is None) != last:
         raise ConfigError("name one run: RUN or --last" + (", not both" if last else ""))
     return LAST if run is None else run
-
-
-def _run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
-    losses = judged_losses(reader.metrics(run.run_id, over_clients=True))
-    return {
-        "run_id": run.run_id,
-        "status": run.status,
-        "reason": run.reason,
-        "mode": run.mode,
-        "rounds": f"{run.committed_rounds}/{run.config.get('num-rounds', '?')}",
-        "held_out_loss": losses.get(run.committed_rounds),
-        "best_round": best_version(losses),
-        "secagg": told_protection(reader, run),
-        "created_at": run.created_at.replace(microsecond=0),
-    }
-
-
-def _rounds_data(reader: Reader, run_id: str, attempts: Sequence[RoundRow]) -> list[dict[str, Any]]:
-    cohorts: dict[tuple[int, int], list[ParticipationRow]] = {}
-    for one in reader.participations(run_id):
-        cohorts.setdefault((one.number, one.attempt), []).append(one)
-    metrics = reader.metrics(run_id, over_clients=True)
-    losses = judged_losses(metrics)
-    told = {(one.number, one.attempt): one.value for one in metrics if one.name == "train_loss"}
-    return [_round_data(one, cohorts.get((one.number, one.attempt), []), told, losses) for one in attempts]
-
-
-def _round_data(
-    attempt: RoundRow,
-    taking_part: Sequence[ParticipationRow],
-    train_losses: Mapping[tuple[int, int], float],
-    held_out_losses: Mapping[int, float],
-) -> dict[str, Any]:
-    training_s = attempt.phase_seconds.get("training")
-    return {
-        "round": attempt.number,
-        "attempt": attempt.attempt,
-        "status": attempt.status,
-        "phase": attempt.phase,
-        "clients": f"{sum(row.status == 'trained' for row in taking_part)}/{len(taking_part)}",
-        "threshold": attempt.threshold,
-        "train_loss": train_losses.get((attempt.number, attempt.attempt)),
-        "held_out_loss": held_out_losses.get(attempt.number) if attempt.status == "committed" else None,
-        "tokens": attempt.trained_tokens or attempt.tokens,
-        "tokens_per_s": attempt.trained_tokens / training_s if training_s else None,
-        "wire_mb": (attempt.received_bytes + attempt.sent_bytes) / 1e6,
-        "seconds": attempt.seconds,
-        "phase_seconds": attempt.phase_seconds,
-        "reason": attempt.reason,
-        "participations": taking_part,
-    }
 
 
 def _attempt_told(attempt: RoundRow) -> str:

@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from contract.errors import StorageError
-from orchestrator.settings import settings_of
-from orchestrator.spending_view import SpendingRow, folded, spending_rows
+from contract.output import talk
+from orchestrator.spending_view import SpendingRow, folded, read_settings, spending_rows
 from storage.ledger import Ledger
 from storage.reader import Reader
 from storage.records import ClientHistory, EventRow, ParticipationCount
@@ -100,7 +100,10 @@ def _by_run(counts: Sequence[ParticipationCount]) -> list[dict[str, Any]]:
 def _budgets(reader: Reader, ledger: Ledger, client: str) -> Iterator[SpendingRow]:
     accounts = [one for one in ledger.accounts() if one.unit.client == client]
     budgets = {unit: budget for unit, budget in ledger.budgets().items() if unit.client == client}
-    return spending_rows(accounts, budgets, settings_of(reader, {one.run for one in accounts}))
+    settings, unread = read_settings(reader, {one.run for one in accounts})
+    for line in unread:
+        talk(line)
+    return spending_rows(accounts, budgets, settings)
 
 
 def _whole(moment: datetime | None) -> datetime | None:

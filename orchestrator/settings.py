@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from contract.config import ConfigValue, RunConfig
-from contract.errors import ConfigError, StorageError
-from contract.output import talk
-from storage.reader import Reader
+from contract.errors import ConfigError
 
 PROJECT_FILE = "pyproject.toml"
 APP_SECTION = ("tool", "flwr", "app")
@@ -102,14 +100,3 @@ def _toml_value(text: str) -> ConfigValue:
     except tomllib.TOMLDecodeError:
         return text
     return value if isinstance(value, str | bool | int | float) else text
-
-
-def settings_of(reader: Reader, runs: Iterable[str]) -> dict[str, RunConfig]:
-    """The settings of those runs that the database still has, as far as this version reads them."""
-    found = {}
-    for run in runs:
-        try:
-            found[run] = RunConfig.from_flower(reader.get_run(run).config)
-        except (StorageError, ConfigError) as error:
-            talk(f"run {run} is judged by its charges alone: {error}")
-    return found

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from contract.config import RunConfig
+from contract.errors import ConfigError, StorageError
 from contract.privacy_records import ADVERSARIES, Adversary, Budget, Channel, PricedRelease, Unit
 from privacy.accountant import epsilon, price, spent
 from privacy.coverage import IN_WORDS, withheld, withheld_by_rows
 from privacy.filters import used
+from privacy.plan import register_budget
+from storage.reader import Reader
 from storage.records import Account
 
 ALL_CHANNELS = "all"
@@ -73,6 +76,33 @@ def spending_rows(
     pricing = _Pricing(settings)
     for unit in sorted(known, key=lambda one: (one.client, one.dataset, one.level)):
         yield from pricing.rows(unit, known[unit], budgets.get(unit))
+
+
+def read_settings(reader: Reader, runs: Iterable[str]) -> tuple[dict[str, RunConfig], list[str]]:
+    """The settings of those `runs` that the database still has, as far as this version reads them.
+
+    A line says of each other one why it is judged by its charges alone.
+    """
+    found: dict[str, RunConfig] = {}
+    unread = []
+    for run in sorted(runs):
+        try:
+            found[run] = RunConfig.from_flower(reader.get_run(run).config)
+        except (StorageError, ConfigError) as error:
+            unread.append(f"run {run} is judged by its charges alone: {error}")
+    return found, unread
+
+
+def run_budgets(
+    run: str, accounts: Sequence[Account], budgets: Mapping[Unit, Budget], settings: Settings
+) -> Mapping[Unit, Budget]:
+    """What the units of a run may spend in it by itself; `accounts` are the run's, `budgets` those over all runs."""
+    if not accounts:
+        raise StorageError(f"run {run} spent nothing that this ledger knows of")
+    units = {one.unit for one in accounts}
+    if run not in settings:
+        return {unit: budget for unit, budget in budgets.items() if unit in units}
+    return dict.fromkeys(units, register_budget(settings[run]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,12 @@ def for_writing(engine: Engine) -> Engine:
     return engine.execution_options(**{_WRITES: True})
 
 
+def read_only(engine: Engine) -> Engine:
+    """The same engine, on whose connections the database refuses to write, and lets no statement take for ever."""
+    event.listen(engine, "connect", _refuse_writes)
+    return engine
+
+
 def in_turn(engine: Engine, work: Callable[[Session], _Result]) -> _Result:
     """What `work` answers, done in one serializable transaction: as if nobody else wrote at the same time.
 
@@ -193,6 +199,16 @@ def _begin_sqlite(connection: Connection) -> None:
 def _bound_postgres_locks(connection: Any, record: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_S}s'")
+    connection.commit()
+
+
+def _refuse_writes(connection: Any, record: Any) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA query_only = ON")
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SET default_transaction_read_only = on")
+        cursor.execute(f"SET statement_timeout = '{BUSY_TIMEOUT_S}s'")
     connection.commit()
 
 

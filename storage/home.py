@@ -37,9 +37,14 @@ def artifacts_dir() -> Path:
     return home_dir() / "artifacts"
 
 
+def run_dir(run_id: str) -> Path:
+    """Where the files for people that come of a run lie."""
+    return home_dir() / "runs" / run_id
+
+
 def adapter_dir(run_id: str) -> Path:
     """Where a run's adapter is exported to unless another place is named."""
-    return home_dir() / "runs" / run_id / "adapter"
+    return run_dir(run_id) / "adapter"
 
 
 def database_url() -> str:

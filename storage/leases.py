@@ -45,3 +45,8 @@ def require_resumable(run_id: str, status: RunStatus, lease_until: datetime | No
             f"run {run_id} is being driven: its orchestrator was heard {max(0.0, LEASE_S - left_s):.0f} s ago; stop it "
             f"first, or, if it is dead, wait {left_s:.0f} s"
         )
+
+
+def heard_s_ago(lease_until: datetime | None, now: datetime) -> float:
+    """Seconds since a run's driver was last heard; 0 where no lease says anything."""
+    return 0.0 if lease_until is None else (now - lease_until).total_seconds() + LEASE_S

@@ -58,6 +58,14 @@ class Reader:
 
     def get_run(self, reference: str) -> RunRow:
         """The run with this id or Flower id, or the newest one for "last"."""
+        found = self.find_run(reference)
+        if found is None:
+            what = "there is no run yet" if reference == LAST else f"there is no run {reference}"
+            raise StorageError(f"{what}; `trunkline runs list` shows those there are")
+        return found
+
+    def find_run(self, reference: str) -> RunRow | None:
+        """As get_run; None where there is no such run."""
         with self._reading() as session:
             newest_first = _runs().limit(1)
             found = None
@@ -66,10 +74,7 @@ class Reader:
             else:
                 for column in (schema.Run.run_id, schema.Run.flower_run_id):
                     found = found or session.execute(newest_first.where(column == reference)).first()
-            if found is None:
-                what = "there is no run yet" if reference == LAST else f"there is no run {reference}"
-                raise StorageError(f"{what}; `trunkline runs list` shows those there are")
-            return _run_row(*found)
+            return None if found is None else _run_row(*found)
 
     def run_by_flower_id(self, flower_run_id: str) -> RunRow | None:
         """The newest run that this Flower run drives, or None."""

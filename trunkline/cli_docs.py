@@ -46,7 +46,7 @@ the same in a terminal. `trunkline --install-completion` sets up completion for 
 
 | code | meaning | when |
 |---|---|---|
-| 0 | ok | also `trunk serve` that was told to end |
+| 0 | ok | also `trunk serve` and `dashboard` that were told to end |
 | 1 | failed | every error that is not named below; a check that fails; a run that failed or was stopped |
 """
 

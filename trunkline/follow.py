@@ -10,7 +10,7 @@ from contract.errors import RoundError
 from contract.output import OutputFormat, OutputOption, cli_errors, talk
 from contract.watching import Look, watch
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
-from storage.leases import LEASE_S
+from storage.leases import LEASE_S, heard_s_ago
 from storage.reader import Reader
 from storage.records import RunRow
 from storage.store import open_reader, utc_now
@@ -79,9 +79,7 @@ def _silence_teller() -> Callable[[RunRow], None]:
 
     def tell(row: RunRow) -> None:
         nonlocal told
-        silent_s = 0.0
-        if row.status == "running" and row.lease_until is not None:
-            silent_s = (utc_now() - row.lease_until).total_seconds() + LEASE_S
+        silent_s = heard_s_ago(row.lease_until, utc_now()) if row.status == "running" else 0.0
         if silent_s > 2 * LEASE_S and not told:
             how = f"trunkline runs resume {row.run_id}"
             talk(f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: {how}")

@@ -75,7 +75,7 @@ def test_commands_are_all_loaded() -> None:
 
 def test_shell_completion_reaches_into_lazy_commands() -> None:
     answer = trunkline(_TRUNKLINE_COMPLETE="complete_bash", COMP_WORDS="trunkline runs ", COMP_CWORD="2")
-    assert answer.stdout.split() == ["list", "show", "stop", "watch", "resume"]
+    assert answer.stdout.split() == ["list", "show", "stop", "watch", "resume", "report"]
 
 
 def test_exit_code_0_for_success(tmp_path: Path) -> None:
