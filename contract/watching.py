@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ def watch(look: Callable[[], Look], fmt: OutputFormat, columns: Sequence[str] | 
     """Show what `look` answers until that is final, or for ever: Ctrl-C is for contract.output.cli_errors.
 
     A table on a terminal is drawn over the last one. Else each line of stdout is an envelope with all of `data`, which
-    is printed when it differs from the line before. What `look` raises ends the watch.
+    is printed when it differs from the line before, while somebody reads it. What `look` raises ends the watch.
     """
     if fmt is OutputFormat.TABLE and sys.stdout.isatty():
         _redraw(look, columns)
@@ -63,6 +65,18 @@ def _stream(look: Callable[[], Look]) -> None:
         if found.final:
             return
         time.sleep(_pause_s(time.monotonic() - asked))
+        _require_reader()
+
+
+def _require_reader() -> None:
+    """Raise BrokenPipeError where nobody reads stdout any more: who prints nothing would never hear of it."""
+    try:
+        looked = select.poll()
+        looked.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    except (OSError, ValueError):  # no file at all, as where a program has replaced stdout
+        return
+    if any(told & (select.POLLERR | select.POLLNVAL) for _, told in looked.poll(0)):
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is watched")
 
 
 def _pause_s(look_s: float) -> float:

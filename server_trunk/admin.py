@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +10,13 @@ import grpc
 
 from contract import trunk_pb2 as pb
 from contract.errors import ConfigError
-from contract.wire import round_to_wire
+from contract.wire import LONGEST_GRACE_S, round_to_wire
 from server_trunk.servicer import Context, abort
 from server_trunk.sessions import SeenSession, SessionTable
 
 logger = logging.getLogger("trunkline.server_trunk")
 
 ADMIN_SERVICE = "trunkline.v1.TrunkAdmin"
-LONGEST_GRACE_S = 86_400.0
 _OPERATOR_LETTERS = 200
 
 
@@ -51,7 +49,7 @@ class AdminServicer:
 
     async def drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         grace_s = request.grace_s
-        if not (math.isfinite(grace_s) and 0 <= grace_s <= LONGEST_GRACE_S):
+        if not 0 <= grace_s <= LONGEST_GRACE_S:
             refusal = ConfigError(f"grace_s is {grace_s}; it must be 0 to {LONGEST_GRACE_S:g} seconds")
             await abort(context, refusal)
         who = request.operator[:_OPERATOR_LETTERS] or "somebody"

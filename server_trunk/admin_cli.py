@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +60,7 @@ def show_sessions(
 def drain(
     address: AddressArgument = "127.0.0.1:50051",
     grace_s: Annotated[
-        float, typer.Option(min=0, help="Seconds that open sessions get before they are cut off; at most a day.")
+        float, typer.Option(help="Seconds that open sessions get before they are cut off; at most a day.")
     ] = 30.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
@@ -77,10 +76,11 @@ def drain(
     where another trunk, or this one once it is back, takes it in time. Who asked is in the trunk's log, and in the
     audit log where this machine has a database.
     """
+    from contract.wire import LONGEST_GRACE_S
     from server_trunk.admin_calls import connected
 
-    if not math.isfinite(grace_s):
-        raise ConfigError(f"--grace-s is {grace_s}; it must be a number of seconds, at most a day")
+    if not 0 <= grace_s <= LONGEST_GRACE_S:
+        raise ConfigError(f"--grace-s is {grace_s}; it must be 0 to {LONGEST_GRACE_S:g} seconds")
     who = operator_name(operator)
     with connected(address, trunk_tls(ca, certificate, key)) as trunk:
         sessions = trunk.sessions()

@@ -80,6 +80,22 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback() -> None:
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_a_watch_that_has_nothing_new_to_print_ends_when_nobody_reads_it() -> None:
+    quiet = SCRIPT.replace('f"times-{next(count)}"', '"the same"')
+    watching_process = subprocess.Popen(
+        [sys.executable, "-c", quiet], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    if watching_process.stdout is None:
+        raise RuntimeError("no pipe")
+    try:
+        assert b"the same" in watching_process.stdout.readline()
+        watching_process.stdout.close()
+        assert watching_process.wait(LIMIT_S) == 1
+    finally:
+        watching_process.kill()
+        watching_process.wait(10)
+
+
 def test_who_watches_waits_longer_the_longer_a_look_takes() -> None:
     assert watching._pause_s(0.0) == watching.PAUSE_S
     assert watching._pause_s(0.5) == 2.0

@@ -108,6 +108,9 @@ def test_a_grace_that_is_none_is_refused_by_name_and_drains_nothing(
     with pytest.raises(ConfigError, match="grace_s is .*; it must be 0 to 86400 seconds"):
         operator.drain(grace_s, "ada")
     operator.close()
+    done = trunkline_trunk("drain", trunk.address, "--grace-s", str(grace_s), "--yes")
+    assert done.exit_code == 2
+    assert "it must be 0 to 86400 seconds" in done.stderr
     assert not trunk.server.told_to_end.is_set()
     client = WireClient(trunk.address)
     client.session(client.hello(lora)).close()
