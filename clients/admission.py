@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from contract.ticket import prove
+from contract.errors import FrameError
+from contract.ticket import MAX_TICKET_BYTES, prove
 from contract.trunk_pb2 import Hello
 
 
@@ -34,6 +35,11 @@ class Admission:
         return admitted
 
     def keep(self, address: str, renewal: bytes) -> None:
-        """Present `renewal` to the trunk at `address` from now on; nothing is kept of an empty one."""
+        """Present `renewal` to the trunk at `address` from now on; nothing is kept of an empty one.
+
+        Raises FrameError for one that is longer than any ticket.
+        """
+        if len(renewal) > MAX_TICKET_BYTES:
+            raise FrameError(f"the trunk at {address} gave a renewal of {len(renewal)} bytes; none is so long")
         if renewal:
             self._renewals[address] = renewal

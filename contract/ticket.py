@@ -248,7 +248,7 @@ def _ticket_of(found: object, *, renewal: bool) -> Ticket:
         raise ConfigError(f"format is not {_FORMATS[renewal]}")
     if found.keys() != _FIELDS:
         odd = ", ".join(sorted(found.keys() ^ _FIELDS))
-        raise ConfigError(f"fields are missing, or have no place in it: {odd}")
+        raise ConfigError(f"fields are missing, or have no place in it: {odd[:200]!a}")
     del found["format"]
     keys = {key: decode_public_key(_text(found[key], key), key) for key in _KEYS}
     return Ticket(**{**found, **keys, "renewal": renewal})
@@ -258,7 +258,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, value in pairs:
         if field in found:
-            raise ValueError(f"{field} is there twice")
+            raise ValueError(f"{field[:80]!a} is there twice")
         found[field] = value
     return found
 

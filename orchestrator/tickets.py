@@ -48,7 +48,9 @@ class TicketOffice:
 
     def for_round(self, key: RoundKey, factor: Factor, trunk_sha256: str, *, final: bool) -> Issue:
         """What makes the tickets of one attempt at a round, or, where it is `final`, of a judgement."""
-        certificates = {row.public_key: row.certificate_key_sha256 for row in self.store.list_identities()}
+        # Who was revoked since the cohort was drawn is bound to its key as before.
+        enrolled = self.store.list_identities(include_revoked=True)
+        certificates = {row.public_key: row.certificate_key_sha256 for row in enrolled}
         max_steps, max_bytes = session_limits(self.config, self.served.hidden_size, final=final)
         sessions = 1 + self.config.trunk_retries
 

@@ -116,6 +116,8 @@ def test_a_trunk_that_renewed_a_ticket_is_shown_its_renewal_and_others_the_ticke
         assert shown.ticket == wanted
         require_proof(parse_ticket(shown.ticket, [SIGNER_KEY], RENEWAL_KEY), wanted, b"another", shown.proof)
     assert admission.presented(hello, "open:3", b"") == hello
+    with pytest.raises(FrameError, match="gave a renewal of 4097 bytes"):
+        admission.keep("one:1", bytes(MAX_TICKET_BYTES + 1))
 
 
 def test_nothing_of_a_key_is_shown_where_an_admission_is() -> None:

@@ -128,7 +128,8 @@ def test_bytes_that_are_no_ticket_are_refused(data: bytes) -> None:
         ({"round_ends_at": ISSUED_AT + 86_401}, "round_ends_at is"),
         ({"format": "trunkline-ticket-2"}, "format is not trunkline-ticket-1"),
         ({"format": "trunkline-renewal-1"}, "format is not trunkline-ticket-1"),
-        ({"admin": True}, "no place in it: admin"),
+        ({"admin": True}, "no place in it: 'admin'"),
+        ({"\n\ud800": True}, r"no place in it: '\\n\\ud800'"),
     ],
 )
 def test_what_is_signed_must_still_be_a_ticket_field_by_field(changed: dict[str, Any], told: str) -> None:
@@ -143,7 +144,7 @@ def test_what_is_signed_must_be_spelt_in_the_one_way() -> None:
     spaced = json.dumps(body, sort_keys=True).encode()
     for odd, told in (
         (canonical(fewer), "max_bytes"),
-        (twice, "run is there twice"),
+        (twice, "'run' is there twice"),
         (spaced, "not spelt as one is"),
         (canonical([body]), "format is not"),
         (b"{", "no JSON"),

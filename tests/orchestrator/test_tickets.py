@@ -80,6 +80,8 @@ def test_a_ticket_names_the_certificate_that_its_holder_is_enrolled_with_at_that
     assert issued(office, holder=other).certificate_key_sha256 == ""
     store.set_client_certificate("north", "d" * 64, "ada")
     assert issued(office).certificate_key_sha256 == "d" * 64
+    store.revoke_client("north", "ada", "laptop stolen")
+    assert issued(office).certificate_key_sha256 == "d" * 64, "revoked after its cohort was drawn"
 
 
 def test_an_office_opens_where_the_trunk_knows_its_key_and_only_there(store: Store, tmp_path: Path) -> None:
