@@ -48,7 +48,7 @@ def _trunkline_faults(words: Sequence[str]) -> list[str]:
         return [] if set(words) <= {"--help", "-h", "--version", "--install-completion"} else [f"trunkline {words}"]
     command = _tree().get(words[0])
     path, rest = f"trunkline {words[0]}", list(words[1:])
-    if isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+    if isinstance(command, click.Group) and rest and rest[0] != "..." and not rest[0].startswith("-"):
         path, command, rest = f"{path} {rest[0]}", command.commands.get(rest[0]), rest[1:]
     if command is None:
         return [f"there is no command {path}"]

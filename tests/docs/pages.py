@@ -10,6 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
 
+OPEN = "..."
+"""Stands for what a page leaves out of a command."""
+
 _FENCE = re.compile(r"^( *)```.*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -53,7 +56,7 @@ class Page:
         lines = [line for _, block in _FENCE.findall(text) for line in _joined(block).splitlines()]
         lines += [span.replace("\n", " ") for span in _SPAN.findall(self.prose())]
         told = [_words(line) for line in lines if _PROMPT.match(line)]
-        return [words for words in told if len(words) == 1 or not words[1].isupper()]
+        return [words for words in told if len(words) == 1 or not (words[1].isupper() or words[1] == OPEN)]
 
 
 def _joined(block: str) -> str:
@@ -71,4 +74,4 @@ def _joined(block: str) -> str:
 def _words(line: str) -> list[str]:
     words = shlex.split(_PROMPT.sub("", line), comments=True)
     ends = [number for number, word in enumerate(words) if word in ("|", "&&", ";", ">", "2>", "||")]
-    return [word for word in words[: min(ends, default=len(words))] if word != "..."]
+    return words[: min(ends, default=len(words))]
