@@ -16,7 +16,7 @@ from trunkline import __version__
 from trunkline.cli import EXIT_CODES, MOUNTS, app, commands
 from trunkline.project import write_project
 
-HEAVY = ("torch", "transformers", "peft", "flwr", "ray", "sqlalchemy", "grpc")
+HEAVY = ("torch", "transformers", "peft", "flwr", "ray", "sqlalchemy", "grpc", "jinja2", "starlette", "uvicorn")
 
 
 def trunkline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 CLIENTS, ROUNDS = 5, 6
 MOST_BYTES = 300_000
 SETTINGS = (
-    f'model="{MODEL_DIR}" data="stdlib:{{partition}}" num-rounds={ROUNDS} quorum=4 local-steps=8 max-length=64 '
+    f'model="{MODEL_DIR}" data="stdlib:{{partition}}" num-rounds={ROUNDS} quorum=4 local-steps=6 max-length=64 '
     "per-device-train-batch-size=4 eval-fraction=0.02 eval-batches=2 learning-rate=5e-3 lora-r=8 threads=1"
 )
 PRIVATE = 'dp="client" trunk-adapter="frozen" dp-noise-multiplier=4.0 dp-clip=0.02 dp-epsilon=8.0 num-rounds=4'
@@ -62,7 +62,8 @@ def test_the_pictures_of_the_docs_are_made_from_a_real_run(
     project = tmp_path / "project"
     write_project(project)
     simulated = start("shown", "run", str(project), "--simulate", str(CLIENTS), "-c", SETTINGS)
-    until("the third round", lambda: stands(url, 2), LIMIT_S)
+    until("the third round", lambda: stands(url, 2) or simulated.poll() is not None, LIMIT_S)
+    assert simulated.poll() is None, (tmp_path / "shown.log").read_text()
     family = of_home(home)
     simulated.send_signal(signal.SIGKILL)
     simulated.wait(60)
@@ -71,7 +72,8 @@ def test_the_pictures_of_the_docs_are_made_from_a_real_run(
     resumed = start("shown", "runs", "resume", "--last", "--simulate", str(CLIENTS))
     monkeypatch.setenv("TRUNKLINE_HOME", str(home))
     board = dashboard()
-    until("the fifth round", lambda: stands(url, 4), LIMIT_S)
+    until("the fifth round", lambda: stands(url, 4) or resumed.poll() is not None, LIMIT_S)
+    assert resumed.poll() is None, (tmp_path / "shown.log").read_text()
     with closing(open_reader(url)) as reader:
         run_id = reader.get_run("last").run_id
     browser.open(f"{board.url}runs/{run_id}", dark=True)
