@@ -146,6 +146,7 @@ class TrunkServer:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
             contributions = Contributions(options.state_dir)
+            contributions.sweep()
             engine = await self._first_lane.run(self._load)
             found = await self._first_lane.run(self._try_out, engine)
         except BaseException:

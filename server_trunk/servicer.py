@@ -20,6 +20,7 @@ from contract.errors import (
     SessionError,
     TrunklineError,
 )
+from contract.failpoint import failpoint
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
 from server_trunk.contributions import Contributions
 from server_trunk.conversation import Conversation
@@ -57,12 +58,15 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
     @functools.wraps(method)
     async def guarded(self: TrunkServicer, request: Any, context: Context) -> T:
+        failpoint(f"serve.{method.__name__}")
         try:
-            return await method(self, request, context)
+            answer = await method(self, request, context)
         except TrunklineError as error:
             logger.info("%s refused: %.1000s", method.__name__, error)
             await abort(context, error)
             raise
+        failpoint(f"serve.{method.__name__}.reply")
+        return answer
 
     return guarded
 

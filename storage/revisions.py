@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, text
 
+from contract.durable_file import PARTIAL_PREFIX, settle_file
 from contract.errors import SchemaError, StorageError
+from contract.failpoint import failpoint
 from storage import schema
 from storage.engine import for_writing, make_engine, shown, storage_errors
 from storage.home import database_url, names_database
@@ -99,15 +102,26 @@ def follow(engine: Engine) -> Path | None:
         return None
     copy = Path(f"{engine.url.database}.revision-{found}")
     if not copy.exists():  # another process may be as far
-        with engine.connect() as connection:
-            connection.exec_driver_sql("COMMIT")  # VACUUM runs outside of transactions only
-            connection.exec_driver_sql("VACUUM INTO ?", (str(copy),))
+        _copy(engine, copy)
     upgrade(engine)
     return copy
 
 
+def _copy(engine: Engine, copy: Path) -> None:
+    """Keep the database as it is in `copy`: all of it or nothing, as a later start takes what is there for whole."""
+    partial = copy.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")  # VACUUM runs outside of transactions only
+        connection.exec_driver_sql("VACUUM INTO ?", (str(partial),))
+    try:
+        settle_file(partial, copy)
+    except OSError as error:
+        raise StorageError(f"{copy}: the database cannot be copied before its upgrade: {error.strerror}") from error
+
+
 def upgrade(engine: Engine) -> tuple[str | None, str]:
     """Bring the database to this code's revision in one transaction; answers (revision before, after)."""
+    failpoint("sql.upgrade.before")
     with for_writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
@@ -117,6 +131,8 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        failpoint("sql.upgrade.uncommitted")
+    failpoint("sql.upgrade.after")
     return found, head_revision()
 
 
