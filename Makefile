@@ -21,12 +21,12 @@ demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
 
 test: setup ## Run the whole test suite, on up to 4 cores at once (12 to 15 minutes on 2)
-	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
 
-faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
+faults: setup ## Kill orchestrator, trunk and site at every durable write and message (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
 
 lint: setup ## Check style, types and the generated stubs

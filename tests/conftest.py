@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 _READY_S = 120.0
+_REAL_PROGRAMS = ("deployment", "simulation")
 _REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Flower's real programs come first: they take a minute and more each.
+
+    `make test` hands whole files to its processes; one that begins last would keep the other cores idle.
+    """
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in _REAL_PROGRAMS)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)

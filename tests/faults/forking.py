@@ -13,7 +13,7 @@ FORKING.set_forkserver_preload(
     [
         *("tests.faults.life", "clients.participation", "clients.spending", "server_trunk.server"),
         *("cryptography.hazmat.backends.openssl", "grpc._channel", "pyarrow.json"),
-        *("peft.utils.transformers_weight_conversion", "transformers.models.llama.modeling_llama"),
+        *("peft.utils.transformers_weight_conversion", "tests.faults.warm"),
     ]
 )
 

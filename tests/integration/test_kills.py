@@ -25,7 +25,7 @@ import pytest
 from storage.artifacts import ArtifactStore
 from storage.reader import Reader
 from storage.records import RoundRow, RunRow
-from storage.store import open_reader
+from storage.store import open_reader, open_store
 from tests.clients.sites import Site, save_site_model, write_texts
 from tests.faults.oracle import Oracle
 from tests.orchestrator.conftest import inside_a_flower_task
@@ -208,6 +208,7 @@ def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Depl
     seed = int(os.environ.get("TRUNKLINE_FAULT_SEED", secrets.randbits(32)))
     sys.stdout.write(f"\nTRUNKLINE_FAULT_SEED={seed}\n")
     address = SuperLinkAddress(f"{LOOPBACK}:{reserve_port()}")
+    open_store().close()
     with Supervisor(tmp_path / "logs", environment) as supervisor:
         model = save_site_model(tmp_path / "model")
         yield Deployment(tmp_path, supervisor, random.Random(seed), model, address, reserve_port())
