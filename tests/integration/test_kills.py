@@ -37,7 +37,7 @@ from trunkline.project import write_project
 SITES, ROUNDS = 3, 2
 LIMIT_S = 600.0
 SETTINGS = (
-    f"num-rounds={ROUNDS} cohort-size={SITES} quorum={SITES} deterministic=true threads=1 eval-fraction=0.0 "
+    f"num-rounds={ROUNDS} quorum={SITES} deterministic=true threads=1 eval-fraction=0.0 "
     "local-steps=20 per-device-train-batch-size=2 max-length=16 lora-r=4 secagg-aborts=20"
 )
 PHASES = ("training", "confirming", "unmasking")
@@ -116,7 +116,7 @@ class Deployment:
     def resume(self) -> None:
         """As a person would who sees that nothing goes on: end what waits for it, and resume."""
         waiting = self.running["command"].process
-        waiting.send_signal(signal.SIGINT)
+        waiting.terminate()
         waiting.wait(60)
         self.command("runs", "resume", "--last")
 
@@ -173,6 +173,7 @@ class Deployment:
         found: list[RoundRow] = []
 
         def reached() -> bool:
+            assert self.running["command"].alive(), self.running["command"].last_lines(40)
             with self.reader() as reader:
                 runs = reader.list_runs(1)
                 rows = [row for row in reader.rounds(runs[0].run_id) if row.number == number] if runs else []
