@@ -1,9 +1,11 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy demo-authenticated test test-killing faults screenshots lint bench clean
+.PHONY: help setup demo demo-deploy demo-authenticated test test-flower test-killing faults screenshots lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
+# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py.
+PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 FAULT_ARGS ?=
 BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
@@ -23,13 +25,16 @@ demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 demo-authenticated: setup ## A deployment in which everybody proves who they are, and strangers are turned away (2 minutes)
 	@exec deploy/authenticated/run
 
-test: setup ## Run the whole test suite, on up to 4 cores at once (12 to 15 minutes on 2)
-	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+test: setup ## Run the tests but for those of Flower's real programs, on up to 4 cores at once (12 minutes on 2 at most)
+	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) $(PYTEST_ARGS)
+
+test-flower: setup ## Run the tests through Flower's real programs: simulations, deployments, and all of one killed
+	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) -m "(deployment or simulation) and not screenshots" $(PYTEST_ARGS)
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
 
-faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
+faults: setup ## Kill orchestrator, trunk and site at every durable write and message (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
 
 screenshots: setup ## Make docs/dashboard.png and docs/report.png anew, from a real run (needs chromium, chromium-driver)

@@ -23,6 +23,7 @@ from clients.vault import Vault
 from clients.wire_log import WireLog
 from contract.config import RunConfig
 from contract.errors import FrameError, SecureSumError, TrunklineError
+from contract.failpoint import failpoint
 from contract.flat_array import read_flat
 from contract.openmp import waiting
 from contract.records import RoundKey
@@ -60,8 +61,10 @@ def secure_stage(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context, *, training: bool | None) -> Message:
     masked = context.run_config.get("secagg", "on") != "off"
+    failpoint("site.asked")
     try:
         content = _talk(message, context) if training is None else _work(message, context, training=training)
+        failpoint("site.reply")
         return Message(content, reply_to=message)
     except TrunklineError as error:
         logger.error("round refused: %s: %s", type(error).__name__, error)

@@ -23,6 +23,7 @@ from contract.errors import (
     TrunklineError,
     error_named,
 )
+from contract.failpoint import failpoint
 from contract.tls import TlsFiles, open_channel, told_failure
 from contract.trunk_pb2 import ClientFrame, DescribeRequest, ServerFrame, TrunkDescription
 from contract.trunk_pb2_grpc import TrunkStub
@@ -111,8 +112,11 @@ class FrameStream:
 
     def send(self, frame: ClientFrame) -> None:
         """Queues one message. Raises as `receive` does when the stream is over or takes nothing more."""
-        self._wire_log.sent_message(str(frame.WhichOneof("body")), frame)
+        kind = str(frame.WhichOneof("body"))
+        failpoint(f"site.{kind}.send")
+        self._wire_log.sent_message(kind, frame)
         self._put(frame.SerializeToString())
+        failpoint(f"site.{kind}.sent")
 
     def send_chunks(self, frames: Iterable[bytes]) -> None:
         """Queues serialised chunk frames."""
@@ -130,6 +134,7 @@ class FrameStream:
         got = frame.WhichOneof("body")
         if got != kind:
             raise FrameError(f"the trunk at {self._address} sent {got!r} where {kind!r} was due")
+        failpoint(f"site.{kind}.received")
         return getattr(frame, kind)
 
     def receive_chunk(self) -> memoryview:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from contract.failpoint import failpoint
@@ -29,12 +31,44 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     failpoint("file.written")
 
 
+def settle_file(partial: Path, path: Path) -> None:
+    """Let `partial`, a whole file beside `path` that another program wrote, be what is at `path`, durably.
+
+    Its name begins with PARTIAL_PREFIX. A failure raises OSError.
+    """
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    failpoint("file.rename")
+    os.replace(partial, path)
+    _sync_directory(path.parent)
+    failpoint("file.written")
+
+
+def remove_partials(directory: Path, older_than_s: float) -> int:
+    """Remove, below `directory`, what killed processes left half written; how many files that were.
+
+    What is younger may be some other process's that is about to be whole. Raises OSError.
+    """
+    found = 0
+    for path in directory.rglob(f"{PARTIAL_PREFIX}*"):
+        with suppress(FileNotFoundError):  # whole by now, or removed by another one that looks, too
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
+                found += 1
+    return found
+
+
 def create_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `data` to `path` where nothing is: a crash leaves it whole or not there, and never half of it.
 
     A failure raises OSError, FileExistsError where there is anything at `path`, and leaves the directory as it was.
     """
+    failpoint("file.write")
     partial = _write_partial(path, data, mode)
+    failpoint("file.rename")
     try:
         os.link(partial, path)  # unlike a rename it replaces nothing
     finally:
@@ -44,6 +78,7 @@ def create_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     except BaseException:
         path.unlink()
         raise
+    failpoint("file.written")
 
 
 def _write_partial(path: Path, data: bytes, mode: int) -> Path:

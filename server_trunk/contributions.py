@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from contract.adapter_mean import AdapterMean
-from contract.durable_file import replace_file
+from contract.durable_file import remove_partials, replace_file
 from contract.errors import AgreementError, FrameError, SessionError, StorageError, UpdateError
 from contract.records import RoundKey
 from storage.artifacts import ArtifactStore
 
 logger = logging.getLogger("trunkline.server_trunk")
 
+_PARTIAL_S = 3600.0
+"""No write takes longer: what is older will never be whole."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -84,9 +86,19 @@ class Contributions:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"state-dir {state_dir} cannot be made: {error.strerror}") from error
+        self._state_dir = state_dir
         self._rounds = state_dir / "rounds"
         self._candidates = state_dir / "candidates"
         self.adapters = ArtifactStore(state_dir / "artifacts")
+
+    def sweep(self) -> None:
+        """Remove what a killed trunk left half written. Raises StorageError."""
+        try:
+            found = remove_partials(self._state_dir, _PARTIAL_S)
+        except OSError as error:
+            raise StorageError(f"state-dir {self._state_dir} cannot be swept: {error.strerror}") from error
+        if found:
+            logger.info("removed %d files that an earlier trunk had half written", found)
 
     def require_adapter(self, sha256: str) -> None:
         """Raise SessionError unless the adapter was put or committed here, FrameError when it is no SHA-256."""

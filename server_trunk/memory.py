@@ -9,8 +9,12 @@ something already and so could wait for itself, has its input put on disk. Owned
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import shutil
 import threading
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,11 +22,13 @@ import psutil
 import torch
 
 from contract.errors import CapacityError, ConfigError, DeadlineError, StorageError
+from contract.failpoint import failpoint
 
 _OF_AVAILABLE = 0.6
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SMALLEST = 64 << 20
 _SPILLED_AT_ONCE = 2
+_SPILL_PREFIX = "spill-"
 
 
 def parse_size(name: str, text: str) -> int:
@@ -169,12 +175,18 @@ class Spilled:
 
 
 class Spill:
-    """A folder for what memory has no room for, empty at start, at most `limit` bytes."""
+    """A folder for what memory has no room for, empty at start, at most `limit` bytes.
+
+    It holds clients' activations: those of a trunk that was killed are removed by the next one that starts here.
+    """
 
     def __init__(self, parent: Path, limit: int) -> None:
         """Raises StorageError when the folder cannot be made."""
+        self._held = ExitStack()
         try:
-            self._folder = TemporaryDirectory(prefix="spill-", dir=parent, ignore_cleanup_errors=True)
+            self._folder = TemporaryDirectory(prefix=_SPILL_PREFIX, dir=parent, ignore_cleanup_errors=True)
+            self._lock_folder()
+            _remove_leftovers(parent)
         except OSError as error:
             raise StorageError(f"state-dir {parent} cannot be written to: {error.strerror}") from error
         self._limit = limit
@@ -182,6 +194,12 @@ class Spill:
         self._made = 0
         self.turn = asyncio.Semaphore(_SPILLED_AT_ONCE)  # each is in memory on its way to the disk
         self._lock = threading.Lock()  # whichever thread drops a graph last forgets its file
+
+    def _lock_folder(self) -> None:
+        """Held as long as this process lives, so that no other trunk takes the folder for a leftover."""
+        descriptor = os.open(self._folder.name, os.O_RDONLY)
+        self._held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @property
     def folder(self) -> Path:
@@ -196,11 +214,13 @@ class Spill:
             )
         self._made += 1
         path = self.folder / f"request-{self._made}"
+        failpoint("spill.write")
         try:
             path.write_bytes(data)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(f"a request cannot be put aside on disk: {error.strerror}") from error
+        failpoint("spill.written")
         with self._lock:
             self._taken += len(data)
         return Spilled(self, path, len(data))
@@ -212,3 +232,17 @@ class Spill:
 
     def close(self) -> None:
         self._folder.cleanup()
+        self._held.close()
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the folders below `parent` that no living process holds."""
+    for folder in parent.glob(f"{_SPILL_PREFIX}*"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)

@@ -175,6 +175,7 @@ class TrunkServer:
         try:
             contributions = Contributions(options.state_dir)
             tickets = self._ticket_book()
+            contributions.sweep()
             engine = await self._first_lane.run(self._load)
             found = await self._first_lane.run(self._try_out, engine)
         except BaseException:

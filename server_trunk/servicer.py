@@ -22,6 +22,7 @@ from contract.errors import (
     SessionError,
     TrunklineError,
 )
+from contract.failpoint import failpoint
 from contract.tls import peer_certificate
 from contract.version import VERSION
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
@@ -62,12 +63,15 @@ def _answers_errors(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
     @functools.wraps(method)
     async def guarded(self: TrunkServicer, request: Any, context: Context) -> T:
+        failpoint(f"serve.{method.__name__}")
         try:
-            return await method(self, request, context)
+            answer = await method(self, request, context)
         except TrunklineError as error:
             logger.info("%s refused: %.1000s", method.__name__, error)
             await abort(context, error)
             raise
+        failpoint(f"serve.{method.__name__}.reply")
+        return answer
 
     return guarded
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from contract.adapter import trainable_names
 from contract.errors import AgreementError, StorageError
+from contract.failpoint import failpoint
 from contract.records import AdamWSettings, LoraSpec, Trainable
 
 _CPU = torch.device("cpu")
@@ -150,10 +151,12 @@ class SessionAdapter:
         if self.gradient_K is not None:
             stored["gradient"] = self.gradient_K
         path = folder / f"adapter-{id(self)}.safetensors"
+        failpoint("evict.write")
         try:
             save_file({name: value.detach().to("cpu").contiguous() for name, value in stored.items()}, path)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"an idle adapter cannot be put aside on disk: {error}") from error
+        failpoint("evict.written")
         self._file = path
         self._drop()
 

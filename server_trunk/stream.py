@@ -10,6 +10,7 @@ import grpc
 from contract import trunk_pb2 as pb
 from contract.codec import Assembler
 from contract.errors import DeadlineError, FrameError
+from contract.failpoint import failpoint
 from contract.wire import chunk_data, chunk_frames, parse_client_frame
 
 
@@ -34,7 +35,9 @@ class FrameStream:
             return None
         if chunk_data(frame) is not None:
             raise FrameError("a chunk came that no header announced, or more of them than announced")
-        return parse_client_frame(frame)
+        parsed = parse_client_frame(frame)
+        failpoint(f"serve.{parsed.WhichOneof('body')}")
+        return parsed
 
     async def read_data(self, size_bytes: int, what: str) -> memoryview:
         """The `size_bytes` of data that follow their header in chunks, writable.
@@ -56,7 +59,10 @@ class FrameStream:
         return assembler.data()
 
     async def write(self, frame: pb.ServerFrame) -> None:
+        kind = frame.WhichOneof("body")
+        failpoint(f"serve.{kind}.reply")
         await self._write(frame.SerializeToString())
+        failpoint(f"serve.{kind}.replied")
 
     async def write_data(self, data: memoryview) -> None:
         """`data` in chunk frames, after the frame that announced it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, text
 
+from contract.durable_file import PARTIAL_PREFIX, settle_file
 from contract.errors import SchemaError, StorageError
+from contract.failpoint import failpoint
 from storage import audit_log, schema
 from storage.engine import for_writing, make_engine, shown, storage_errors
 from storage.home import database_url, names_database
@@ -101,11 +104,21 @@ def follow(engine: Engine) -> Path | None:
         return None
     copy = Path(f"{engine.url.database}.revision-{found}")
     if not copy.exists():  # another process may be as far
-        with engine.connect() as connection:
-            connection.exec_driver_sql("COMMIT")  # VACUUM runs outside of transactions only
-            connection.exec_driver_sql("VACUUM INTO ?", (str(copy),))
+        _copy(engine, copy)
     upgrade(engine)
     return copy
+
+
+def _copy(engine: Engine, copy: Path) -> None:
+    """Keep the database as it is in `copy`: all of it or nothing, as a later start takes what is there for whole."""
+    partial = copy.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")  # VACUUM runs outside of transactions only
+        connection.exec_driver_sql("VACUUM INTO ?", (str(partial),))
+    try:
+        settle_file(partial, copy)
+    except OSError as error:
+        raise StorageError(f"{copy}: the database cannot be copied before its upgrade: {error.strerror}") from error
 
 
 def upgrade(engine: Engine, operator: str | None = None) -> tuple[str | None, str]:
@@ -113,6 +126,7 @@ def upgrade(engine: Engine, operator: str | None = None) -> tuple[str | None, st
 
     Where that changes anything and an `operator` asked for it, the audit log says so.
     """
+    failpoint("sql.upgrade.before")
     with for_writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
@@ -125,6 +139,8 @@ def upgrade(engine: Engine, operator: str | None = None) -> tuple[str | None, st
         if operator is not None and found != head_revision():
             told = {"before": found, "revision": head_revision()}
             audit_log.note(connection, Deed(operator, "database-upgraded", shown(engine), told), datetime.now(UTC))
+        failpoint("sql.upgrade.uncommitted")
+    failpoint("sql.upgrade.after")
     return found, head_revision()
 
 

@@ -14,7 +14,20 @@ from pathlib import Path
 import pytest
 
 _READY_S = 120.0
+_LONGEST = (
+    *("integration/test_kills.py", "trunkline/test_resume.py", "integration/test_private_deployment.py"),
+    *("trunkline/test_run.py", "orchestrator/test_simulation.py", "orchestrator/test_private_simulation.py"),
+    *("faults/test_matrix.py", "contract/test_partition_parity.py", "aggregation/test_secure_sum.py"),
+)
 _REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: `make test` hands whole files to its processes, and a long one that
+    begins last would keep the other cores idle."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,20 +121,24 @@ class Orchestrator:
     def fixed_point(self, clients: int) -> FixedPoint:
         return plan(clients, self.config.max_trained_tokens(), self.config.update_clip)
 
-    def round(self, version: Version, sites: list[Site]) -> Version:
-        """The version after `version`; `weights` then holds each client's trained tokens."""
+    def round(self, version: Version, sites: list[Site], clients: int = 0) -> Version:
+        """The version after `version`; `weights` then holds each client's trained tokens.
+
+        `clients` is the cohort's size, where `sites` are not all of it.
+        """
         from clients.app import app
 
-        order = self.order(version, len(sites))
+        cohort = clients or len(sites)
+        order = self.order(version, cohort)
         size = int(version.client.trained(order.factor).sum()) + 1
         summing = PlainSumServer(size, [site.name for site in sites])
         for site in sites:
-            reply = app(self.message(version, site, len(sites)), site.context(self.config))
+            reply = app(self.message(version, site, cohort), site.context(self.config))
             assert not reply.has_error(), reply.error.reason
             summing.accept(site.name, read_update(reply.content, 4 * size))
             self.weights[site.name] = int(read_metrics(reply.content, site.name)["trained_tokens"])
         names = [site.name for site in sites]
-        mean, weight = self.fixed_point(len(sites)).decode(summing.finish(names))
+        mean, weight = self.fixed_point(cohort).decode(summing.finish(names))
         key = RoundKey(self.run, order.round, order.attempt)
         average = self.trunk.commit_round(key, order.trunk_sha256, names)
         assert average.trained_tokens == weight == sum(self.weights[name] for name in names)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.durable_file import create_file, replace_file
+from contract.durable_file import PARTIAL_PREFIX, create_file, remove_partials, replace_file, settle_file
 
 
 def test_a_file_is_made_and_replaced_whole_for_its_owner_alone(tmp_path: Path) -> None:
@@ -67,3 +67,24 @@ def test_a_new_file_that_is_not_durable_is_not_there(
     with pytest.raises(OSError, match="No space left"):
         create_file(tmp_path / "key", b"a secret")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_another_program_wrote_takes_its_place_whole(tmp_path: Path) -> None:
+    path, partial = tmp_path / "copy", tmp_path / f"{PARTIAL_PREFIX}1"
+    path.write_bytes(b"old")
+    partial.write_bytes(b"new")
+    settle_file(partial, path)
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+def test_what_was_half_written_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "rounds" / "1"
+    folder.mkdir(parents=True)
+    old, young, whole = folder / f"{PARTIAL_PREFIX}old", folder / f"{PARTIAL_PREFIX}young", folder / "whole"
+    for path in (old, young, whole):
+        path.write_bytes(b"data")
+    for path in (old, whole):
+        os.utime(path, (0, 0))
+    assert remove_partials(tmp_path, older_than_s=60.0) == 1
+    assert sorted(folder.iterdir()) == [young, whole]

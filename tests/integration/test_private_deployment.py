@@ -29,7 +29,7 @@ from trunkline.processes import Supervisor
 
 SITES, POOR = 4, 3
 RUN_LIMIT_S = 400.0
-pytestmark = pytest.mark.timeout(RUN_LIMIT_S + 60)
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(RUN_LIMIT_S + 60)]
 
 
 def settings(model: Path, trunk_address: str) -> RunConfig:

@@ -113,6 +113,25 @@ def test_what_is_put_aside_is_bounded_and_gone_with_its_owner(tmp_path: Path) ->
     asyncio.run(main())
 
 
+def test_what_a_killed_trunk_put_aside_is_removed_and_what_a_living_one_did_is_not(tmp_path: Path) -> None:
+    left = tmp_path / "spill-of-one-that-was-killed"
+    left.mkdir()
+    (left / "request-1").write_bytes(b"somebody's activations")
+
+    async def main() -> None:
+        living = Spill(tmp_path, 10)
+        assert not left.exists()
+        kept = living.put(memoryview(b"1234"))
+        beside = Spill(tmp_path, 10)
+        assert bytes(kept.read()) == b"1234"
+        del kept
+        for spill in (living, beside, beside):
+            spill.close()
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(main())
+
+
 # ---- adapters on disk ----------------------------------------------------------------------------------------------
 
 

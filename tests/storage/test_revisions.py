@@ -1,6 +1,8 @@
 """The schema's life: created, current, older, newer, drifted, and not ours at all."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -215,3 +217,36 @@ def test_the_home_directorys_own_file_follows_the_code_and_a_copy_stays(
     assert current_revision(kept) == "0001"
     with kept.connect() as connection:
         assert connection.execute(text("SELECT name FROM clients")).scalar() == "ward"
+
+
+@pytest.mark.parametrize(
+    "place", ["file.rename", "file.written", "sql.upgrade.before", "sql.upgrade.uncommitted", "sql.upgrade.after"]
+)
+def test_an_upgrade_that_was_killed_anywhere_is_made_again_from_a_copy_that_is_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+    file = tmp_path / "trunkline.db"
+    first = make_engine(f"sqlite:///{file}")
+    with first.begin() as connection:
+        config = revisions._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO clients VALUES ('7', 'ward', '2026-01-01 00:00:00')"))
+    first.dispose()
+    killed = subprocess.run(
+        [sys.executable, "-c", "from storage.store import open_store; open_store()"],
+        cwd=ROOT,
+        env={**os.environ, "TRUNKLINE_FAILPOINT": f"kill:{place}#1"},
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    open_store().close()
+    for path, revision in ((file, head_revision()), (Path(f"{file}.revision-0001"), "0001")):
+        found = make_engine(f"sqlite:///{path}")
+        assert current_revision(found) == revision
+        assert damage(found) == []
+        with found.connect() as connection:
+            assert connection.execute(text("SELECT name FROM clients")).scalar() == "ward"
+        found.dispose()
