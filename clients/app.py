@@ -21,6 +21,7 @@ from clients.secure import SecureSite, open_secure_site, tellable, withheld
 from clients.site import Site, in_simulation, read_site
 from clients.vault import Vault
 from clients.wire_log import WireLog
+from contract import logs, traces
 from contract.config import RunConfig
 from contract.errors import FrameError, SecureSumError, TrunklineError
 from contract.flat_array import read_flat
@@ -75,9 +76,7 @@ def _speak() -> None:
     """Let a site's SuperNode log say what this app does: Flower configures only its own logger."""
     root = logging.getLogger("trunkline")
     if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)-7s trunkline: %(message)s"))
-        root.addHandler(handler)
+        root.addHandler(logs.handler("%(levelname)-7s trunkline: %(message)s"))
         root.setLevel(logging.INFO)
 
 
@@ -212,6 +211,7 @@ def _read_order(content: RecordDict) -> RoundOrder:
             factor=facts["factor"],
             clients=int(facts["clients"]),
             adapter_d=adapter_d,
+            traceparent=str(facts.get(traces.HEADER, "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"the message's config record 'round' is incomplete: {error}") from error

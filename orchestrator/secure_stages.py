@@ -55,6 +55,7 @@ def train(
     def record(node_id: str, status: Outcome, reason: str | None) -> None:
         recorded.add(node_id)
         desk.store.record_participation(key.run, key.round, key.attempt, node_id, status, reason)
+        desk.audience.tell(lambda one: one.participated(key, status, reason))
 
     progress = ProgressDeadline(desk.clock, desk.config.round_timeout_s, lambda: desk.trunk.progress(key), report)
     deadline = TrainedDeadline(desk.clock, progress, trains, desk.config.secagg_stage_timeout_s)
@@ -165,7 +166,8 @@ def _vectors(
         for node_id in trains | later
     }
     adapter = adapter_record(version.client.vector_d)
-    return ask_all(desk, orders, deadline, lambda node_id: order_message(node_id, order, adapter), trains)
+    traceparent = desk.audience.traceparent()
+    return ask_all(desk, orders, deadline, lambda node_id: order_message(node_id, order, adapter, traceparent), trains)
 
 
 def _added(answer: SecureAnswer, session: SecureSession) -> tuple[Outcome, str | None]:

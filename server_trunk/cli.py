@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from contract import logs
 from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
@@ -19,6 +20,8 @@ from storage.home import home_dir
 
 if TYPE_CHECKING:
     from server_trunk.server import ServeOptions
+
+logger = logging.getLogger("trunkline.server_trunk")
 
 app = typer.Typer(help="The trunk server.", no_args_is_help=True)
 model_app = typer.Typer(help="Checkpoints.", no_args_is_help=True)
@@ -78,6 +81,16 @@ SpillBudgetOption = Annotated[
 InsecureListenOption = Annotated[
     bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
 ]
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve /metrics for Prometheus, /healthz and /readyz over HTTP; port 0: any.",
+    ),
+]
+InsecureMetricsOption = Annotated[
+    bool, typer.Option("--insecure-metrics", help="Allow --metrics an address that other machines reach, without TLS.")
+]
 
 
 @app.callback()
@@ -118,6 +131,8 @@ def serve(
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
     insecure_listen: InsecureListenOption = False,
+    metrics: MetricsOption = "",
+    insecure_metrics: InsecureMetricsOption = False,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C.
 
@@ -127,7 +142,9 @@ def serve(
     os.environ.update(waiting(os.environ))
     from server_trunk.server import ServeOptions
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, handlers=[logs.handler("%(asctime)s %(levelname)s %(name)s: %(message)s")]
+    )
     logging.getLogger("trunkline").setLevel(logging.INFO)
     options = ServeOptions(
         model=model,
@@ -152,6 +169,8 @@ def serve(
         grace_s=grace_s,
         announce_file=announce_file,
         insecure_listen=insecure_listen,
+        metrics=metrics,
+        insecure_metrics=insecure_metrics,
     )
     _serve(options)
 
@@ -164,12 +183,13 @@ def _serve(options: ServeOptions) -> None:
     if not member.leads:
         server.follow(options, member)
         return
+    say = logger.info if logs.wants_json() else talk
     if options.insecure_listen:
-        talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
-    talk(f"loading the trunk of {options.model}")
-    served = asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
+        say("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
+    say(f"loading the trunk of {options.model}")
+    served = asyncio.run(server.serve(options, lambda ready: say(f"trunk ready {ready}")))
     if not served:
-        talk("told to end before the trunk was ready")
+        say("told to end before the trunk was ready")
         sys.stderr.flush()
         os._exit(0)  # the interpreter would first wait for the thread that loads the model, minutes for a large one
 

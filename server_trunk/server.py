@@ -37,6 +37,7 @@ from server_trunk.servicer import SERVICE, Limits, TrunkServicer
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.sharded_lane import Follower, ShardedLane
+from server_trunk.watch import Parts, Watch
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -79,6 +80,8 @@ class ServeOptions:
     grace_s: float = 30.0
     announce_file: Path | None = None
     insecure_listen: bool = False
+    metrics: str = ""
+    insecure_metrics: bool = False
 
 
 def check_listen(listen: str, insecure: bool) -> tuple[str, int]:
@@ -106,6 +109,7 @@ class TrunkServer:
         """Raises ConfigError for a listen address, device, announce file or limits that cannot be served."""
         self._options = options
         self._host, self._port = check_listen(options.listen, options.insecure_listen)
+        self.watch = Watch(options.metrics, insecure=options.insecure_metrics)
         choose_device(options.device)
         self._member = Member.told(os.environ)
         if self._member.size > 1 and options.lanes > 1:
@@ -145,10 +149,12 @@ class TrunkServer:
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
+            self.watch.begin()
             contributions = Contributions(options.state_dir)
             engine = await self._first_lane.run(self._load)
             found = await self._first_lane.run(self._try_out, engine)
         except BaseException:
+            self.watch.end()
             await self._server.stop(None)
             raise
         self._workers = [self._first_lane, *(Worker(f"trunk-compute-{number}") for number in range(2, found.lanes + 1))]
@@ -163,7 +169,10 @@ class TrunkServer:
             graph_bytes=engine.meter.estimate,
             pass_bytes=int(budget * _FOR_PASSES),
             residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
+            observe=self.watch.passed,
         )
+        memory = MemoryBudget(int(budget * _FOR_WAITING))
+        self.watch.serving(Parts(engine, self._table, self._scheduler, memory, self._spill))
         self._servicer = TrunkServicer(
             engine,
             self._table,
@@ -172,8 +181,9 @@ class TrunkServer:
             scheduler=self._scheduler,
             first_lane=self._first_lane,
             disk=self._disk,
-            memory=MemoryBudget(int(budget * _FOR_WAITING)),
+            memory=memory,
             spill=self._spill,
+            watch=self.watch,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -215,6 +225,7 @@ class TrunkServer:
         for worker in (*self._workers, self._disk):
             worker.close()
         self._spill.close()
+        self.watch.end()
 
     def _load(self) -> Engine:
         options = self._options
