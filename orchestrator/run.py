@@ -116,7 +116,8 @@ def conduct(start: Start) -> Export:
             for line in told_spent(config, start.ledger.accounts(run_id)):
                 log.info("privacy: %s", line)
         ending.reason = spent or _told_end(desk, version)
-    log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
+    with logs.about(run=run_id):
+        log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class RunMetrics(Listener):
         self._cohort = self._gauge("cohort_clients", "Clients that the attempt asked.")
         self._replies = self._gauge("replies", "Clients whose answer to the attempt came.")
         self._train_loss = self._gauge("train_loss", "Mean training loss of the newest round, where it is told.")
+        self._train_loss.set(math.nan)
         self._gauge("lease_age_seconds", "Since the lease was last renewed.").set_function(lease_age_s)
         self._gauge("progress_age_seconds", "Since the run's thread last moved.").set_function(self.still_s)
         self._phase = Enum(f"{PREFIX}phase", "What the run is at.", states=list(PHASES), registry=self.registry)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import math
+import re
+from pathlib import Path
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 60.0
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "watching.md"
 
 
 def ask(address: str, path: str) -> tuple[int, str]:
@@ -20,6 +23,12 @@ def ask(address: str, path: str) -> tuple[int, str]:
         return reply.status, reply.read().decode()
     finally:
         connection.close()
+
+
+def documented(prefix: str) -> dict[str, tuple[str, str]]:
+    """Type and meaning of each metric of docs/watching.md whose name begins so."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]* \| ([^|]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: (kind, meaning) for name, kind, meaning in rows if name.startswith(prefix)}
 
 
 class Scrape:
@@ -42,6 +51,14 @@ class Scrape:
         """Names of labels of all our own samples."""
         ours = (family for name, family in self.families.items() if name.startswith("trunkline"))
         return {label for family in ours for sample in family.samples for label in sample.labels}
+
+    def described(self) -> dict[str, tuple[str, str]]:
+        """Type and meaning of each of our own metrics, by the name that a query uses."""
+        return {
+            name + ("_total" if family.type == "counter" else ""): (family.type, family.documentation)
+            for name, family in self.families.items()
+            if name.startswith("trunkline")
+        }
 
     def finite(self) -> bool:
         return all(math.isfinite(sample.value) for family in self.families.values() for sample in family.samples)

@@ -7,7 +7,6 @@ import re
 import socket
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,19 +17,16 @@ from contract.errors import ConfigError, ConnectionFailedError, LeaseError
 from contract.records import RoundKey, RoundProgress
 from orchestrator.audience import Audience, Listener
 from orchestrator.lease import Lease
-from orchestrator.replicas import connect
-from orchestrator.run import conduct
 from orchestrator.run_metrics import STUCK_S, Health, failure_kind
 from orchestrator.trunk import ServedModel, Trunk
 from orchestrator.watchers import INSECURE_METRICS, METRICS
 from storage.ledger import open_ledger
 from storage.records import RoundCommit
-from storage.store import Store
 from tests.orchestrator.conftest import Bench
 from tests.orchestrator.fakes import Content, FakeNode, is_training
+from tests.orchestrator.private_runs import conducted_privately
 from tests.orchestrator.secure_fakes import SecureClient
-from tests.orchestrator.test_spending import DP, Key
-from tests.scraping import Scrape, ask
+from tests.scraping import Scrape, ask, documented
 
 MakeBench = Callable[..., Bench]
 PRE = "trunkline_orchestrator_"
@@ -98,6 +94,7 @@ def test_a_run_is_scraped_while_it_goes_and_its_numbers_are_those_of_sql(
     assert judged.finite()
     assert judged.labels() == {"le", "phase", "outcome", "error", "run", "trunkline_orchestrator_phase"}
     assert set(looker.answers) == {(200, "ok\n")}
+    assert judged.described() == documented(PRE), "docs/watching.md"
     with pytest.raises(OSError, match="refused"):
         ask(looker.address, "/healthz")
 
@@ -225,21 +222,19 @@ def test_a_failures_kind_is_one_of_ours(outcome: str, reason: str | None, kind: 
 def test_a_private_run_counts_its_charges_and_its_aborted_attempts(
     make_bench: MakeBench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = make_bench(dict.fromkeys(range(1, 6), 100), **{**DP, "num_rounds": 2, "quorum": 4}).tell_shapes_ahead()
-    fingerprint = connect(bench.trunk.address).describe().fingerprint
-    for number, scripted in list(bench.clients.items()):
-        client = SecureClient(
-            bench.config, bench.trunk.contributions, node_id=number, home=bench.home / "sites", fingerprint=fingerprint
-        )
-        client.client_names, client.client_sizes = scripted.client_names, scripted.client_sizes
-        client.dies = partial(dies_once, [number])
-        bench.clients[number], bench.grid.nodes[number] = client, FakeNode(client)
-    with closing(open_ledger(f"sqlite:///{bench.home / 'trunkline.db'}", signer=Key())) as ledger:
-        bench.store = Store(bench.store._engine, signer=Key())
-        looker = Looker(bench, caplog)
-        conduct(replace(bench.start(bench.config.to_flower()), ledger=ledger))
-        run = bench.store.get_run("last")
+    lookers: list[Looker] = []
+
+    def prepare(bench: Bench) -> None:
+        for number, client in bench.clients.items():
+            assert isinstance(client, SecureClient)
+            client.dies = partial(dies_once, [number])
+        lookers.append(Looker(bench, caplog))
+
+    bench = conducted_privately(make_bench, prepare, num_rounds=2)
+    run = bench.store.get_run("last")
+    with closing(open_ledger(f"sqlite:///{bench.home / 'trunkline.db'}")) as ledger:
         charges = sum(account.count for account in ledger.accounts(run.run_id))
+    (looker,) = lookers
     last, rounds = looker.scrapes[-1], bench.store.rounds(run.run_id)
     assert last.value(f"{PRE}ledger_charges_total") == charges > 0
     assert last.value(f"{PRE}attempts_aborted_total") == sum(row.status == "aborted" for row in rounds) == 1

@@ -20,7 +20,7 @@ from contract import trunk_pb2 as pb
 from contract.logs import JsonFormatter
 from server_trunk.cli import app
 from server_trunk.memory import Spill
-from tests.scraping import Scrape, ask
+from tests.scraping import Scrape, ask, documented
 from tests.server_trunk.conftest import HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient
 
@@ -97,6 +97,10 @@ def test_the_numbers_are_those_of_the_rounds_progress(
     assert seen.value(f"{PRE}memory_limit_bytes", kind="waiting") > 0
     assert seen.finite()
     assert seen.labels() <= {"le", "kind", "outcome", "error", "version", "model", "cut", "dtype", "device"}
+
+
+def test_the_page_has_every_metric_with_its_type_and_its_meaning(start_trunk: StartTrunk) -> None:
+    assert scrape(watched(start_trunk)).described() == documented(PRE)
 
 
 def test_what_is_held_shows_while_it_is_held(start_trunk: StartTrunk, lora: pb.Lora) -> None:
