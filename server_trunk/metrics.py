@@ -5,7 +5,7 @@ Of quiet sessions, whose work is a function of rows that were drawn in secret, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import prometheus_client
@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 from server_trunk.scheduler import PassSeen
 
 PREFIX = "trunkline_trunk_"
+KINDS = ("forward", "backward", "other")
+_PASSES = ("forward", "backward")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 _TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -64,29 +66,19 @@ class TrunkMetrics:
         )
         self._work = {
             kind: Counter(f"{PREFIX}{kind}s", f"{kind.capitalize()}s that were computed.", registry=own)
-            for kind in ("forward", "backward")
+            for kind in _PASSES
         }
-        self._waited = Histogram(
-            f"{PREFIX}queue_seconds",
-            "Work's wait for a lane, by kind.",
-            ["kind"],
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self._computed = Histogram(
-            f"{PREFIX}pass_seconds",
-            "How long a pass took in its lane, decoding and encoding included, by kind.",
-            ["kind"],
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self._together = Histogram(
-            f"{PREFIX}pass_clients", "Sessions that shared a pass, by kind.", ["kind"], buckets=_CLIENTS, registry=own
-        )
-        self._size = Histogram(
-            f"{PREFIX}pass_tokens", "Rows times tokens of a pass, by kind.", ["kind"], buckets=_TOKENS, registry=own
-        )
+        self._waited = self._by_kind("queue_seconds", "Work's wait for a lane, by kind.", _SECONDS, KINDS)
+        told = "How long a pass took in its lane, decoding and encoding included, by kind."
+        self._computed = self._by_kind("pass_seconds", told, _SECONDS, KINDS)
+        self._together = self._by_kind("pass_clients", "Sessions that shared a pass, by kind.", _CLIENTS, _PASSES)
+        self._size = self._by_kind("pass_tokens", "Rows times tokens of a pass, by kind.", _TOKENS, _PASSES)
         self._commits = Counter(f"{PREFIX}commits", "Rounds whose average was asked for and given.", registry=own)
+
+    def _by_kind(self, name: str, told: str, buckets: Sequence[float], kinds: Sequence[str]) -> dict[str, Histogram]:
+        """A histogram's children, looked up once: a pass asks for several of them."""
+        family = Histogram(PREFIX + name, told, ["kind"], buckets=buckets, registry=self.registry)
+        return {kind: family.labels(kind) for kind in kinds}
 
     def attach(self, look: Callable[[], Facts]) -> None:
         """From now on each scrape asks `look` what the trunk holds; it may raise TimeoutError."""
@@ -94,16 +86,18 @@ class TrunkMetrics:
 
     def passed(self, seen: PassSeen) -> None:
         """Count one pass. One in which a quiet session took part is not measured, for its size would tell of that."""
-        if seen.kind in self._work:
-            self._work[seen.kind].inc(len(seen.waited_s))
+        kind, clients = seen.kind, len(seen.waited_s)
+        if kind in self._work:
+            self._work[kind].inc(clients)
         if not seen.whole:
             return
+        waited = self._waited[kind]
         for waited_s in seen.waited_s:
-            self._waited.labels(seen.kind).observe(waited_s)
-        self._computed.labels(seen.kind).observe(seen.seconds)
-        if seen.kind in self._work:
-            self._together.labels(seen.kind).observe(len(seen.waited_s))
-            self._size.labels(seen.kind).observe(seen.tokens)
+            waited.observe(waited_s)
+        self._computed[kind].observe(seen.seconds)
+        if kind in self._work:
+            self._together[kind].observe(clients)
+            self._size[kind].observe(seen.tokens)
 
     def session_ended(self, outcome: str, error: str = "") -> None:
         """`outcome` is closed, dropped (its client hung up), cut_off, failed or refused; `error` says why, by kind."""
