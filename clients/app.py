@@ -36,6 +36,7 @@ app = ClientApp()
 logger = logging.getLogger("trunkline.clients")
 
 _REASON_LETTERS = 1000
+_NAME_LETTERS = 128
 REFUSED, FAULT = 1000, 1001
 """Codes of an error reply: raised on purpose (the reason is the error's own line), or a fault of this program."""
 
@@ -60,16 +61,28 @@ def secure_stage(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context, *, training: bool | None) -> Message:
     masked = context.run_config.get("secagg", "on") != "off"
-    try:
-        content = _talk(message, context) if training is None else _work(message, context, training=training)
-        return Message(content, reply_to=message)
-    except TrunklineError as error:
-        logger.error("round refused: %s: %s", type(error).__name__, error)
-        return Message(Error(REFUSED, _reason(error, masked=masked)), reply_to=message)
-    # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
-    except Exception as error:
-        logger.exception("round failed")
-        return Message(Error(FAULT, withheld(error)), reply_to=message)
+    with logs.about(**_about(message, context)):
+        try:
+            content = _talk(message, context) if training is None else _work(message, context, training=training)
+            return Message(content, reply_to=message)
+        except TrunklineError as error:
+            logger.error("round refused: %s: %s", type(error).__name__, error)
+            return Message(Error(REFUSED, _reason(error, masked=masked)), reply_to=message)
+        # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
+        except Exception as error:
+            logger.exception("round failed")
+            return Message(Error(FAULT, withheld(error)), reply_to=message)
+
+
+def _about(message: Message, context: Context) -> dict[str, str | int]:
+    """What the log is to name in each line of this message's work, as far as it can be told before it is checked."""
+    told: dict[str, str | int] = {"client": str(context.node_config.get("name") or context.node_id)}
+    facts = message.content.get("round") if message.has_content() else None
+    if isinstance(facts, ConfigRecord):
+        for name in ("run", "round", "attempt"):
+            if isinstance(value := facts.get(name), str | int):
+                told[name] = value[:_NAME_LETTERS] if isinstance(value, str) else value
+    return told
 
 
 def _speak() -> None:

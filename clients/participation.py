@@ -32,7 +32,7 @@ from clients.trunk_route import TrunkRoute
 from clients.update import encode_update, subtract_from, trained_vector
 from clients.wire_log import WireLog
 from clients.wire_privacy import wire_mechanism
-from contract import adapter, logs, traces
+from contract import adapter, traces
 from contract.config import RunConfig
 from contract.errors import ConfigError, NonFiniteError
 from contract.model_files import resolve_model
@@ -91,7 +91,7 @@ def take_part(
     """
     key = order.key
     about: dict[str, str | int] = {"run": key.run, "round": key.round, "attempt": key.attempt, "client": site.name}
-    with logs.about(**about), _traced(order.traceparent, about):
+    with _traced(order.traceparent, about):
         return _take_part(order, config, site, training=training, turn=turn)
 
 

@@ -12,6 +12,8 @@ from storage.records import Outcome, RoundCommit
 
 log = logging.getLogger("trunkline.orchestrator")
 
+WAITING = "waiting"
+"""What a run is at between its phases."""
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
 
@@ -50,8 +52,8 @@ class Listener:
     def charged(self, charges: int) -> None:
         """So many charges are reserved in the ledger."""
 
-    def ended(self) -> None:
-        """The run ends, however; the last thing that is told."""
+    def ended(self, well: bool) -> None:
+        """The run ends, as it should or by an error; the last thing that is told."""
 
 
 class Audience:
@@ -89,7 +91,7 @@ class Audience:
         self.tell(lambda one: one.aborted(key))
 
     def exchanged(self, seconds: float) -> None:
-        phase = self.phase or "waiting"
+        phase = self.phase or WAITING
         self.tell(lambda one: one.exchanged(phase, seconds))
 
 

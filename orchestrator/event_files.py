@@ -42,7 +42,7 @@ class EventFile(Listener):
             self._add(point)
         self._file.flush()
 
-    def ended(self) -> None:
+    def ended(self, well: bool) -> None:
         for point in self._scalars.judgements():
             self._add(point)
         self._file.close()

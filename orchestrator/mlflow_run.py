@@ -31,20 +31,23 @@ class MlflowRun(Listener):
         self._client: Any = MlflowClient()
         self._scalars = scalars
         self._id, known = self._found(run_id)
-        if not known:
+        if known:
+            self._client.update_run(self._id, status="RUNNING")
+        else:
             for key, setting in config.to_flower().items():
                 self._client.log_param(self._id, key, setting)
+        written = self._written()
         for point in scalars.history():
-            self._add(point, self._written())
+            self._add(point, written)
 
     def committed(self, commit: RoundCommit) -> None:
         for point in self._scalars.newest(commit.number):
             self._add(point, frozenset())
 
-    def ended(self) -> None:
+    def ended(self, well: bool) -> None:
         for point in self._scalars.judgements():
             self._add(point, frozenset())
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, "FINISHED" if well else "FAILED")
 
     def _found(self, run_id: str) -> tuple[str, bool]:
         """The MLflow run that has our run's tag, or a new one; and whether it was there."""

@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from contract.errors import TrunklineError, error_named
 from contract.records import NOTHING_SEEN, RoundKey, RoundProgress
-from orchestrator.audience import Listener
+from orchestrator.audience import WAITING, Listener
 from storage.records import Outcome, RoundCommit
 
 PREFIX = "trunkline_orchestrator_"
-PHASES = ("waiting", "cohort", "training", "confirming", "unmasking", "averaging", "storing", "judging")
-STUCK_S = 900.0
-"""Longer than any call that the run's thread makes may take: adapters are given 600 s, a trunk that is away less."""
+PHASES = (WAITING, "cohort", "training", "confirming", "unmasking", "averaging", "storing", "judging")
+CALL_S = 900.0
+"""Longer than any call of the run's thread takes, adapters on their way included, where the trunk answers."""
 PROBE_S = 5.0
 """How long an answer about the trunk is good for."""
 
@@ -47,7 +47,8 @@ class RunMetrics(Listener):
         self._train_loss.set(math.nan)
         self._gauge("lease_age_seconds", "Since the lease was last renewed.").set_function(lease_age_s)
         self._gauge("progress_age_seconds", "Since the run's thread last moved.").set_function(self.still_s)
-        self._phase = Enum(f"{PREFIX}phase", "What the run is at.", states=list(PHASES), registry=self.registry)
+        self._phase = Gauge(f"{PREFIX}phase", "1 for what the run is at.", ["phase"], registry=self.registry)
+        self._is_at(WAITING)
         self._commits = self._counter("rounds_committed", "Rounds that were committed.")
         self._aborts = self._counter("attempts_aborted", "Attempts that came to nothing.")
         self._outcomes = self._counter("participations", "What clients did in attempts, by outcome.", "outcome")
@@ -75,11 +76,11 @@ class RunMetrics(Listener):
 
     def phase_began(self, phase: str) -> None:
         self.moves()
-        self._phase.state(phase)
+        self._is_at(phase)
 
     def phase_ended(self, phase: str, seconds: float) -> None:
         self.moves()
-        self._phase.state("waiting")
+        self._is_at(WAITING)
         self._phases.labels(phase).observe(seconds)
 
     def opened(self, key: RoundKey, clients: int) -> None:
@@ -120,6 +121,10 @@ class RunMetrics(Listener):
 
     # ---- how it is kept ------------------------------------------------------------------------------------------
 
+    def _is_at(self, phase: str) -> None:
+        for one in PHASES:
+            self._phase.labels(one).set(one == phase)
+
     def _gauge(self, name: str, told: str) -> Gauge:
         return Gauge(PREFIX + name, told, registry=self.registry)
 
@@ -133,18 +138,24 @@ class RunMetrics(Listener):
 class Health:
     """Whether a run moves, and whether it is well: its lease held and its trunk there."""
 
-    def __init__(self, still_s: Callable[[], float], lease: Callable[[], str], probe: Callable[[], object]) -> None:
-        """`lease` answers why the lease is not held; `probe` asks the trunk something, and raises TrunklineError."""
+    def __init__(
+        self, still_s: Callable[[], float], lease: Callable[[], str], probe: Callable[[], object], stuck_s: float
+    ) -> None:
+        """A run is stuck that stood still for `stuck_s`.
+
+        `lease` answers why the lease is not held; `probe` asks the trunk something, and raises TrunklineError.
+        """
         self._still_s = still_s
         self._lease = lease
         self._probe = probe
+        self._stuck_s = stuck_s
         self._asking = threading.Lock()
         self._asked_s = float("-inf")
         self._trunk = ""
 
     def healthy(self) -> str:
         still_s = self._still_s()
-        return f"the run has not moved for {still_s:.0f} s" if still_s > STUCK_S else ""
+        return f"the run has not moved for {still_s:.0f} s" if still_s > self._stuck_s else ""
 
     def ready(self) -> str:
         return self.healthy() or self._lease() or self._of_trunk()

@@ -9,7 +9,7 @@ from storage.records import RoundCommit
 
 
 class RunTraces(Listener):
-    """One trace a round, or an attempt at one: it begins with the first thing that is done for it."""
+    """One trace an attempt at a round, from the first thing that is done for it; and one for the last judgement."""
 
     what = "traces"
 
@@ -25,7 +25,8 @@ class RunTraces(Listener):
         return "" if span is None else span.traceparent
 
     def phase_began(self, phase: str) -> None:
-        self._phase = self._tracer.begin(f"phase {phase}", self._begun().traceparent, run=self._run_id)
+        begun = self._begun("judgement" if phase == "judging" else "round")
+        self._phase = self._tracer.begin(f"phase {phase}", begun.traceparent, run=self._run_id)
 
     def phase_ended(self, phase: str, seconds: float) -> None:
         if self._phase is not None:
@@ -33,7 +34,7 @@ class RunTraces(Listener):
             self._phase = None
 
     def opened(self, key: RoundKey, clients: int) -> None:
-        self._begun().note(round=key.round, attempt=key.attempt, clients=clients)
+        self._begun("round").note(round=key.round, attempt=key.attempt, clients=clients)
 
     def committed(self, commit: RoundCommit) -> None:
         self._end("")
@@ -41,13 +42,13 @@ class RunTraces(Listener):
     def aborted(self, key: RoundKey) -> None:
         self._end("aborted")
 
-    def ended(self) -> None:
-        self._end("unfinished")
+    def ended(self, well: bool) -> None:
+        self._end("" if well else "unfinished")
         self._tracer.close()
 
-    def _begun(self) -> Span:
+    def _begun(self, name: str) -> Span:
         if self._round is None:
-            self._round = self._tracer.begin("round", run=self._run_id)
+            self._round = self._tracer.begin(name, run=self._run_id)
         return self._round
 
     def _end(self, error: str) -> None:

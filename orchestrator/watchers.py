@@ -63,7 +63,7 @@ def watching(run: Watched) -> Iterator[tuple[Audience, Callable[[], None]]]:
     """The run's audience, and what is to be called whenever its thread moves; told of the end when the block ends."""
     with ExitStack() as held:
         audience = Audience([_Names()])
-        held.callback(lambda: audience.tell(lambda one: one.ended()))
+        held.push(lambda kind, error, trace: audience.tell(lambda one: one.ended(error is None)))
         moves = _add_metrics(audience, run, held)
         if (tracer := traces.tracer("trunkline-orchestrator")) is not None:
             rounds = RunTraces(tracer, run.run_id)
@@ -82,10 +82,11 @@ def _add_metrics(audience: Audience, run: Watched, held: ExitStack) -> Callable[
     if (place := metrics_place()) is None:
         return lambda: None
     from contract.scrape import Exporter, is_loopback
-    from orchestrator.run_metrics import Health, RunMetrics
+    from orchestrator.run_metrics import CALL_S, Health, RunMetrics
 
     metrics = RunMetrics(run.run_id, run.config.num_rounds, run.lease.age_s)
-    health = Health(metrics.still_s, run.lease.fault, run.trunk.describe)
+    stuck_s = CALL_S + run.config.trunk_wait_s
+    health = Health(metrics.still_s, run.lease.fault, run.trunk.describe, stuck_s)
     try:
         exporter = Exporter(
             *place, metrics.registry, healthy=health.healthy, ready=health.ready, what="the run's metrics"

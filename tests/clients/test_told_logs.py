@@ -116,6 +116,7 @@ def test_a_fault_that_quotes_a_row_is_logged_without_it(
     conducted(tmp_path / "home", config, planted_sites(llama_dir, talking_trunk, tmp_path))
     (line,) = [line for line in captured.lines() if "error" in line]
     assert (line["error"], line["message"]) == ("ValueError", "round failed")
+    assert (line["round"], line["attempt"], line["client"]) == (1, 1, "site-1")
     assert "clients/participation.py" in str(line["trace"])
     nothing_of_the_text(captured.as_json.getvalue() + talking_trunk.log.read_text())
     assert PLANTED in captured.as_text.getvalue(), "the search finds what stands there"

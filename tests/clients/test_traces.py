@@ -50,7 +50,8 @@ def test_a_trace_runs_from_the_round_to_the_trunks_sessions(
     assert trunk.process.wait(60) == 0
 
     by_id: dict[str, SpanSeen] = {span.span_id: span for span in receiver.spans}
-    round_, *_ = receiver.named("round")
+    (round_,) = receiver.named("round")
+    assert round_.error == ""
     assert round_.service == "trunkline-orchestrator"
     assert round_.parent_id == ""
     assert round_.attributes == {
@@ -72,6 +73,7 @@ def test_a_trace_runs_from_the_round_to_the_trunks_sessions(
     (judging,) = receiver.named("phase judging")
     judged = [span for span in receiver.named("client round") if span.parent_id == judging.span_id]
     assert len(judged) == 2
+    assert (by_id[judging.parent_id].name, by_id[judging.parent_id].error) == ("judgement", "")
     tells_nothing_more(receiver)
 
 

@@ -57,7 +57,9 @@ def test_a_resumed_run_goes_on_in_the_same_one_with_every_number_once(
 ) -> None:
     bench = make_bench({1: 100, 2: 60}, num_rounds=3).tell_shapes_ahead()
     run_id = failed(bench, 3)
+    assert only_run(mlflow).info.status == "FAILED"
     bench.conduct(resume_run=run_id)
+    assert only_run(mlflow).info.status == "FINISHED"
     assert only_run(mlflow).data.tags[TAG] == run_id
     assert [step for step, _ in history(mlflow, "tokens/trained")] == [1, 2, 3]
     assert [step for step, _ in history(mlflow, HELD_OUT_LOSS)] == [0, 1, 2, 3]

@@ -17,7 +17,7 @@ from contract.errors import ConfigError, ConnectionFailedError, LeaseError
 from contract.records import RoundKey, RoundProgress
 from orchestrator.audience import Audience, Listener
 from orchestrator.lease import Lease
-from orchestrator.run_metrics import STUCK_S, Health, failure_kind
+from orchestrator.run_metrics import CALL_S, Health, failure_kind
 from orchestrator.trunk import ServedModel, Trunk
 from orchestrator.watchers import INSECURE_METRICS, METRICS
 from storage.ledger import open_ledger
@@ -73,8 +73,8 @@ def test_a_run_is_scraped_while_it_goes_and_its_numbers_are_those_of_sql(
     run = bench.store.get_run("last")
     first, second, third, judged = looker.scrapes
     assert [one.value(f"{PRE}round") for one in (first, second, third)] == [1, 2, 3]
-    assert first.value(f"{PRE}phase", trunkline_orchestrator_phase="training") == 1
-    assert judged.value(f"{PRE}phase", trunkline_orchestrator_phase="judging") == 1
+    assert first.value(f"{PRE}phase", phase="training") == 1
+    assert judged.value(f"{PRE}phase", phase="judging") == 1
     assert first.value(f"{PRE}cohort_clients") == 3
     assert first.value(f"{PRE}info", run=run.run_id) == 1
     rounds = bench.store.rounds(run.run_id)
@@ -92,7 +92,7 @@ def test_a_run_is_scraped_while_it_goes_and_its_numbers_are_those_of_sql(
     assert judged.value(f"{PRE}phase_seconds_sum", phase="training") == pytest.approx(sum(training))
     assert 0 <= judged.value(f"{PRE}lease_age_seconds") < 60
     assert judged.finite()
-    assert judged.labels() == {"le", "phase", "outcome", "error", "run", "trunkline_orchestrator_phase"}
+    assert judged.labels() == {"le", "phase", "outcome", "error", "run"}
     assert set(looker.answers) == {(200, "ok\n")}
     assert judged.described() == documented(PRE), "docs/watching.md"
     with pytest.raises(OSError, match="refused"):
@@ -151,9 +151,9 @@ def test_readiness_goes_with_the_lease_and_the_trunk(
 
 def test_a_run_that_stands_still_is_neither_healthy_nor_ready() -> None:
     still = [0.0]
-    health = Health(lambda: still[0], lambda: "", lambda: None)
+    health = Health(lambda: still[0], lambda: "", lambda: None, CALL_S)
     assert health.healthy() == health.ready() == ""
-    still[0] = STUCK_S + 1
+    still[0] = CALL_S + 1
     assert health.healthy() == health.ready() == "the run has not moved for 901 s"
 
 
