@@ -25,14 +25,16 @@ _current: ContextVar[str] = ContextVar("trunkline_traceparent", default="")
 
 
 def tracer(service: str) -> Tracer | None:
-    """What makes this process's spans; None where nobody asked for traces, or, with a warning, without the extra."""
+    """What makes this process's spans; None where nobody asked, or, with a warning, where they cannot be made."""
     if not any(os.environ.get(name) for name in VARIABLES):
         return None
     try:
         return Tracer(service)
     except ImportError as error:
         logger.warning("no traces: %s; pip install 'trunkline[otel]' brings it", error)
-        return None
+    except Exception as error:  # noqa: BLE001 (told; the work is worth more than its traces)
+        logger.warning("no traces: %s: %s", type(error).__name__, error)
+    return None
 
 
 def current() -> str:

@@ -10,7 +10,6 @@ from orchestrator.audience import Listener
 from orchestrator.scalars import Point, RunScalars
 from storage.records import RoundCommit
 
-VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "trunkline"
 TAG = "trunkline.run"
 _BOUNDS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}

@@ -142,10 +142,7 @@ def serve(
     os.environ.update(waiting(os.environ))
     from server_trunk.server import ServeOptions
 
-    logging.basicConfig(
-        level=logging.WARNING, handlers=[logs.handler("%(asctime)s %(levelname)s %(name)s: %(message)s")]
-    )
-    logging.getLogger("trunkline").setLevel(logging.INFO)
+    _speak()
     options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
@@ -173,6 +170,13 @@ def serve(
         insecure_metrics=insecure_metrics,
     )
     _serve(options)
+
+
+def _speak() -> None:
+    """Let the trunk's log and other libraries' warnings reach stderr, in the format that was asked for."""
+    handler = logs.handler("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("trunkline").setLevel(logging.INFO)
 
 
 def _serve(options: ServeOptions) -> None:

@@ -128,13 +128,19 @@ def test_a_parent_that_is_none_begins_a_trace_of_its_own(receiver: Receiver) -> 
     assert len({span.trace_id for span in found}) == 4
 
 
-def test_without_the_variable_or_the_extra_nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_variable_or_the_extra_or_by_a_bad_setting_nothing_is_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in traces.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert traces.tracer("trunkline-tested") is None
     monkeypatch.setenv(traces.VARIABLES[0], "http://127.0.0.1:1")
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+        assert traces.tracer("trunkline-tested") is None
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
     assert traces.tracer("trunkline-tested") is None
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["no traces", "no traces"]
 
 
 def test_where_no_traces_are_asked_for_nothing_of_them_is_imported() -> None:

@@ -227,6 +227,13 @@ def test_a_bad_address_is_told_before_the_model_is_loaded(value: str, told: str,
     assert "is not a directory" not in result.stderr
 
 
+def test_an_unknown_log_format_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRUNKLINE_LOG_FORMAT", "xml")
+    result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert result.stderr == "error: TRUNKLINE_LOG_FORMAT is 'xml'; it must be json or text\n"
+
+
 def test_a_busy_metrics_port_is_one_line(model_dir: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
