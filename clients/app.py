@@ -21,6 +21,7 @@ from clients.secure import SecureSite, open_secure_site, tellable, withheld
 from clients.site import Site, in_simulation, read_site
 from clients.vault import Vault
 from clients.wire_log import WireLog
+from contract import logs, traces
 from contract.config import RunConfig
 from contract.errors import FrameError, SecureSumError, TrunklineError
 from contract.failpoint import failpoint
@@ -37,6 +38,7 @@ app = ClientApp()
 logger = logging.getLogger("trunkline.clients")
 
 _REASON_LETTERS = 1000
+_NAME_LETTERS = 128
 REFUSED, FAULT = 1000, 1001
 """Codes of an error reply: raised on purpose (the reason is the error's own line), or a fault of this program."""
 
@@ -62,26 +64,36 @@ def secure_stage(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context, *, training: bool | None) -> Message:
     masked = context.run_config.get("secagg", "on") != "off"
     failpoint("site.asked")
-    try:
-        content = _talk(message, context) if training is None else _work(message, context, training=training)
-        failpoint("site.reply")
-        return Message(content, reply_to=message)
-    except TrunklineError as error:
-        logger.error("round refused: %s: %s", type(error).__name__, error)
-        return Message(Error(REFUSED, _reason(error, masked=masked)), reply_to=message)
-    # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
-    except Exception as error:
-        logger.exception("round failed")
-        return Message(Error(FAULT, withheld(error)), reply_to=message)
+    with logs.about(**_about(message, context)):
+        try:
+            content = _talk(message, context) if training is None else _work(message, context, training=training)
+            failpoint("site.reply")
+            return Message(content, reply_to=message)
+        except TrunklineError as error:
+            logger.error("round refused: %s: %s", type(error).__name__, error)
+            return Message(Error(REFUSED, _reason(error, masked=masked)), reply_to=message)
+        # A fault's own text may quote what it choked on, which may be a row: it stays in this site's log.
+        except Exception as error:
+            logger.exception("round failed")
+            return Message(Error(FAULT, withheld(error)), reply_to=message)
+
+
+def _about(message: Message, context: Context) -> dict[str, str | int]:
+    """What the log is to name in each line of this message's work, as far as it can be told before it is checked."""
+    told: dict[str, str | int] = {"client": str(context.node_config.get("name") or context.node_id)}
+    facts = message.content.get("round") if message.has_content() else None
+    if isinstance(facts, ConfigRecord):
+        for name in ("run", "round", "attempt"):
+            if isinstance(value := facts.get(name), str | int):
+                told[name] = value[:_NAME_LETTERS] if isinstance(value, str) else value
+    return told
 
 
 def _speak() -> None:
     """Let a site's SuperNode log say what this app does: Flower configures only its own logger."""
     root = logging.getLogger("trunkline")
     if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)-7s trunkline: %(message)s"))
-        root.addHandler(handler)
+        root.addHandler(logs.handler("%(levelname)-7s trunkline: %(message)s"))
         root.setLevel(logging.INFO)
 
 
@@ -217,6 +229,7 @@ def _read_order(content: RecordDict) -> RoundOrder:
             clients=int(facts["clients"]),
             adapter_d=adapter_d,
             ticket=_ticket(facts),
+            traceparent=str(facts.get(traces.HEADER, "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"the message's config record 'round' is incomplete: {error}") from error

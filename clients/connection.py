@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from clients.wire_log import WireLog
-from contract import wire
+from contract import traces, wire
 from contract.addresses import split_address
 from contract.errors import (
     ConnectionFailedError,
@@ -103,7 +103,8 @@ class FrameStream:
         self._timeout_s = timeout_s
         self._wire_log = wire_log
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_FRAMES)
-        self._call: Any = method(self._frames())
+        traceparent = traces.current()
+        self._call: Any = method(self._frames(), metadata=((traces.HEADER, traceparent),) if traceparent else None)
         self._deadline: float | None = None
         self._expired = False
         self._failed: TrunklineError | None = None

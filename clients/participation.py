@@ -33,7 +33,7 @@ from clients.trunk_route import TrunkRoute
 from clients.update import encode_update, subtract_from, trained_vector
 from clients.wire_log import WireLog
 from clients.wire_privacy import wire_mechanism
-from contract import adapter
+from contract import adapter, traces
 from contract.config import RunConfig
 from contract.errors import ConfigError, NonFiniteError
 from contract.identity import read_private_key
@@ -67,6 +67,7 @@ class RoundOrder:
     clients: int
     adapter_d: npt.NDArray[np.float32]
     ticket: bytes = b""
+    traceparent: str = ""
 
     @property
     def adapter_sha256(self) -> str:
@@ -94,6 +95,29 @@ def take_part(
     for an update that is not finite or too large, and whatever reading the data, loading the model and talking to the
     trunk raise. After an error the trunk holds nothing of this client's for the round.
     """
+    key = order.key
+    about: dict[str, str | int] = {"run": key.run, "round": key.round, "attempt": key.attempt, "client": site.name}
+    with _traced(order.traceparent, about):
+        return _take_part(order, config, site, training=training, turn=turn)
+
+
+@contextmanager
+def _traced(traceparent: str, about: dict[str, str | int]) -> Iterator[None]:
+    """A span for the block, under the orchestrator's, where this site traces; sent before the block is left."""
+    tracer = traces.tracer("trunkline-client")
+    if tracer is None:
+        yield
+        return
+    try:
+        with tracer.begin("client round", traceparent, **about).entered():
+            yield
+    finally:
+        tracer.close()
+
+
+def _take_part(
+    order: RoundOrder, config: RunConfig, site: Site, *, training: bool, turn: SecureTurn | None
+) -> RoundWork:
     started = time.monotonic()
     if order.factor not in get_args(Factor):
         raise ConfigError(f"the round's factor is {order.factor!r}; it must be one of {', '.join(get_args(Factor))}")

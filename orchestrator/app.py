@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 
+from contract import logs
 from orchestrator.ledger_key import open_ledger_key
 from orchestrator.run import Start, conduct
 from storage.artifacts import ArtifactStore
@@ -60,7 +60,5 @@ def speak() -> None:
     """Let our own log reach Flower's: it forwards stderr to `flwr run --stream`, and configures only its own logger."""
     logger = logging.getLogger("trunkline")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)-7s trunkline: %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(logs.handler("%(levelname)-7s trunkline: %(message)s"))
         logger.setLevel(logging.INFO)

@@ -49,6 +49,7 @@ def collect_updates(
     def record(node_id: str, status: Outcome, reason: str | None = None) -> None:
         metrics = got.metrics.get(node_id)
         desk.store.record_participation(key.run, key.round, key.attempt, node_id, status, reason, metrics)
+        desk.audience.tell(lambda one: one.participated(key, status, reason))
         if reason is not None:
             got.failures[node_id] = reason
             log.warning("round %d: client %s %s: %s", key.round, node_id, status, reason)
@@ -111,6 +112,7 @@ def report_progress(desk: Desk, key: RoundKey, phase: str, seen: RoundProgress, 
         received_bytes=seen.received_bytes,
         sent_bytes=seen.sent_bytes,
     )
+    desk.audience.tell(lambda one: one.moved(key, seen, replies))
 
 
 def _deadline(desk: Desk, key: RoundKey, report: Callable[[RoundProgress, int], None]) -> ProgressDeadline:
@@ -125,4 +127,5 @@ def _answers(
     deadline: ProgressDeadline,
 ) -> Iterator[Answer]:
     adapter = adapter_record(adapter_d)
-    return desk.exchange.ask(cohort, lambda node_id: order_message(node_id, order, adapter), deadline)
+    traceparent = desk.audience.traceparent()
+    return desk.exchange.ask(cohort, lambda node_id: order_message(node_id, order, adapter, traceparent), deadline)

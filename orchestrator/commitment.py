@@ -58,19 +58,19 @@ def commit(
         client = before.client.moved(mean.factor, mean.update_d)
         client_sha256 = desk.artifacts.put(client.to_bytes())
         trunk_sha256 = desk.artifacts.put(desk.trunk.get_adapter(trunk_sha256))
-    desk.store.commit_round(
-        RoundCommit(
-            run_id=desk.run_id,
-            number=key.round,
-            attempt=key.attempt,
-            client_sha256=client_sha256,
-            trunk_sha256=trunk_sha256,
-            trained_tokens=int(metrics.get("trained_tokens", 0)),
-            survivors=mean.survivors,
-            seconds=watch.total_s,
-            phase_seconds=watch.seconds,
-            metrics=metrics,
-            settle_privacy=desk.config.dp != "off",
-        )
+    done = RoundCommit(
+        run_id=desk.run_id,
+        number=key.round,
+        attempt=key.attempt,
+        client_sha256=client_sha256,
+        trunk_sha256=trunk_sha256,
+        trained_tokens=int(metrics.get("trained_tokens", 0)),
+        survivors=mean.survivors,
+        seconds=watch.total_s,
+        phase_seconds=watch.seconds,
+        metrics=metrics,
+        settle_privacy=desk.config.dp != "off",
     )
+    desk.store.commit_round(done)
+    desk.audience.tell(lambda one: one.committed(done))
     return Version(key.round, client, client_sha256, trunk_sha256)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from contract.config import RunConfig
 from contract.records import RoundKey, RoundProgress
 from orchestrator.adapters import ClientPart
+from orchestrator.audience import Audience
 from orchestrator.exchange import Clock, Exchange
 from orchestrator.tickets import TicketOffice
 from orchestrator.trunk import TrunkAverage
@@ -30,7 +31,7 @@ class RunTrunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts and the time.
+    """One run's settings, its ways to clients, trunk, SQL, artifacts and time, and who is told of it.
 
     `tickets` is None where the trunk needs none.
     """
@@ -43,6 +44,7 @@ class Desk:
     artifacts: ArtifactStore
     clock: Clock
     tickets: TicketOffice | None = None
+    audience: Audience = field(default_factory=Audience)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,21 @@ class Answer:
 class Exchange:
     """Sends to nodes and collects their answers; remembers which nodes still owe one from an earlier exchange."""
 
-    def __init__(self, grid: MessageGrid, clock: Clock, check: Callable[[], None] = lambda: None) -> None:
-        """`check` is called again and again while anything is waited for, and ends the wait by what it raises."""
+    def __init__(
+        self,
+        grid: MessageGrid,
+        clock: Clock,
+        check: Callable[[], None] = lambda: None,
+        tell_seconds: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`check` is called again and again while anything is waited for, and ends the wait by what it raises.
+
+        `tell_seconds` hears how long each exchange took that came to its end.
+        """
         self._grid = grid
         self._clock = clock
         self._check = check
+        self._tell_seconds = tell_seconds
         self._owed: dict[str, str] = {}
         self._asked = 0
 
@@ -114,6 +124,13 @@ class Exchange:
         """
         self._check()
         self._asked += 1
+        began = self._clock.monotonic()
+        yield from self._answers(nodes, message_for, deadline)
+        self._tell_seconds(self._clock.monotonic() - began)
+
+    def _answers(
+        self, nodes: Collection[str], message_for: Callable[[str], Message], deadline: Deadline
+    ) -> Iterator[Answer]:
         pending: dict[str, str] = {}
         for node_id in nodes:
             message_id = self._push(message_for(node_id))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from contract.errors import LeaseError, TrunklineError
 from storage.leases import LEASE_S
@@ -45,6 +47,17 @@ class Lease:
         if self._lost is not None:
             raise LeaseError(str(self._lost))
 
+    def age_s(self) -> float:
+        """Seconds since it was last renewed."""
+        return self._now_s() - self._renewed_s
+
+    def fault(self) -> str:
+        """Why it is not held; empty while it is."""
+        if self._lost is not None:
+            return str(self._lost)
+        age_s = self.age_s()
+        return f"the lease was last renewed {age_s:.0f} s ago" if age_s > LEASE_S else ""
+
     def renew(self) -> None:
         try:
             self._store.renew_lease(self._run_id)
@@ -69,7 +82,8 @@ class Lease:
 def renewed(store: Store, run_id: str, every_s: float | None = None) -> Iterator[Lease]:
     """The run's lease, held while the block runs."""
     lease = Lease(store, run_id)
-    beating = threading.Thread(target=lease.beat, args=(every_s or RENEW_S,), name="run-lease", daemon=True)
+    beat = partial(contextvars.copy_context().run, lease.beat, every_s or RENEW_S)  # its log names the run
+    beating = threading.Thread(target=beat, name="run-lease", daemon=True)
     beating.start()
     try:
         yield lease

@@ -19,6 +19,7 @@ from contract.config import RunConfig
 from contract.errors import FrameError, UpdateError
 from contract.flat_array import HEADER_BYTES, read_flat
 from contract.records import Factor, RoundKey
+from contract.traces import HEADER
 from orchestrator.desk import Version
 from orchestrator.exchange import MESSAGE_TTL_S
 
@@ -81,11 +82,18 @@ def adapter_record(vector_d: npt.NDArray[np.float32]) -> ArrayRecord:
     return ArrayRecord({"adapter": Array(vector_d)})
 
 
-def order_message(node_id: str, order: RoundOrder, adapter: ArrayRecord, ticket: bytes = b"") -> Message:
-    """The message that asks one client to train, or, when the order is final, to judge; `ticket` is its, if any."""
+def order_message(
+    node_id: str, order: RoundOrder, adapter: ArrayRecord, ticket: bytes = b"", traceparent: str = ""
+) -> Message:
+    """The message that asks one client to train, or, when the order is final, to judge; `ticket` is its, if any.
+
+    `traceparent` names the span that its work is a part of, where the run is traced.
+    """
     facts = ConfigRecord({**asdict(order), "client_id": node_id})
     if ticket:
         facts["ticket"] = ticket
+    if traceparent:
+        facts[HEADER] = traceparent
     return Message(
         RecordDict({"adapter": adapter, "round": facts}),
         dst_node_id=int(node_id),

@@ -51,6 +51,15 @@ def told_coverage(config: RunConfig) -> list[str]:
 
 def told_spent(config: RunConfig, accounts: Iterable[Account]) -> list[str]:
     """The most that a unit spent in the run that `accounts` are of, by adversary, or why none is told: a line each."""
+    lines = told_privacy(config, most_spent(config, accounts))
+    return lines if config.dp == "off" else [*lines, SPENT_BY_ONE_RUN]
+
+
+def most_spent(config: RunConfig, accounts: Iterable[Account]) -> dict[Adversary, float]:
+    """The epsilon of the unit that spent the most in the run that `accounts` are of, by adversary.
+
+    May it be told? `privacy.coverage.withheld` says so. Empty without differential privacy.
+    """
     counted: defaultdict[Unit, dict[str, int]] = defaultdict(dict)
     for one in accounts:
         counted[one.unit][one.release] = one.count
@@ -61,8 +70,7 @@ def told_spent(config: RunConfig, accounts: Iterable[Account]) -> list[str]:
             for adversary in ADVERSARIES:
                 found = epsilon(spent(releases, adversary, budget.order), budget, adversary)
                 most[adversary] = max(most.get(adversary, 0.0), found)
-    lines = told_privacy(config, most)
-    return lines if config.dp == "off" else [*lines, SPENT_BY_ONE_RUN]
+    return most
 
 
 def told_run_privacy(run: RunRow, ledger: Ledger) -> list[str]:

@@ -35,7 +35,7 @@ def play_round(desk: Desk, before: Version) -> Version:
     Raises QuorumError when too few updates can be used, AgreementError when the trunk averaged with other weights, and
     what the trunk, SQL or the artifacts raise. The round is then left open in SQL, and nothing of it is committed.
     """
-    config, number, watch = desk.config, before.number + 1, Stopwatch(desk.clock)
+    config, number, watch = desk.config, before.number + 1, Stopwatch(desk.clock, desk.audience)
     asked = desk.exchange.asked
     with watch.lap("cohort"):
         connected = wait_for_clients(desk.exchange, config, desk.clock, first=number == 1)
@@ -43,6 +43,7 @@ def play_round(desk: Desk, before: Version) -> Version:
         fixed_point = plan(len(cohort), config.max_trained_tokens(), config.update_clip)
     attempt = desk.store.open_round(desk.run_id, number, cohort)
     key = RoundKey(desk.run_id, number, attempt)
+    desk.audience.opened(key, len(cohort))
 
     with watch.lap("training"):
         order = round_order(config, before, key, len(cohort))
@@ -67,7 +68,8 @@ def play_round(desk: Desk, before: Version) -> Version:
 def end_run(desk: Desk, last: Version) -> None:
     """Have the last version judged, where versions are."""
     if judges(desk.config):
-        judge_last(desk, last)
+        with Stopwatch(desk.clock, desk.audience).lap("judging"):
+            judge_last(desk, last)
 
 
 def judge_last(desk: Desk, last: Version) -> None:

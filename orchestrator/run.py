@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from aggregation.rules import rule_named
+from contract import logs
 from contract.config import ConfigValue, RunConfig
 from contract.errors import BudgetError, ConfigError, TrunklineError
 from contract.tls import TlsFiles
@@ -34,6 +35,7 @@ from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
 from orchestrator.tickets import open_office
 from orchestrator.trunk import ServedModel, require_served
+from orchestrator.watchers import Watched, metrics_place, watching
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
 from storage.ledger import Ledger
@@ -70,7 +72,9 @@ def conduct(start: Start) -> Export:
     """
     run_id = str(start.values.get(RESUMED, "")) or new_run_id(datetime.now(UTC))
     with ExitStack() as held:
+        held.enter_context(logs.about(run=run_id))
         with _refusal_recorded(start, run_id):
+            metrics_place()
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
             tls = TlsFiles.from_environment(os.environ)
@@ -79,9 +83,17 @@ def conduct(start: Start) -> Export:
             tickets = open_office(config, served, start.store, trunk.address)
             _take_up(start, run_id, config, served)
         lease = held.enter_context(renewed(start.store, run_id))
-        exchange = Exchange(start.grid, start.clock, lease.require)
-        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock, tickets)
+        directory = start.runs_dir / run_id
+        watched = Watched(run_id, config, lease, trunk, start.store, start.ledger, directory)
         ending = held.enter_context(_end_recorded(start, run_id))
+        audience, moves = held.enter_context(watching(watched))
+
+        def check() -> None:
+            moves()
+            lease.require()
+
+        exchange = Exchange(start.grid, start.clock, check, audience.exchanged)
+        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock, tickets, audience)
         if start.mode == "simulation":
             held.callback(_forget_simulation, start.flower_run_id)
             start.at_exit(partial(_forget_simulation, start.flower_run_id))
@@ -102,14 +114,15 @@ def conduct(start: Start) -> Export:
                 spent = f"ended after round {version.number} of {config.num_rounds}: {error}"
                 log.warning("%s", spent)
                 break
-        directory = start.runs_dir / run_id / "adapter"
-        export = export_adapter(start.store, start.artifacts, start.store.get_run(run_id), version.number, directory)
+        run, exported = start.store.get_run(run_id), directory / "adapter"
+        export = export_adapter(start.store, start.artifacts, run, version.number, exported)
         end(version)
         if config.dp != "off" and start.ledger is not None:
             for line in told_spent(config, start.ledger.accounts(run_id)):
                 log.info("privacy: %s", line)
         ending.reason = spent or _told_end(desk, version)
-    log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
+    with logs.about(run=run_id):
+        log.info("run %s finished: adapter of round %d in %s", run_id, export.round, export.directory)
     return export
 
 

@@ -47,12 +47,15 @@ def play_secure_round(run: SecureRun, before: Version) -> Version:
         values, asked = _values(run, before, number), desk.exchange.asked
         session = run.take_ready() or run.draw(number, values, first=number == 1)
         attempt = desk.store.open_round(desk.run_id, number, session.cohort, session.terms.threshold)
+        key = RoundKey(desk.run_id, number, attempt)
+        desk.audience.opened(key, len(session.cohort))
         _say_floor(session)
         try:
-            after = _play(run, before, RoundKey(desk.run_id, number, attempt), session, asked)
+            after = _play(run, before, key, session, asked)
         except Aborts as error:
             reason = "; ".join(part for part in (str(error), session.told_failures()) if part)
             desk.store.abort_round(desk.run_id, number, attempt, reason)
+            desk.audience.aborted(key)
             if isinstance(error, _RefusedError):
                 run.wait_for_others(number, reason)
             elif not isinstance(error, UnpaidError):  # which takes clients out of the next draw, so that it ends
@@ -63,7 +66,7 @@ def play_secure_round(run: SecureRun, before: Version) -> Version:
 
 
 def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession, asked: int) -> Version:
-    desk, watch = run.desk, Stopwatch(run.desk.clock)
+    desk, watch = run.desk, Stopwatch(run.desk.clock, run.desk.audience)
     with watch.lap("cohort"):
         if not session.shared:
             _set_up(desk, session)
@@ -111,7 +114,8 @@ def _decoded(desk: Desk, session: SecureSession, total: RingVector) -> tuple[npt
 def end_secure_run(run: SecureRun, last: Version) -> None:
     """Have the last version judged, where versions are, and send each client what its ledger's chain came to."""
     if judges(run.desk.config):
-        judge_last_secure(run, last)
+        with Stopwatch(run.desk.clock, run.desk.audience).lap("judging"):
+            judge_last_secure(run, last)
     _tell_heads(run)
 
 

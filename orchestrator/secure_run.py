@@ -121,7 +121,9 @@ class SecureRun:
             return
         gone = {node: why for node, why in self.membership.shut_out_nodes.items() if node in session.shared}
         session.leave_out(gone)
+        before = spending.charges
         session.leave_out(spending.reserve(key, session))
+        self.desk.audience.tell(lambda one: one.charged(spending.charges - before))
         if len(session.shared) < (wanted := max(config.quorum, session.terms.threshold)):
             spending.give_back(key, session.shared)
             raise UnpaidError(f"{len(session.shared)} clients are left to pay for the round, {wanted} are needed")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 
+from flwr.app import Message
+
 from aggregation.ring import RingVector
 from contract.errors import SecureSumError, UpdateError
 from contract.records import RoundKey, RoundProgress
@@ -55,6 +57,7 @@ def train(
     def record(node_id: str, status: Outcome, reason: str | None) -> None:
         recorded.add(node_id)
         desk.store.record_participation(key.run, key.round, key.attempt, node_id, status, reason)
+        desk.audience.tell(lambda one: one.participated(key, status, reason))
 
     progress = ProgressDeadline(desk.clock, desk.config.round_timeout_s, lambda: desk.trunk.progress(key), report)
     deadline = TrainedDeadline(desk.clock, progress, trains, desk.config.secagg_stage_timeout_s)
@@ -165,9 +168,12 @@ def _vectors(
         for node_id in trains | later
     }
     adapter, ticket = adapter_record(version.client.vector_d), _ticketing(desk, key, order, session)
-    return ask_all(
-        desk, orders, deadline, lambda node_id: order_message(node_id, order, adapter, ticket(node_id)), trains
-    )
+    traceparent = desk.audience.traceparent()
+
+    def training(node_id: str) -> Message:
+        return order_message(node_id, order, adapter, ticket(node_id), traceparent)
+
+    return ask_all(desk, orders, deadline, training, trains)
 
 
 def _ticketing(desk: Desk, key: RoundKey, order: RoundOrder, session: SecureSession) -> Callable[[str], bytes]:

@@ -39,6 +39,7 @@ class Spending:
     ledger: Ledger
     driver: str | None = None
     units: dict[str, Unit] = field(default_factory=dict)
+    charges: int = 0  # reserved by this process, in all
     _charged: dict[str, Unit] = field(default_factory=dict)
 
     def releases(self, clients: int, threshold: int, size: int) -> tuple[PricedRelease, ...]:
@@ -69,6 +70,8 @@ class Spending:
             Charge(unit, key.run, key.round, key.attempt, release, ACCOUNTANT) for unit in nodes for release in releases
         ]
         refusals = self.ledger.reserve(charges, self._admit, driver=self.driver)
+        refused = {refusal.unit for refusal in refusals}
+        self.charges += sum(charge.unit not in refused for charge in charges)
         return {nodes[refusal.unit]: refusal.reason for refusal in refusals}
 
     def give_back(self, key: RoundKey, nodes: Collection[str]) -> None:

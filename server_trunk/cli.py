@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from contract import logs
 from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
@@ -23,6 +24,8 @@ from storage.home import home_dir
 
 if TYPE_CHECKING:
     from server_trunk.server import ServeOptions
+
+logger = logging.getLogger("trunkline.server_trunk")
 
 app = typer.Typer(help="The trunk server.", no_args_is_help=True)
 model_app = typer.Typer(help="Checkpoints.", no_args_is_help=True)
@@ -100,6 +103,16 @@ TicketSignerOption = Annotated[
         "given more than once.",
     ),
 ]
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve /metrics for Prometheus, /healthz and /readyz over HTTP; port 0: any.",
+    ),
+]
+InsecureMetricsOption = Annotated[
+    bool, typer.Option("--insecure-metrics", help="Allow --metrics an address that other machines reach, without TLS.")
+]
 
 
 @app.callback()
@@ -144,6 +157,8 @@ def serve(
     tls_key: TlsKeyOption = None,
     client_ca: ClientCaOption = None,
     ticket_signer: TicketSignerOption = None,
+    metrics: MetricsOption = "",
+    insecure_metrics: InsecureMetricsOption = False,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C.
 
@@ -153,8 +168,7 @@ def serve(
     os.environ.update(waiting(os.environ))
     from server_trunk.server import ServeOptions
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("trunkline").setLevel(logging.INFO)
+    _speak()
     options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
@@ -180,8 +194,17 @@ def serve(
         insecure_listen=insecure_listen,
         tls=TlsFiles.named((client_ca, tls_certificate, tls_key), ("--client-ca", "--tls-certificate", "--tls-key")),
         ticket_signers=ticket_signers(ticket_signer or []),
+        metrics=metrics,
+        insecure_metrics=insecure_metrics,
     )
     _serve(options)
+
+
+def _speak() -> None:
+    """Let the trunk's log and other libraries' warnings reach stderr, in the format that was asked for."""
+    handler = logs.handler("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("trunkline").setLevel(logging.INFO)
 
 
 def _serve(options: ServeOptions) -> None:
@@ -192,12 +215,13 @@ def _serve(options: ServeOptions) -> None:
     if not member.leads:
         server.follow(options, member)
         return
+    say = logger.info if logs.wants_json() else talk
     if options.insecure_listen and options.tls is None:
-        talk("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
-    talk(f"loading the trunk of {options.model}")
-    served = asyncio.run(server.serve(options, lambda ready: talk(f"trunk ready {ready}")))
+        say("warning: no TLS and no login: whoever reaches this port can use the trunk and read what crosses it")
+    say(f"loading the trunk of {options.model}")
+    served = asyncio.run(server.serve(options, lambda ready: say(f"trunk ready {ready}")))
     if not served:
-        talk("told to end before the trunk was ready")
+        say("told to end before the trunk was ready")
         sys.stderr.flush()
         os._exit(0)  # the interpreter would first wait for the thread that loads the model, minutes for a large one
 

@@ -340,6 +340,7 @@ class Conversation:
                 sent_bytes=session.counters.sent_bytes,
             )
             await self._stream.write(pb.ServerFrame(close=reply))
+            session.closed = True
 
         await self._answers.put(answer)
 

@@ -235,6 +235,7 @@ class Lane:
         self._hidden_size = int(model.config.hidden_size)
         self._max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._dtype = next(model.parameters()).dtype
+        self.recomputes = 0
 
     def use_threads(self, threads: int) -> None:
         """PyTorch's threads for what comes next on the calling thread; others keep theirs."""
@@ -357,6 +358,7 @@ class Lane:
         graph, adapter = asked.graph, asked.adapter
         if graph.output_BTD is None:
             graph.input_BTD, graph.output_BTD = self._pass(graph.forward, keep=True)
+            self.recomputes += 1
         if asked.reset:
             adapter.reset_gradient()
         leaves: list[Tensor] = list(adapter.trainable.values())

@@ -189,8 +189,9 @@ class Spill:
             _remove_leftovers(parent)
         except OSError as error:
             raise StorageError(f"state-dir {parent} cannot be written to: {error.strerror}") from error
-        self._limit = limit
-        self._taken = 0
+        self.limit = limit
+        self.taken = 0
+        self.put_bytes = 0  # in all
         self._made = 0
         self.turn = asyncio.Semaphore(_SPILLED_AT_ONCE)  # each is in memory on its way to the disk
         self._lock = threading.Lock()  # whichever thread drops a graph last forgets its file
@@ -207,10 +208,10 @@ class Spill:
 
     def put(self, data: memoryview) -> Spilled:
         """Raises CapacityError when the folder is full, StorageError when it cannot be written."""
-        if self._taken + len(data) > self._limit:
+        if self.taken + len(data) > self.limit:
             raise CapacityError(
-                f"{self._taken} bytes of requests wait on the trunk's disk, and {len(data)} more are over its "
-                f"spill-budget of {self._limit}: try again later"
+                f"{self.taken} bytes of requests wait on the trunk's disk, and {len(data)} more are over its "
+                f"spill-budget of {self.limit}: try again later"
             )
         self._made += 1
         path = self.folder / f"request-{self._made}"
@@ -222,13 +223,14 @@ class Spill:
             raise StorageError(f"a request cannot be put aside on disk: {error.strerror}") from error
         failpoint("spill.written")
         with self._lock:
-            self._taken += len(data)
+            self.taken += len(data)
+            self.put_bytes += len(data)
         return Spilled(self, path, len(data))
 
     def forget(self, path: Path, size: int) -> None:
         path.unlink(missing_ok=True)
         with self._lock:
-            self._taken -= size
+            self.taken -= size
 
     def close(self) -> None:
         self._folder.cleanup()

@@ -14,16 +14,17 @@ class Residents:
 
     def __init__(self, limit: int, folder: Path) -> None:
         """At most `limit` bytes with values, gradients and both moments of AdamW; always one adapter for each lane."""
-        self._limit = limit
+        self.limit = limit
         self._folder = folder
         self._seats: OrderedDict[Seat, int] = OrderedDict()
-        self._taken = 0
+        self.taken = 0
+        self.evictions = 0
 
     def used(self, seat: Seat) -> None:
         """A session's adapter was needed, and so is in memory."""
         if seat not in self._seats:
             self._seats[seat] = seat.adapter.size_bytes
-            self._taken += self._seats[seat]
+            self.taken += self._seats[seat]
         self._seats.move_to_end(seat)
 
     def surplus(self) -> list[Seat]:
@@ -33,7 +34,7 @@ class Residents:
         """
         found = []
         for seat in list(self._seats):
-            if self._taken <= self._limit:
+            if self.taken <= self.limit:
                 break
             if not (seat.running or seat.jobs or seat.keeps_graphs()):
                 found.append(seat)
@@ -41,8 +42,9 @@ class Residents:
         return found
 
     def gone(self, seat: Seat) -> None:
-        self._taken -= self._seats.pop(seat, 0)
+        self.taken -= self._seats.pop(seat, 0)
 
     def put_aside(self, adapter: SessionAdapter) -> None:
         """To be called in the session's own turn, on any thread. Raises StorageError."""
         adapter.evict(self._folder)
+        self.evictions += 1  # one more or less, where two lanes' threads meet here, is no matter

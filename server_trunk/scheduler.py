@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,17 @@ ACTIVE_S = 1.0
 """A session that worked within this time is expected back, so that a lane does not take all threads for another."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassSeen:
+    """One pass as it went. `waited_s` has each session's wait, those of quiet ones left out: `whole` is without any."""
+
+    kind: str
+    waited_s: tuple[float, ...]
+    tokens: int
+    seconds: float
+    whole: bool
+
+
 class Scheduler:
     """Work for lanes, from the event loop that makes it."""
 
@@ -46,20 +58,22 @@ class Scheduler:
         pass_bytes: int,
         residents: Residents,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[PassSeen], None] = lambda seen: None,
     ) -> None:
         """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions.
 
         `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; all that run at once may hold
-        `pass_bytes`.
+        `pass_bytes`. `observe` is told of each pass once it is done.
         """
         self._lanes = tuple(lanes)
         self._free = list(lanes)
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._graph_bytes = graph_bytes
-        self._pass_bytes = pass_bytes
-        self._running_bytes = 0
-        self._residents = residents
+        self.pass_bytes = pass_bytes
+        self.running_bytes = 0
+        self.residents = residents
+        self._observe = observe
         self._clock = clock
         self._seats: dict[Seat, None] = {}  # in the order of their coming
         self._turns = 0
@@ -69,8 +83,8 @@ class Scheduler:
 
     # ---- what a session calls ------------------------------------------------------------------------------------
 
-    def enter(self, adapter: SessionAdapter, *, deterministic: bool = False) -> Seat:
-        seat = Seat(adapter, deterministic, served=self._time)
+    def enter(self, adapter: SessionAdapter, *, deterministic: bool = False, quiet: bool = False) -> Seat:
+        seat = Seat(adapter, deterministic, served=self._time, quiet=quiet)
         self._seats[seat] = None
         return seat
 
@@ -98,10 +112,10 @@ class Scheduler:
         The graph is kept where `hold` finds room for it.
         """
         needed = self._graph_bytes(shape.kind, tokens) if shape.need_grad else 0
-        if needed > self._pass_bytes:
+        if needed > self.pass_bytes:
             raise CapacityError(
                 f"a microbatch of {tokens} tokens needs about {needed} bytes at this trunk, whose memory-budget leaves "
-                f"{self._pass_bytes} for a pass: use a smaller one"
+                f"{self.pass_bytes} for a pass: use a smaller one"
             )
         job = Job("forward", tokens, prepare, finish, _future(), seat.adapter, shape=shape, hold=hold)
         return self._queue(seat, job)
@@ -141,7 +155,7 @@ class Scheduler:
         if not seat.jobs and not seat.running:
             seat.served = max(seat.served, self._time)
         seat.jobs.append(job)
-        seat.active_s = self._clock()
+        seat.active_s = job.queued_s = self._clock()
         self._dispatch()
         return job.done
 
@@ -158,7 +172,7 @@ class Scheduler:
                 seat.served += max(job.tokens, 1)
                 seat.turn = self._turns
             needed = self._needed(batch)
-            self._running_bytes += needed
+            self.running_bytes += needed
             task = asyncio.create_task(self._drive(lane, worker, threads, batch, needed))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -186,7 +200,7 @@ class Scheduler:
             else:
                 present = self._with_others(seat, waiting) if first.kind == "forward" else [seat]
             batch = [(one, one.jobs[0]) for one in present]
-            if self._running_bytes and self._running_bytes + self._needed(batch) > self._pass_bytes:
+            if self.running_bytes and self.running_bytes + self._needed(batch) > self.pass_bytes:
                 return []  # it is their turn all the same: the next pass to end looks again
             for one in present:
                 one.jobs.popleft()
@@ -219,7 +233,7 @@ class Scheduler:
             together = tokens + seat.jobs[0].tokens
             if seat is leader or together > room:
                 continue
-            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self._pass_bytes // len(self._lanes):
+            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self.pass_bytes // len(self._lanes):
                 taken.append(seat)
                 tokens += seat.jobs[0].tokens
         return taken
@@ -286,6 +300,7 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 (told to everybody in the pass)
             outcomes = [error] * len(batch)
         now_s = self._clock()
+        self._report(batch, began_s, now_s)
         for (seat, job), outcome in zip(batch, outcomes, strict=True):
             self._settle(seat, now_s)
             if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
@@ -297,9 +312,16 @@ class Scheduler:
             else:
                 job.done.set_result(outcome)
         await self._make_room(worker)
-        self._running_bytes -= needed
+        self.running_bytes -= needed
         self._free.append((lane, worker))
         self._dispatch()
+
+    def _report(self, batch: Sequence[tuple[Seat, Job]], began_s: float, now_s: float) -> None:
+        told = [job for seat, job in batch if not seat.quiet]
+        if told:
+            waited_s = tuple(began_s - job.queued_s for job in told)
+            tokens, whole = sum(job.tokens for job in told), len(told) == len(batch)
+            self._observe(PassSeen(told[0].kind, waited_s, tokens, now_s - began_s, whole))
 
     def _settle(self, seat: Seat, now_s: float) -> None:
         seat.running = False
@@ -307,23 +329,23 @@ class Scheduler:
         if seat.left:
             self._forget(seat)
         elif not seat.adapter.evicted:
-            self._residents.used(seat)
+            self.residents.used(seat)
 
     async def _make_room(self, worker: Worker) -> None:
         """Put idle sessions' adapters aside, now: behind the work that waits they would be in memory all the while."""
-        idle = self._residents.surplus()
+        idle = self.residents.surplus()
         for seat in idle:
             seat.running = True
         for seat in idle:
             try:
-                await worker.run(self._residents.put_aside, seat.adapter)
+                await worker.run(self.residents.put_aside, seat.adapter)
             except StorageError as error:
                 logger.warning("an idle session's adapter stays in memory: %s", error)
             self._settle(seat, seat.active_s)
 
     def _forget(self, seat: Seat) -> None:
         self._seats.pop(seat, None)
-        self._residents.gone(seat)
+        self.residents.gone(seat)
         for lane, worker in self._lanes:
             worker.submit(lane.slots.close, seat.adapter)
         seat.adapter.release()

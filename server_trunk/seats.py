@@ -29,6 +29,8 @@ class Seat:
     turn: int = 0  # number of its last pass; breaks ties
     active_s: float = float("-inf")
     keeps_graphs: Callable[[], bool] = lambda: False
+    quiet: bool = False
+    """Whether nobody may be told how much it works."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,3 +49,4 @@ class Job:
     keep: bool = True
     due_s: float = float("-inf")
     """Until then it may wait for what the session asks next."""
+    queued_s: float = 0.0

@@ -42,6 +42,7 @@ from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.sharded_lane import Follower, ShardedLane
 from server_trunk.tickets import TicketBook, open_renewal_key
+from server_trunk.watch import Parts, Watch
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -90,6 +91,8 @@ class ServeOptions:
     insecure_listen: bool = False
     tls: TlsFiles | None = None
     ticket_signers: tuple[bytes, ...] = ()
+    metrics: str = ""
+    insecure_metrics: bool = False
 
 
 def check_listen(listen: str, insecure: bool, *, tls: bool = False, tickets: bool = False) -> tuple[str, int]:
@@ -131,6 +134,7 @@ class TrunkServer:
             tickets=bool(options.ticket_signers),
         )
         self._credentials = None if options.tls is None else options.tls.server_credentials()
+        self.watch = Watch(options.metrics, insecure=options.insecure_metrics)
         choose_device(options.device)
         self._member = Member.told(os.environ)
         if self._member.size > 1 and options.lanes > 1:
@@ -173,12 +177,14 @@ class TrunkServer:
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {options.listen}: {error}") from error
         try:
+            self.watch.begin()
             contributions = Contributions(options.state_dir)
             tickets = self._ticket_book()
             contributions.sweep()
             engine = await self._first_lane.run(self._load)
             found = await self._first_lane.run(self._try_out, engine)
         except BaseException:
+            self.watch.end()
             await self._server.stop(None)
             raise
         self._workers = [self._first_lane, *(Worker(f"trunk-compute-{number}") for number in range(2, found.lanes + 1))]
@@ -193,7 +199,10 @@ class TrunkServer:
             graph_bytes=engine.meter.estimate,
             pass_bytes=int(budget * _FOR_PASSES),
             residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
+            observe=self.watch.passed,
         )
+        memory = MemoryBudget(int(budget * _FOR_WAITING))
+        self.watch.serving(Parts(engine, self._table, self._scheduler, memory, self._spill))
         self._servicer = TrunkServicer(
             engine,
             self._table,
@@ -202,9 +211,10 @@ class TrunkServer:
             scheduler=self._scheduler,
             first_lane=self._first_lane,
             disk=self._disk,
-            memory=MemoryBudget(int(budget * _FOR_WAITING)),
+            memory=memory,
             spill=self._spill,
             tickets=tickets,
+            watch=self.watch,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         self._server.add_generic_rpc_handlers((AdminServicer(self._table, self.end_within).handler(),))
@@ -268,6 +278,7 @@ class TrunkServer:
         for worker in (*self._workers, self._disk):
             worker.close()
         self._spill.close()
+        self.watch.end()
 
     def _add_port(self, address: str) -> int:
         if self._credentials is None:

@@ -39,6 +39,7 @@ from server_trunk.sessions import SessionTable
 from server_trunk.stream import FrameStream
 from server_trunk.tickets import Admission, Asked, TicketBook, TicketUse
 from server_trunk.transfers import AdapterTransfers
+from server_trunk.watch import SessionSeen, Watch
 from server_trunk.worker import Worker
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -104,6 +105,7 @@ class TrunkServicer:
         disk: Worker,
         memory: MemoryBudget,
         spill: Spill,
+        watch: Watch,
         tickets: TicketBook | None = None,
     ) -> None:
         """With `tickets` sessions are admitted by those alone."""
@@ -117,6 +119,7 @@ class TrunkServicer:
         self._spill = spill
         self._disk = disk
         self._tickets = tickets
+        self._watch = watch
         self._agreement = model_agreement(engine.fingerprint, engine.cut, engine.dtype, engine.attn_implementation)
         self._transfers = AdapterTransfers(contributions, disk, limits.idle_timeout_s)
         self._streams: set[asyncio.Task[Any]] = set()
@@ -160,16 +163,17 @@ class TrunkServicer:
         if task is None:
             raise RuntimeError("gRPC runs every call in a task of its own")
         self._streams.add(task)
-        try:
-            await self._serve(FrameStream(context, self._limits.idle_timeout_s), context)
-        except asyncio.CancelledError:
-            if not self._hanging_up:
-                raise
-            raise ConnectionFailedError("this trunk is shutting down; the session is lost") from None
-        finally:
-            self._streams.discard(task)
+        with self._watch.session(context.invocation_metadata()) as seen:
+            try:
+                await self._serve(FrameStream(context, self._limits.idle_timeout_s), context, seen)
+            except asyncio.CancelledError:
+                if not self._hanging_up:
+                    raise
+                raise ConnectionFailedError("this trunk is shutting down; the session is lost") from None
+            finally:
+                self._streams.discard(task)
 
-    async def _serve(self, stream: FrameStream, context: Context) -> None:
+    async def _serve(self, stream: FrameStream, context: Context, seen: SessionSeen) -> None:
         frame = await stream.read(min(HELLO_TIMEOUT_S, self._limits.idle_timeout_s))
         if frame is None:
             return
@@ -182,9 +186,9 @@ class TrunkServicer:
         with self._table.place():
             use = None if self._tickets is None or admission is None else self._tickets.enter(admission)
             adapter = await self._first_adapter(opening)
-            seat = self._scheduler.enter(adapter, deterministic=opening.deterministic)
+            seat = self._scheduler.enter(adapter, deterministic=opening.deterministic, quiet=opening.quiet)
             try:
-                await self._converse(opening, seat, stream, use)
+                await self._converse(opening, seat, stream, seen, use)
             finally:
                 self._scheduler.leave(seat)
 
@@ -199,7 +203,9 @@ class TrunkServicer:
             self._engine.open, SessionAdapter.release, opening.spec, start, opening.trainable
         )
 
-    async def _converse(self, opening: Opening, seat: Seat, stream: FrameStream, use: TicketUse | None) -> None:
+    async def _converse(
+        self, opening: Opening, seat: Seat, stream: FrameStream, seen: SessionSeen, use: TicketUse | None
+    ) -> None:
         base_sha256, adapter = opening.start, seat.adapter
         if not isinstance(base_sha256, str):
             read = functools.partial(self._engine.read, adapter, gradients=False)
@@ -217,6 +223,7 @@ class TrunkServicer:
             ticket_use=use,
         )
         seat.keeps_graphs = lambda: session.pending.keeps_graphs
+        seen.admit(session)
         try:
             await Conversation(
                 session,
@@ -277,6 +284,7 @@ class TrunkServicer:
             whole = await self._disk.run(self._contributions.commit, key, request.base_sha256, survivors)
             reply = pb.CommitRoundReply(adapter_sha256=whole.adapter_sha256, trained_tokens=whole.trained_tokens)
             averaged = len(survivors)
+        self._watch.committed()
         logger.info(
             "run %s round %d attempt %d: adapter %s averages %d of %d clients",
             *(key.run, key.round, key.attempt, reply.adapter_sha256 or "-", averaged, len(survivors)),

@@ -172,6 +172,7 @@ class Session(Generic[Adapter, Graph]):
     quiet: bool = False
     autocast_dtype: str = ""
     ticket_use: TicketUse | None = None
+    closed: bool = False  # by its client, in words
     counters: Counters = field(default_factory=Counters)
     opened_s: float = 0.0
     heard_s: float = 0.0
@@ -220,6 +221,8 @@ class SessionTable(Generic[Adapter, Graph]):
         self._clock = clock
         self._taken = 0
         self._draining = False
+        self.expired = 0  # graphs that waited too long, in all
+        self._ended = Counters()  # of the sessions that are gone and were not quiet
         self._open: set[Session[Adapter, Graph]] = set()
         self._rounds: OrderedDict[RoundKey, Counters] = OrderedDict()
 
@@ -227,6 +230,22 @@ class SessionTable(Generic[Adapter, Graph]):
     def taken(self) -> int:
         """Places that are taken, those of sessions whose hello is still being answered included."""
         return self._taken
+
+    @property
+    def admitting(self) -> bool:
+        """Whether new sessions are taken, as far as there are places."""
+        return not self._draining
+
+    @property
+    def pending_graphs(self) -> int:
+        return sum(len(session.pending) for session in self._open)
+
+    def counted(self) -> Counters:
+        """What all sessions have done that were not quiet, open ones included."""
+        found = Counters()
+        for one in (self._ended, *(session.counters for session in self._open if not session.quiet)):
+            found.add(one.steps, one.tokens, one.received_bytes, one.sent_bytes)
+        return found
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -286,6 +305,9 @@ class SessionTable(Generic[Adapter, Graph]):
 
     def close(self, session: Session[Adapter, Graph]) -> None:
         """Forget a session and free its graphs."""
+        if session in self._open and not session.quiet:
+            done = session.counters
+            self._ended.add(done.steps, done.tokens, done.received_bytes, done.sent_bytes)
         self._open.discard(session)
         session.pending.close()
 
@@ -295,7 +317,9 @@ class SessionTable(Generic[Adapter, Graph]):
 
     def sweep(self) -> int:
         """Free the graphs that waited too long; the number freed."""
-        return sum(session.pending.sweep() for session in self._open)
+        freed = sum(session.pending.sweep() for session in self._open)
+        self.expired += freed
+        return freed
 
     def progress(self, key: RoundKey) -> RoundProgress:
         """What the round's sessions have done so far, closed ones included; zeros for an unknown round."""
