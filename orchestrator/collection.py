@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from flwr.app import Message
 
 from aggregation.protocol import ServerHalf
 from contract.errors import UpdateError
@@ -128,4 +129,8 @@ def _answers(
 ) -> Iterator[Answer]:
     adapter = adapter_record(adapter_d)
     traceparent = desk.audience.traceparent()
-    return desk.exchange.ask(cohort, lambda node_id: order_message(node_id, order, adapter, traceparent), deadline)
+
+    def training(node_id: str) -> Message:
+        return order_message(node_id, order, adapter, traceparent=traceparent)
+
+    return desk.exchange.ask(cohort, training, deadline)
