@@ -30,7 +30,6 @@ from storage.artifacts import ArtifactStore
 logger = logging.getLogger("trunkline.server_trunk")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_SURVIVORS = 1 << 14  # as many as the members of a secure sum
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -195,9 +194,7 @@ def _label(key: RoundKey) -> str:
 
 
 def _each_once(survivors: Collection[str]) -> list[str]:
-    """The names in sorted order. Raises FrameError for none, too many, or one that is there twice."""
-    if len(survivors) > _MOST_SURVIVORS:
-        raise FrameError(f"survivors has {len(survivors)} names; it may have {_MOST_SURVIVORS}")
+    """The names in sorted order. Raises FrameError for none, or one that is there twice."""
     names = sorted(survivors)
     if not names or len(set(names)) != len(names):
         raise FrameError(f"survivors has {len(names)} names, {len(set(names))} of them different; it needs each once")

@@ -126,7 +126,7 @@ class Engine:
         return self.lanes[0].slots.values(spec)
 
     def knows(self, spec: LoraSpec) -> bool:
-        """Whether a session of this structure is opened at once: to make room for a new one takes milliseconds a layer."""
+        """Whether sessions of this structure open at once; a new one takes milliseconds a layer."""
         return self.lanes[0].slots.knows(spec)
 
     def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:

@@ -22,6 +22,7 @@ _MAX_TARGETS = 1 << 16  # names in a LoRA, far more than any model has layers
 _MAX_CODECS = 16
 _MAX_DROPPED = 1024  # of one forward; a session has far fewer that wait
 _MAX_CLIENT_ID = 128
+_MAX_SURVIVORS = 1 << 14  # as many as the members of a secure sum
 _MAX_TRAINED_TOKENS = 1 << 48  # the sum over any cohort fits the 64 bits of its message
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
 
@@ -210,3 +211,10 @@ def check_close(close: pb.Close, round_key: RoundKey | None) -> None:
         raise FrameError("close.contribute in a session without a round; there is nothing to contribute to")
     if close.trained_tokens > _MAX_TRAINED_TOKENS:
         raise FrameError(f"close.trained_tokens is {close.trained_tokens}; it must be at most {_MAX_TRAINED_TOKENS}")
+
+
+def read_survivors(request: pb.CommitRoundRequest) -> list[str]:
+    """Raise FrameTooLargeError for more than any round has, before there are so many strings."""
+    if len(request.survivors) > _MAX_SURVIVORS:
+        raise FrameTooLargeError(f"survivors has {len(request.survivors)} names; it may have {_MAX_SURVIVORS}")
+    return list(request.survivors)

@@ -24,7 +24,7 @@ from server_trunk.door import FIRST_WORD_S, Door
 from server_trunk.engine import Engine
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill
-from server_trunk.requests import Opening, read_hello
+from server_trunk.requests import Opening, read_hello, read_survivors
 from server_trunk.scheduler import Scheduler
 from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
@@ -330,7 +330,7 @@ class TrunkServicer:
 
     @_answers_errors
     async def commit_round(self, request: pb.CommitRoundRequest, context: Context) -> pb.CommitRoundReply:
-        key, survivors = round_from_wire(request.round), list(request.survivors)
+        key, survivors = round_from_wire(request.round), read_survivors(request)
         if request.partial:
             part = await self._disk.run(self._contributions.commit_part, key, request.base_sha256, survivors)
             reply = pb.CommitRoundReply(

@@ -12,13 +12,14 @@ import grpc
 from contract import trunk_pb2 as pb
 from contract.codec import Assembler
 from contract.errors import DeadlineError, FrameError, FrameTooLargeError
-from contract.wire import MAX_MESSAGE_BYTES, chunk_data, chunk_frames, parse_client_frame
+from contract.wire import chunk_data, chunk_frames, parse_client_frame
 from server_trunk.memory import Spilled
 from server_trunk.worker import Worker
 
 SLOWEST_BYTES_S = 1 << 16
 """What a link must carry, 0.5 Mbit/s: a tensor that comes more slowly would hold the room of others for hours."""
 _SLACK_S = 30.0
+_HELLO_BYTES = 1 << 20  # some ten thousand LoRA targets by their full names
 
 
 def longest_s(size_bytes: int) -> float:
@@ -42,7 +43,7 @@ class FrameStream:
 
     async def read_hello(self, timeout_s: float) -> pb.ClientFrame | None:
         """As `read`, for the first frame, within `timeout_s`."""
-        return await self._read_frame(timeout_s, MAX_MESSAGE_BYTES)
+        return await self._read_frame(timeout_s, _HELLO_BYTES)
 
     async def read(self) -> pb.ClientFrame | None:
         """The next frame that is not a chunk, None when the client has hung up.

@@ -169,7 +169,7 @@ async def hoard(attack: Attack) -> None:
 
 
 async def oversized(attack: Attack) -> None:
-    """Messages over the limit, frames of lists without end, tensors that are larger or smaller than announced."""
+    """Messages over the limit, lists without end, tensors that are larger or smaller than announced."""
     caller = Caller(attack.target, 4, **{"grpc.max_send_message_length": 64 << 20})
     target = attack.target
 
@@ -196,7 +196,11 @@ async def oversized(attack: Attack) -> None:
     )
 
     async def send(number: int) -> None:
-        kind = attack.draw.randrange(11)
+        kind = attack.draw.randrange(12)
+        if kind == 11:
+            commit = pb.CommitRoundRequest(survivors=["x"] * 1_300_000).SerializeToString()
+            await caller.unary("CommitRound", number)(commit, timeout=60)
+            return
         if kind > 5:
             await caller.opened(number, **hellos[kind - 6])
             return

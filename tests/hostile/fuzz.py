@@ -141,6 +141,8 @@ class Fuzz:
         self._seed = seed
         self._expected: dict[int, str] = {}
         self.tally = Tally()
+        self.patience_s = 10.0
+        """How long what ended conversations leave to a thread may take."""
 
     async def run(self, frames: int, say: Callable[[str], None]) -> Tally:
         """At least so many frames that the trunk took; stops at the tenth fault."""
@@ -233,12 +235,12 @@ class Fuzz:
 
     async def _left(self) -> str:
         """What the conversations that ended have left behind; what ends with a thread's work gets a moment."""
-        for _ in range(500):
-            left = self._leftovers()
-            if not left:
-                return ""
+        ends_s = asyncio.get_running_loop().time() + self.patience_s
+        while left := self._leftovers():
+            if asyncio.get_running_loop().time() > ends_s:
+                return left
             await asyncio.sleep(0.01)
-        return left
+        return ""
 
     def _leftovers(self) -> str:
         servicer = self._servicer
