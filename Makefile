@@ -1,11 +1,13 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy test test-killing faults lint bench clean
+.PHONY: help setup demo demo-deploy test test-killing faults hostile soak lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FAULT_ARGS ?=
+HOSTILE_ARGS ?=
+SOAK_ARGS ?=
 BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
 
 help: ## Show this help
@@ -28,6 +30,12 @@ test-killing: setup ## Kill sites of real deployments in the middle of a round (
 
 faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
+
+hostile: setup ## Attack a live trunk while honest clients train, and fuzz 100,000 frames (some 20 minutes on 2 cores)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.hostile $(HOSTILE_ARGS)
+
+soak: setup ## Simulate runs of 20 clients for 30 minutes, killed at random and resumed; the trunk's memory must not grow
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.soak $(SOAK_ARGS)
 
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint

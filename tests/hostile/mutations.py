@@ -275,7 +275,7 @@ def _change(draw: random.Random, message: Message) -> None:
         message.ClearField(field.name)
     elif _is_map(field):
         _change_map(draw, getattr(message, field.name), field)
-    elif field.label == FieldDescriptor.LABEL_REPEATED:
+    elif field.is_repeated:
         _change_list(draw, getattr(message, field.name), field)
     elif field.type == FieldDescriptor.TYPE_MESSAGE:
         _change(draw, getattr(message, field.name))

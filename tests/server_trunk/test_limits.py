@@ -185,10 +185,14 @@ def test_the_line_of_those_who_wait_for_a_turn_is_bounded_and_moves() -> None:
 def test_a_turn_ends_when_too_little_moves_in_it() -> None:
     async def main() -> None:
         turns = transfers.Turns(1, 0.05, "it did not come")
-        with pytest.raises(errors.DeadlineError, match="it did not come in time: at least 64 KiB/s must move"):
+
+        async def slowly() -> None:
             async with turns.turn() as moves:
                 moves(1 << 30)
                 await asyncio.sleep(5)
+
+        with pytest.raises(errors.DeadlineError, match="it did not come in time: at least 64 KiB/s must move"):
+            await slowly()
         async with turns.turn() as moves:
             moves(None)
             await asyncio.sleep(0.1)
