@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -322,17 +321,18 @@ def _connections() -> int:
 
     As many descriptors are asked for as this process may have.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
     wanted = _MOST_CONNECTIONS + _OWN_FILES
     files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-    with suppress(ValueError, OSError):  # a system may forbid what it says is allowed
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, resource.getrlimit(resource.RLIMIT_NOFILE)[0]), hard))
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (
-        _MOST_CONNECTIONS
-        if soft == resource.RLIM_INFINITY
-        else min(_MOST_CONNECTIONS, max(_OWN_FILES, soft - _OWN_FILES))
-    )
+    if files > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            soft = files
+        except (ValueError, OSError) as error:  # a system may forbid what it says is allowed
+            logger.warning("this process keeps its limit of %d open files: %s", soft, error)
+    return min(_MOST_CONNECTIONS, max(_OWN_FILES, soft - _OWN_FILES))
 
 
 def follow(options: ServeOptions, member: Member) -> None:

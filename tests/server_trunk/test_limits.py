@@ -17,6 +17,7 @@ from contract import errors
 from contract import trunk_pb2 as pb
 from contract.adapter import from_bytes, sha256_hex, to_bytes
 from contract.wire import lora_from_wire
+from server_trunk import server as server_module
 from server_trunk import servicer, transfers
 from server_trunk.engine import Engine
 from server_trunk.graph_meter import PassKind
@@ -252,3 +253,22 @@ def test_kinds_of_passes_are_remembered_up_to_a_number(model_dir: Path) -> None:
     assert not engine.meter.knows(PassKind("layout 0", "", False, 8))
     assert engine.meter.knows(PassKind("layout 299", "", False, 8))
     assert len(engine.meter._per_token) == 256
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections"),
+    [(1024, 4096, 4096 - 256), (1024, 1024, 1024 - 256), (300, 300, 256), (1 << 20, 1 << 20, 1 << 14)],
+)
+def test_connections_leave_descriptors_for_adapters_and_requests(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, connections: int
+) -> None:
+    limits = [soft, hard]
+
+    def set_limits(which: int, wanted: tuple[int, int]) -> None:
+        assert wanted[0] <= hard
+        limits[:] = wanted
+
+    monkeypatch.setattr("resource.getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", set_limits)
+    assert server_module._connections() == connections
+    assert limits[0] >= soft, "what this process had is not taken from it"
