@@ -1,7 +1,8 @@
 """Simulations that are killed at random and resumed, for half an hour: `python -m tests.soak` (or `make soak`).
 
 Passes where every run finished, the ledger verifies, no process is left, and the trunk's memory does not grow: the
-upper end of its slope's interval stays below a bound. The seed is printed; it draws what is killed and when.
+upper end of its slope's interval stays below a bound, to which a soak of 15 minutes or more is held. The seed is
+printed; it draws what is killed and when.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tests.soak.simulation import Simulations
 from tests.soak.trunk import SoakTrunk
 
 SLOPE_LIMIT_MIB_MIN = 1.0
+JUDGED_MIN = 10.0
+"""Over fewer minutes a slope is told and not judged: what code and the first clients take would be most of it."""
 MINUTES, CLIENTS = 30.0, 20
 
 
@@ -38,9 +41,7 @@ def soak(folder: Path, seed: int, minutes: float, clients: int) -> dict[str, Any
         told = played.play()
         faults = [*told.faults, *_unfinished(played)]
         slope = trunk.slope()
-        if slope is None:
-            faults.append("the trunk lived too short for a slope: give it more minutes")
-        elif slope.high > SLOPE_LIMIT_MIB_MIN:
+        if slope is not None and slope.minutes >= JUDGED_MIN and slope.high > SLOPE_LIMIT_MIB_MIN:
             faults.append(f"the trunk's memory grows by up to {slope.high:.2f} MiB a minute")
     finally:
         trunk.stop()
@@ -118,6 +119,7 @@ def table(found: dict[str, Any]) -> str:
         if slope is None
         else f"{slope['mib_per_min']:+.3f} MiB a minute ({slope['low']:+.3f} to {slope['high']:+.3f}) over the last "
         f"{slope['minutes']:.1f} minutes; the limit is {found['slope_limit_mib_min']:g}"
+        f"{'' if slope['minutes'] >= JUDGED_MIN else ', to which so short a time is not held'}"
     )
     orchestrators = [one for one in found["orchestrators"] if one]
     peak = max((one["peak_mib"] for one in orchestrators), default=0.0)
