@@ -81,6 +81,42 @@ def create_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     failpoint("file.written")
 
 
+class GrowingFile:
+    """A new file in a folder, written bit by bit: it is at its place once it is whole, and a crash leaves it nowhere.
+
+    Everything raises OSError.
+    """
+
+    def __init__(self, folder: Path, mode: int = 0o600) -> None:
+        self.path = folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
+        self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+
+    def flush(self) -> None:
+        """Have it whole on the disk, so that it may be read, and kept."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def keep(self, path: Path) -> None:
+        """Durably at `path`, where it replaces what is there, in the same folder."""
+        failpoint("file.write")
+        self.flush()
+        self._file.close()
+        failpoint("file.rename")
+        os.replace(self.path, path)
+        _sync_directory(path.parent)
+        failpoint("file.written")
+
+    def abandon(self) -> None:
+        """Remove it, unless it was kept."""
+        try:
+            self._file.close()
+        finally:
+            self.path.unlink(missing_ok=True)
+
+
 def _write_partial(path: Path, data: bytes, mode: int) -> Path:
     """A new file beside `path` that holds `data`, durably."""
     partial = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"

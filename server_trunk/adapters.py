@@ -24,6 +24,7 @@ from contract.records import LoraSpec, Trainable
 from server_trunk.session_adapter import Layout, SessionAdapter
 
 _SLOTS = 16
+_MAX_ALPHA = 1e6  # far above any use, and every product with it is a float32
 _NO_TARGETS = LoraSpec(rank=1, alpha=1.0, target_modules=())
 
 
@@ -54,7 +55,10 @@ class AdapterSlots:
         self._wrapped: list[BaseTunerLayer] = []
 
     def check(self, spec: LoraSpec) -> None:
-        """Raise AgreementError unless every target is in this trunk, FrameError on an impossible rank or dropout."""
+        """Raise AgreementError unless every target is in this trunk, FrameError on an impossible structure."""
+        targets = {*spec.target_modules, *spec.target_parameters}
+        if len(targets) < len(spec.target_modules) + len(spec.target_parameters):
+            raise FrameError("lora names a target twice")
         unknown = [name for name in spec.target_modules if not isinstance(self._modules.get(name), (nn.Linear, Conv1D))]
         for name in spec.target_parameters:
             module = self._modules.get(name.rpartition(".")[0])
@@ -64,13 +68,35 @@ class AdapterSlots:
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise AgreementError(f"LoRA targets that this trunk does not hold: {', '.join(unknown[:3])}{more}")
+        for name in (*spec.rank_pattern, *spec.alpha_pattern):
+            if name not in targets:
+                raise FrameError(f"lora has a pattern for {name[:200]!r}, which is none of its targets")
         for rank in (spec.rank, *spec.rank_pattern.values()):
             if not 1 <= rank <= self._hidden_size:
                 raise FrameError(f"lora.rank is {rank}; it must be 1 to {self._hidden_size}, the hidden size")
-        if not 0.0 <= spec.dropout < 1.0 or not all(map(math.isfinite, (spec.alpha, *spec.alpha_pattern.values()))):
-            raise FrameError(
-                f"lora.dropout is {spec.dropout} and lora.alpha {spec.alpha}; want 0 <= dropout < 1, finite"
-            )
+        for alpha in (spec.alpha, *spec.alpha_pattern.values()):
+            if not abs(alpha) <= _MAX_ALPHA:
+                raise FrameError(f"lora.alpha is {alpha}; it must be finite, and {_MAX_ALPHA:g} at most")
+        if not 0.0 <= spec.dropout < 1.0:
+            raise FrameError(f"lora.dropout is {spec.dropout}; it must be at least 0 and less than 1")
+
+    def knows(self, spec: LoraSpec) -> bool:
+        """Whether there is a slot for it already; may be asked on any thread."""
+        return repr(spec) in self._slots
+
+    def values(self, spec: LoraSpec) -> int:
+        """How many values an adapter of `spec`, which was checked, has at most."""
+        return sum(self._values_of(spec, name) for name in (*spec.target_modules, *spec.target_parameters))
+
+    def _values_of(self, spec: LoraSpec, name: str) -> int:
+        module = self._modules.get(name)
+        if module is None:
+            owner, _, parameter = name.rpartition(".")
+            shape = tuple(self._modules[owner]._parameters[parameter].shape)
+        else:
+            shape = tuple(module.weight.shape)
+        factors: int = spec.rank_pattern.get(name, spec.rank) * math.prod(shape[:-2]) * sum(shape[-2:])
+        return factors + (max(shape) if spec.use_dora else 0)
 
     def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trained: Trainable) -> SessionAdapter:
         """A new session's adapter, from given tensors or from a seed. Raises AgreementError, ConfigError (PEFT's)."""
@@ -132,7 +158,8 @@ class AdapterSlots:
         self._made += 1
         try:
             with peft_refusals():
-                self._peft.add_adapter(name, peft_config(spec, self._modules))
+                # On no device: what it would hold is never computed with, but for DoRA's magnitudes.
+                self._peft.add_adapter(name, peft_config(spec, self._modules), low_cpu_mem_usage=not spec.use_dora)
         except ConfigError:
             if name in self._peft.peft_config:
                 self._peft.delete_adapter(name)

@@ -147,6 +147,8 @@ class Contributions:
             candidate = _read(record, answer)
         else:
             candidate = make()
+            if isinstance(candidate, PartialCandidate) and not candidate.clients:
+                return candidate  # leaves nothing: a survivor contributed before anybody could name it
             _write_json(record, asdict(candidate))
         self._remove_before(key)
         return candidate

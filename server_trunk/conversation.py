@@ -20,15 +20,16 @@ from contract import codec
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from contract.delta import SampleCache
-from contract.errors import FrameError
+from contract.errors import FrameError, TrunklineError
 from contract.records import DELTA_CODEC
 from contract.wire import CHUNK_BYTES
 from server_trunk.contributions import Contributions
 from server_trunk.engine import Engine
-from server_trunk.incoming import Incoming
+from server_trunk.incoming import Incoming, put_aside
 from server_trunk.lane import Backward, Forward, Graph
 from server_trunk.memory import Hold, MemoryBudget, Spill
-from server_trunk.requests import ForwardInputs, check_backward, read_forward, read_step
+from server_trunk.outgoing import Outgoing
+from server_trunk.requests import ForwardInputs, check_backward, check_close, read_forward, read_step
 from server_trunk.scheduler import Scheduler
 from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
@@ -63,8 +64,13 @@ class Conversation:
         max_tokens: int,
         patience_s: float,
         sample_cache_bytes: int,
+        cache_memory: MemoryBudget,
+        closing: asyncio.Semaphore,
     ) -> None:
-        """A forward waits for memory no longer than `patience_s`."""
+        """A forward waits for memory no longer than `patience_s`. `cache_memory` is what of it sample caches may take.
+
+        `closing` bounds the sessions that close at once, each with a copy of its adapter.
+        """
         self._session = session
         self._seat = seat
         self._stream = stream
@@ -76,11 +82,18 @@ class Conversation:
         self._spill = spill
         self._max_tokens = max_tokens
         self._patience_s = patience_s
-        self._sample_hold = Hold(memory)
+        self._closing = closing
+        self._cache_holds = (Hold(cache_memory), Hold(memory))
         wanted = sample_cache_bytes if DELTA_CODEC in session.codecs else 0
-        self._sample_cache_bytes = wanted if self._sample_hold.grow(wanted) else 0
+        granted = all(hold.grow(wanted) for hold in self._cache_holds)
+        if not granted:
+            for hold in self._cache_holds:
+                hold.release()
+        self._sample_cache_bytes = wanted if granted else 0
         self._samples = SampleCache(self._sample_cache_bytes, engine.hidden_size)
-        self._passing: set[Hold] = set()  # of forwards that no backward will follow
+        self._passing: set[Hold] = set()  # of replies that no backward will follow
+        self._unsent: list[Outgoing] = []
+        self._cut_off: TrunklineError | None = None
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
         self._requests: dict[str, Callable[[Any], Awaitable[None]]] = {
@@ -108,6 +121,7 @@ class Conversation:
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
         reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
+        self._answering = answering
         try:
             done, _ = await asyncio.wait((answering, reading), return_when=asyncio.FIRST_EXCEPTION)
             for task in (answering, reading):
@@ -117,8 +131,44 @@ class Conversation:
             for task in (answering, reading):
                 task.cancel()
             await asyncio.gather(answering, reading, return_exceptions=True)
-            for hold in (*self._passing, self._sample_hold):
+            for hold in (*self._passing, *self._cache_holds):
                 hold.release()
+
+    # ---- room for others -----------------------------------------------------------------------------------------
+
+    def waits_s(self) -> float:
+        """How long what this session keeps in memory has waited for its client; 0 where it keeps nothing."""
+        made_s = min((out.made_s for out in self._unsent if out.hold.size), default=float("inf"))
+        return max(time.monotonic() - made_s, self._session.pending.rested_s(), 0.0)
+
+    async def put_aside(self) -> None:
+        """Have what waits for this session's client lie on disk, and give its room back.
+
+        Raises CapacityError where the disk has no room, StorageError.
+        """
+        pending, unsent = self._session.pending, list(self._unsent)
+        resting = pending.at_rest()
+
+        def work() -> None:
+            for out in unsent:
+                out.put_aside(self._spill)
+            for graph in resting.values():
+                put_aside(graph, self._spill)
+
+        done = self._scheduler.other(self._seat, work)
+        await asyncio.wait((done,))
+        if done.cancelled():  # the session ended
+            return
+        done.result()
+        for out in unsent:
+            out.hold.release()
+        for microbatch, graph in resting.items():
+            pending.put_aside(microbatch, graph)
+
+    def end(self, error: TrunklineError) -> None:
+        """Have the session end with `error`."""
+        self._cut_off = error
+        self._answering.cancel()
 
     async def _read(self) -> None:
         """Hands on what the client asks for until it closes or hangs up."""
@@ -133,9 +183,24 @@ class Conversation:
 
     async def _answer(self) -> None:
         """Sends what was asked for, in the order in which it was asked."""
-        while (answer := await self._answers.get()) is not None:
-            await answer()
-            self._tally()
+        try:
+            while (answer := await self._answers.get()) is not None:
+                await answer()
+                self._tally()
+        except asyncio.CancelledError:
+            if self._cut_off is None:
+                raise
+            raise self._cut_off from None
+
+    async def _deliver(self, out: Outgoing) -> None:
+        """Sends the data of a reply whose frame was sent."""
+        while data := await out.next(self._disk):
+            await self._stream.write_data(data)
+        self._unsent.remove(out)
+
+    def _made(self, future: asyncio.Future[Outgoing]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._unsent.append(future.result())
 
     def _credits(self) -> int:
         """Microbatches that the client should have under way: one while memory is short, and all it may otherwise."""
@@ -162,7 +227,6 @@ class Conversation:
 
     async def _forward(self, forward: pb.Forward) -> None:
         session = self._session
-        session.pending.drop(forward.dropped)
         inputs = read_forward(
             forward,
             session.codecs,
@@ -170,6 +234,7 @@ class Conversation:
             max_tokens=self._max_tokens,
             max_positions=self._engine.max_positions,
         )
+        session.pending.drop(forward.dropped)
         hold = Hold(self._memory)
         holds_others = bool(session.pending.reserved)
         if forward.need_grad:
@@ -194,26 +259,29 @@ class Conversation:
                 seed=session.seed_of(forward.microbatch),
             )
 
-        def finish(answer: tuple[Tensor, Graph]) -> tuple[Graph, pb.TensorHeader, memoryview]:
+        def finish(answer: tuple[Tensor, Graph]) -> Outgoing:
             output_BTD, graph = answer
             if forward.need_grad:
                 incoming.lighten(graph)
-            return graph, *incoming.answer(output_BTD)
+            return Outgoing(*incoming.answer(output_BTD), hold, graph=graph if forward.need_grad else None)
 
         like = asked(torch.empty(list(forward.hidden.shape), dtype=codec.DTYPES[forward.hidden.dtype], device="meta"))
         prepare = functools.partial(_prepared, asked, incoming)
-        future = self._handed(self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish))
+        made = self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish)
+        made.add_done_callback(self._made)
+        future = self._handed(made)
 
         async def answer() -> None:
-            graph, header, reply = await future.pop()
-            if forward.need_grad:
-                session.pending.add(forward.microbatch, graph)
+            out: Outgoing = await future.pop()
+            if out.graph is not None:
+                session.pending.add(forward.microbatch, out.graph)
                 session.count(tokens=inputs.tokens)
-            del graph  # a graph that expires while a slow client reads must not live on here
+            out.graph = None  # a graph that expires while a slow client reads must not live on here
             held_s = time.monotonic() - came_s
-            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=header, credits=self._credits(), held_s=held_s)
+            credit = self._credits()
+            body = pb.ForwardReply(microbatch=forward.microbatch, hidden=out.header, credits=credit, held_s=held_s)
             await self._stream.write(pb.ServerFrame(forward=body))
-            await self._stream.write_data(reply)
+            await self._deliver(out)
             if not forward.need_grad:
                 self._passing.discard(hold)
                 hold.release()
@@ -224,7 +292,7 @@ class Conversation:
         """The request's data, in memory once there is room for it, its answer and its gradient; or else on disk.
 
         A session that holds nothing waits for its turn. One that does must not: what would make room may be its own
-        backward, which comes behind this request. A difference is small, and is put on disk once it is decoded.
+        backward, which comes behind this request.
         """
         header = forward.hidden
         size = _COPIES * math.prod(header.shape) * codec.DTYPES[header.dtype].itemsize
@@ -232,11 +300,9 @@ class Conversation:
         if not holds_others:
             await hold.wait(size, self._patience_s)
         elif not hold.grow(size):
-            async with self._spill.turn:
-                data = await self._stream.read_data(header.size_bytes, "forward.hidden")
-                if inputs.samples is not None:
-                    return made(data, None, self._spill)
-                return made(memoryview(b""), await self._disk.run(self._spill.put, data), self._spill)
+            kept = self._spill.place(header.size_bytes)
+            await self._stream.put_data(header.size_bytes, "forward.hidden", kept, self._disk)
+            return made(memoryview(b""), kept, self._spill)
         return made(await self._stream.read_data(header.size_bytes, "forward.hidden"), None, None)
 
     async def _backward(self, backward: pb.Backward) -> None:
@@ -246,33 +312,39 @@ class Conversation:
         data = await self._stream.read_data(backward.grad.size_bytes, "backward.grad")
         came_s = time.monotonic()
         adapter, mask_BT = session.adapter, graph.mask_BT
+        hold = session.pending.hold_of(backward.microbatch)
 
         def prepare(graph: Graph = graph) -> Backward:
             grad_BTD = codec.decode(backward.grad, data, mask_BT)
             codec.require_finite(grad_BTD, "backward.grad")
             return Backward(adapter, graph, grad_BTD, backward.want_input_grad, backward.reset_gradient)
 
-        def finish(answer: tuple[Tensor | None, float]) -> tuple[pb.TensorHeader | None, memoryview, float]:
+        def finish(answer: tuple[Tensor | None, float]) -> Outgoing:
             grad_BTD, norm = answer
             if grad_BTD is None:
-                return None, memoryview(b""), norm
-            return *codec.encode(grad_BTD, backward.reply_codec, mask_BT), norm
+                return Outgoing(None, memoryview(b""), hold, norm=norm)
+            return Outgoing(*codec.encode(grad_BTD, backward.reply_codec, mask_BT), hold, norm=norm)
 
         tokens = graph.shape[0] * graph.shape[1]
-        future = self._handed(self._scheduler.backward(self._seat, tokens, graph, prepare, finish))
+        made = self._scheduler.backward(self._seat, tokens, graph, prepare, finish)
+        made.add_done_callback(self._made)
+        future = self._handed(made)
 
         async def answer() -> None:
-            header, reply, norm = await future.pop()
-            session.pending.settled(backward.microbatch)
+            out: Outgoing = await future.pop()
+            session.pending.answered(backward.microbatch)
+            self._passing.add(hold)
             body = pb.BackwardReply(
                 microbatch=backward.microbatch,
-                grad=header,
-                adapter_grad_norm=norm,
+                grad=out.header,
+                adapter_grad_norm=out.norm,
                 credits=self._credits(),
                 held_s=time.monotonic() - came_s,
             )
             await self._stream.write(pb.ServerFrame(backward=body))
-            await self._stream.write_data(reply)
+            await self._deliver(out)
+            self._passing.discard(hold)
+            hold.release()
 
         await self._answers.put(answer)
 
@@ -297,32 +369,41 @@ class Conversation:
         await self._answers.put(answer)
 
     async def _read_adapter(self, request: pb.ReadAdapter) -> None:
-        adapter = self._session.adapter
-        future = self._handed(
-            self._scheduler.other(self._seat, lambda: self._engine.read(adapter, gradients=request.gradients))
-        )
+        adapter, hold = self._session.adapter, Hold(self._memory)
+        self._passing.add(hold)
+        in_memory = hold.grow(4 * adapter.layout.values)
+
+        def read() -> Outgoing:
+            data = self._engine.read(adapter, gradients=request.gradients)
+            out = Outgoing(None, memoryview(data), hold)
+            if not in_memory:
+                out.put_aside(self._spill)
+            return out
+
+        made = self._scheduler.other(self._seat, read)
+        made.add_done_callback(self._made)
+        future = self._handed(made)
 
         async def answer() -> None:
-            data = await future.pop()
-            await self._stream.write(pb.ServerFrame(adapter=pb.AdapterReply(size_bytes=len(data))))
-            await self._stream.write_data(memoryview(data))
+            out: Outgoing = await future.pop()
+            await self._stream.write(pb.ServerFrame(adapter=pb.AdapterReply(size_bytes=out.size)))
+            await self._deliver(out)
+            self._passing.discard(hold)
+            hold.release()
 
         await self._answers.put(answer)
 
     async def _close(self, close: pb.Close) -> None:
         session = self._session
-        if close.contribute and session.round_key is None:
-            raise FrameError("close.contribute in a session without a round; there is nothing to contribute to")
+        check_close(close, session.round_key)
 
         def last() -> bytes:
             if close.contribute:
                 self._engine.require_finite(session.adapter)
             return self._engine.read(session.adapter, gradients=False)
 
-        future = self._handed(self._scheduler.other(self._seat, last))
-
-        async def answer() -> None:
-            adapter = await future.pop()
+        async def kept() -> str:
+            adapter = await self._scheduler.other(self._seat, last)
             self._tally()  # before anything is kept: a ticket may not allow what came
             if close.contribute and session.round_key is not None:
                 await self._disk.run(
@@ -333,8 +414,13 @@ class Conversation:
                     close.trained_tokens,
                     adapter,
                 )
+            return sha256_hex(adapter)
+
+        async def answer() -> None:
+            async with self._closing:  # which no client keeps waiting: each has taken all but this answer
+                adapter_sha256 = await kept()
             reply = pb.CloseReply(
-                adapter_sha256=sha256_hex(adapter),
+                adapter_sha256=adapter_sha256,
                 trained_tokens=close.trained_tokens,
                 received_bytes=session.counters.received_bytes,
                 sent_bytes=session.counters.sent_bytes,

@@ -121,6 +121,14 @@ class Engine:
                 f"{len(spec.target_parameters)} targets are no linear layers"
             )
 
+    def adapter_values(self, spec: LoraSpec) -> int:
+        """How many values an adapter of a `spec` that was checked has at most."""
+        return self.lanes[0].slots.values(spec)
+
+    def knows(self, spec: LoraSpec) -> bool:
+        """Whether sessions of this structure open at once; a new one takes milliseconds a layer."""
+        return self.lanes[0].slots.knows(spec)
+
     def open(self, spec: LoraSpec, start: Mapping[str, Tensor] | int, trainable: Trainable) -> SessionAdapter:
         """A session's own adapter, from an adapter's tensors or from a seed. On the first lane's thread only."""
         return self.lanes[0].slots.open(spec, start, trainable)

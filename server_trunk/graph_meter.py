@@ -25,6 +25,10 @@ class PassKind(NamedTuple):
         return self._replace(length=self.length.bit_length())
 
 
+_KINDS = 256
+"""How many are remembered: a kind goes by what a session asks for, of which there is no end."""
+
+
 class GraphMeter:
     """Bytes per token of passes that were measured, by kind."""
 
@@ -60,6 +64,8 @@ class GraphMeter:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield
         self._per_token[kind.bucket] = sum(seen.values()) / tokens
+        while len(self._per_token) > _KINDS:
+            self._per_token.pop(next(iter(self._per_token)), None)
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -42,7 +42,7 @@ class Incoming:
             hidden_BTD = codec.decode(header, data, mask_BT)
         else:
             hidden_BTD = self._samples.decode("head", header, data, mask_BT, samples)
-            self._data = None
+            self._data = self._put_aside = None
         codec.require_finite(hidden_BTD, "forward.hidden")
         return hidden_BTD
 
@@ -58,7 +58,21 @@ class Incoming:
             return
         if self._put_aside is not None:
             graph.put_aside(self.values_BTD)
-            return
-        header, data = codec.encode(graph.forward.hidden_BTD, "identity")
-        kept = self._spill.put(data)
-        graph.put_aside(lambda: codec.decode(header, kept.read()))
+        else:
+            _put_input_aside(graph, self._spill)
+
+
+def put_aside(graph: Graph, spill: Spill) -> None:
+    """Leave all that a graph keeps to the disk: its backward computes the forward again.
+
+    In its session's turn only. Raises CapacityError, StorageError.
+    """
+    if graph.forward.read_again is None:
+        _put_input_aside(graph, spill)
+    graph.drop()
+
+
+def _put_input_aside(graph: Graph, spill: Spill) -> None:
+    header, data = codec.encode(graph.forward.hidden_BTD, "identity")
+    kept = spill.put(data)
+    graph.put_aside(lambda: codec.decode(header, kept.read()))

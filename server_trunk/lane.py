@@ -136,6 +136,12 @@ class Graph:
         empty_BTD = torch.empty_like(self.forward.hidden_BTD, device="meta")
         self.forward = replace(self.forward, hidden_BTD=empty_BTD, read_again=read_again)
 
+    def drop(self) -> None:
+        """Keep nothing that was computed: the backward computes it again."""
+        self.input_BTD = self.output_BTD = None
+        if self.gang is not None:
+            self.gang.part_from(self)
+
 
 @dataclass(slots=True, eq=False)
 class Backward:

@@ -27,7 +27,6 @@ from contract.failpoint import failpoint
 _OF_AVAILABLE = 0.6
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SMALLEST = 64 << 20
-_SPILLED_AT_ONCE = 2
 _SPILL_PREFIX = "spill-"
 
 
@@ -61,7 +60,7 @@ class MemoryBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[int, asyncio.Future[None], float]] = deque()
 
     def try_take(self, size: int) -> bool:
         """Take `size` bytes if they are free and nobody waits for them."""
@@ -82,8 +81,9 @@ class MemoryBudget:
             )
         if self.try_take(size):
             return
-        turn = asyncio.get_running_loop().create_future()
-        entry = (size, turn)
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        entry = (size, turn, loop.time())
         self._waiting.append(entry)
         try:
             async with asyncio.timeout(timeout_s):
@@ -104,9 +104,14 @@ class MemoryBudget:
 
     def _serve(self) -> None:
         while self._waiting and self.taken + self._waiting[0][0] <= self.limit:
-            size, turn = self._waiting.popleft()
+            size, turn, _ = self._waiting.popleft()
             self.taken += size
             turn.set_result(None)
+
+    @property
+    def waited_s(self) -> float:
+        """How long the first in the line has waited; 0 where nobody does."""
+        return asyncio.get_running_loop().time() - self._waiting[0][2] if self._waiting else 0.0
 
     @property
     def scarce(self) -> bool:
@@ -117,11 +122,11 @@ class MemoryBudget:
 class Hold:
     """What one request holds of a budget, from its header to the end of its backward."""
 
-    __slots__ = ("_budget", "_released", "_size", "keeps_graph")
+    __slots__ = ("_budget", "_released", "keeps_graph", "size")
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
-        self._size = 0
+        self.size = 0
         self._released = False
         self.keeps_graph = False
 
@@ -129,13 +134,13 @@ class Hold:
         """Hold `size` bytes more, if they are free."""
         if self._released or not self._budget.try_take(size):
             return False
-        self._size += size
+        self.size += size
         return True
 
     async def wait(self, size: int, timeout_s: float) -> None:
         """As `grow`, once they are free. Raises what MemoryBudget.take raises."""
         await self._budget.take(size, timeout_s)
-        self._size += size
+        self.size += size
 
     def keep_graph(self, size: int) -> bool:
         """Hold the room of a graph of `size` bytes, if it is free."""
@@ -146,7 +151,7 @@ class Hold:
         """Give a graph's room back before it was made."""
         if self.keeps_graph and not self._released:
             self.keeps_graph = False
-            self._size -= size
+            self.size -= size
             self._budget.give_back(size)
 
     def release(self) -> None:
@@ -154,7 +159,8 @@ class Hold:
         if not self._released:
             self._released = True
             self.keeps_graph = False
-            self._budget.give_back(self._size)
+            self._budget.give_back(self.size)
+            self.size = 0
 
 
 class Spilled:
@@ -163,10 +169,22 @@ class Spilled:
     def __init__(self, spill: Spill, path: Path, size: int) -> None:
         self._spill, self._path, self._size = spill, path, size
 
-    def read(self) -> memoryview:
-        """All of it, writable. Raises StorageError."""
+    def append(self, data: memoryview | bytes) -> None:
+        """Raises StorageError."""
+        failpoint("spill.write")
         try:
-            return memoryview(bytearray(self._path.read_bytes()))
+            with self._path.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise StorageError(f"a request cannot be put aside on disk: {error.strerror}") from error
+        failpoint("spill.written")
+
+    def read(self, start: int = 0, size: int = -1) -> memoryview:
+        """All of it, or `size` bytes from `start` on, writable. Raises StorageError."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(start)
+                return memoryview(bytearray(file.read(size)))
         except OSError as error:
             raise StorageError(f"a request put aside on disk cannot be read: {error.strerror}") from error
 
@@ -193,8 +211,7 @@ class Spill:
         self.taken = 0
         self.put_bytes = 0  # in all
         self._made = 0
-        self.turn = asyncio.Semaphore(_SPILLED_AT_ONCE)  # each is in memory on its way to the disk
-        self._lock = threading.Lock()  # whichever thread drops a graph last forgets its file
+        self._lock = threading.RLock()  # lanes put aside, and whichever thread drops a graph last forgets its file
 
     def _lock_folder(self) -> None:
         """Held as long as this process lives, so that no other trunk takes the folder for a leftover."""
@@ -208,24 +225,22 @@ class Spill:
 
     def put(self, data: memoryview) -> Spilled:
         """Raises CapacityError when the folder is full, StorageError when it cannot be written."""
-        if self.taken + len(data) > self.limit:
-            raise CapacityError(
-                f"{self.taken} bytes of requests wait on the trunk's disk, and {len(data)} more are over its "
-                f"spill-budget of {self.limit}: try again later"
-            )
-        self._made += 1
-        path = self.folder / f"request-{self._made}"
-        failpoint("spill.write")
-        try:
-            path.write_bytes(data)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise StorageError(f"a request cannot be put aside on disk: {error.strerror}") from error
-        failpoint("spill.written")
+        kept = self.place(len(data))
+        kept.append(data)
+        return kept
+
+    def place(self, size: int) -> Spilled:
+        """Room for `size` bytes, to be appended. Raises CapacityError when the folder is full."""
         with self._lock:
-            self.taken += len(data)
-            self.put_bytes += len(data)
-        return Spilled(self, path, len(data))
+            if self.taken + size > self.limit:
+                raise CapacityError(
+                    f"{self.taken} bytes of requests wait on the trunk's disk, and {size} more are over its "
+                    f"spill-budget of {self.limit}: try again later"
+                )
+            self.taken += size
+            self.put_bytes += size
+            self._made += 1
+            return Spilled(self, self.folder / f"request-{self._made}", size)
 
     def forget(self, path: Path, size: int) -> None:
         path.unlink(missing_ok=True)

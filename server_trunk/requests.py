@@ -10,7 +10,7 @@ from torch import Tensor
 from contract import trunk_pb2 as pb
 from contract.codec import CODECS, SESSION_CODECS, check_header, sent_lengths, unpack_mask, unpack_positions
 from contract.delta import Samples
-from contract.errors import AgreementError, FrameError
+from contract.errors import AgreementError, FrameError, FrameTooLargeError
 from contract.records import DELTA_CODEC, AdamWSettings, LoraSpec, RoundKey, Trainable
 from contract.trunk_arithmetic import TRUNK_AUTOCAST
 from contract.wire import PROTOCOL, lora_from_wire, require_agreement, round_from_wire
@@ -18,6 +18,12 @@ from server_trunk.contributions import check_name
 from server_trunk.lane import AUTOCAST, Graph
 
 _MAX_SETTING = 1e6  # far above any use, and no product of two overflows float32
+_MAX_TARGETS = 1 << 16  # names in a LoRA, far more than any model has layers
+_MAX_CODECS = 16
+_MAX_DROPPED = 1024  # of one forward; a session has far fewer that wait
+_MAX_CLIENT_ID = 128
+_MAX_SURVIVORS = 1 << 14  # as many as the members of a secure sum
+_MAX_TRAINED_TOKENS = 1 << 48  # the sum over any cohort fits the 64 bits of its message
 _TRAINABLE: dict[str, Trainable] = {"A": "A", "B": "B", "AB": "AB", "none": "none"}
 
 
@@ -44,6 +50,7 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
     start = hello.WhichOneof("start")
     if start is None:
         raise FrameError("hello.start is missing; it must be a seed or an adapter_sha256")
+    _check_counts(hello)
     if hello.trainable not in _TRAINABLE:
         raise FrameError(f"hello.trainable is {hello.trainable!r}; it must be A, B, AB or none")
     codecs = tuple(codec for codec in SESSION_CODECS if codec in hello.codecs)
@@ -70,6 +77,22 @@ def read_hello(hello: pb.Hello, own: pb.ModelAgreement) -> Opening:
     )
 
 
+def _check_counts(hello: pb.Hello) -> None:
+    """Raise FrameTooLargeError for lists that would keep the trunk busy before they are found to name nothing."""
+    lora = hello.lora
+    for name, count, most in (
+        ("client_id", len(hello.client_id), _MAX_CLIENT_ID),
+        ("codecs", len(hello.codecs), _MAX_CODECS),
+        ("lora.target_modules", len(lora.target_modules), _MAX_TARGETS),
+        ("lora.target_parameters", len(lora.target_parameters), _MAX_TARGETS),
+        ("lora.rank_pattern", len(lora.rank_pattern), _MAX_TARGETS),
+        ("lora.alpha_pattern", len(lora.alpha_pattern), _MAX_TARGETS),
+    ):
+        if count > most:
+            unit = "letters" if name == "client_id" else "entries"
+            raise FrameTooLargeError(f"hello.{name} has {count} {unit}; it may have {most}")
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
     """What comes with a forward's hidden states: int64 mask_BT, int64 position_ids [1 or B, T], and B * T.
@@ -91,6 +114,10 @@ def read_forward(
 
     `max_positions` is the model's own limit: a row's length, and above every position. None is no limit.
     """
+    if len(forward.dropped) > _MAX_DROPPED:
+        raise FrameTooLargeError(
+            f"forward.dropped names {len(forward.dropped)} microbatches; one forward may name {_MAX_DROPPED}"
+        )
     mask_BT = _mask(forward, max_tokens)
     check_header(
         forward.hidden,
@@ -176,3 +203,18 @@ def read_step(step: pb.Step) -> tuple[AdamWSettings, float]:
         if not 0 <= value < 1:
             raise FrameError(f"step.{name} is {value}; it must be at least 0 and less than 1")
     return AdamWSettings(step.lr, step.beta1, step.beta2, step.eps, step.weight_decay), step.grad_scale
+
+
+def check_close(close: pb.Close, round_key: RoundKey | None) -> None:
+    """Raise FrameError for a contribution to no round, or by more tokens than any client trains."""
+    if close.contribute and round_key is None:
+        raise FrameError("close.contribute in a session without a round; there is nothing to contribute to")
+    if close.trained_tokens > _MAX_TRAINED_TOKENS:
+        raise FrameError(f"close.trained_tokens is {close.trained_tokens}; it must be at most {_MAX_TRAINED_TOKENS}")
+
+
+def read_survivors(request: pb.CommitRoundRequest) -> list[str]:
+    """Raise FrameTooLargeError for more than any round has, before there are so many strings."""
+    if len(request.survivors) > _MAX_SURVIVORS:
+        raise FrameTooLargeError(f"survivors has {len(request.survivors)} names; it may have {_MAX_SURVIVORS}")
+    return list(request.survivors)

@@ -86,7 +86,12 @@ class Scheduler:
     def enter(self, adapter: SessionAdapter, *, deterministic: bool = False, quiet: bool = False) -> Seat:
         seat = Seat(adapter, deterministic, served=self._time, quiet=quiet)
         self._seats[seat] = None
+        self._residents.used(seat)
         return seat
+
+    def require_room(self, values: int) -> None:
+        """Raise CapacityError for an adapter of so many values that this trunk would not hold it in memory once."""
+        self._residents.require_room(values)
 
     def leave(self, seat: Seat) -> None:
         """Drop what `seat` has queued and, after what it has running, its adapter."""
@@ -245,6 +250,10 @@ class Scheduler:
             if job.shape is None or job.hold is None or not job.shape.need_grad:
                 return
             sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
+        if self._residents.crowded:  # a kept graph would keep its adapter in memory too
+            for job in jobs:
+                job.keep = False
+            return
         kept = [job.hold.keep_graph(size) for job, size in zip(jobs, sizes, strict=True) if job.hold is not None]
         if not all(kept):
             for job, size in zip(jobs, sizes, strict=True):
@@ -386,15 +395,16 @@ def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
 
 
 def _pass(lane: Lane, like: Job, asked: Sequence[Any]) -> list[Any]:
-    """What the lane answers to each request; where memory runs out for all together, to one after the other."""
+    """What the lane answers to each request; where it fails for all together, to one after the other."""
     try:
         if like.kind == "forward":
             return list(lane.forward(asked, keep=like.keep))
         return list(lane.backward(asked))
-    except CapacityError as error:
+    except Exception as error:  # noqa: BLE001 (told to who asked, and to nobody else)
         if len(asked) == 1:
             return [error]
-    logger.warning("no memory for a pass of %d sessions; they are served one by one", len(asked))
+        why = "there is no memory for it" if isinstance(error, CapacityError) else f"it failed: {error}"
+        logger.warning("a pass of %d sessions is done one by one: %s", len(asked), why)
     for one in asked:
         if like.kind == "backward" and one.graph.gang is not None:
             one.graph.gang.release()

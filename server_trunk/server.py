@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 import psutil
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from contract.errors import ConfigError, ConnectionFailedError, ListenError, StorageError
 from contract.records import CutLayers
@@ -29,7 +30,9 @@ from contract.wire import message_limits
 from server_trunk.access import RoleGate
 from server_trunk.admin import AdminServicer
 from server_trunk.contributions import Contributions
+from server_trunk.door import Door, Doorkeeper
 from server_trunk.engine import Engine, choose_device, load_trunk
+from server_trunk.health import Health
 from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
@@ -37,7 +40,7 @@ from server_trunk.probe import DEFAULT_BATCH_TOKENS, Findings, probe
 from server_trunk.ranks import HEARTBEAT_S, Member, Ranks
 from server_trunk.residents import Residents
 from server_trunk.scheduler import Scheduler
-from server_trunk.servicer import SERVICE, Limits, TrunkServicer
+from server_trunk.servicer import SERVICE, Limits, TrunkServicer, abort
 from server_trunk.session_adapter import SessionAdapter
 from server_trunk.sessions import SessionTable
 from server_trunk.sharded_lane import Follower, ShardedLane
@@ -54,8 +57,15 @@ _TORCHRUN_GRACE_S = 20.0
 """torchrun kills its processes 30 s after it told them to end."""
 _DRAIN_POLL_S = 0.05
 _TRIM_S = 0.25
+_RELIEF_POLL_S = 0.5
 _FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
-_CONTROL_CALLS = 64  # RPCs at once beside the sessions: descriptions, uploads, commits, progress, health
+_FOR_CACHES = 0.1  # of _FOR_WAITING, what sample caches may take
+_STRANGERS = 256  # calls at once that have not said yet what they want
+_CONTROL_CALLS = 64  # calls at once beside the sessions: descriptions, uploads, commits, progress, health
+_TURNED_AWAY = 1024  # calls that gRPC may hold until they have been told that there is no place for them
+_OWN_FILES = 256  # descriptors that no connection may take
+_MOST_CONNECTIONS = 1 << 14
+_HANDSHAKE_S, _IDLE_CONNECTION_S = 10, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,8 @@ class TrunkServer:
             choose_budget(options.memory_budget, "cpu")
         self._first_lane = Worker("trunk-compute-1")
         self._disk = Worker("trunk-disk")
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = Health()
+        self._door = Door(_STRANGERS)
         self.told_to_end = asyncio.Event()
         self._cut_off_s = math.inf
         self._table: SessionTable[SessionAdapter, Graph] = SessionTable(
@@ -166,9 +177,9 @@ class TrunkServer:
         """
         options = self._options
         self._server = grpc.aio.server(
-            options=[*message_limits(), *_transport_options()],
-            maximum_concurrent_rpcs=2 * options.max_sessions + _CONTROL_CALLS,
-            interceptors=[] if self._credentials is None else [RoleGate()],
+            options=[*message_limits(), *_transport_options(options.max_sessions + _CONTROL_CALLS)],
+            maximum_concurrent_rpcs=options.max_sessions + _STRANGERS + _CONTROL_CALLS + _TURNED_AWAY,
+            interceptors=[Doorkeeper(self._door, abort), *([] if self._credentials is None else [RoleGate()])],
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
         _require_free(self._host, self._port)
@@ -198,7 +209,7 @@ class TrunkServer:
             batch_tokens=found.batch_tokens,
             graph_bytes=engine.meter.estimate,
             pass_bytes=int(budget * _FOR_PASSES),
-            residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder),
+            residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder, budget),
             observe=self.watch.passed,
         )
         memory = MemoryBudget(int(budget * _FOR_WAITING))
@@ -212,7 +223,9 @@ class TrunkServer:
             first_lane=self._first_lane,
             disk=self._disk,
             memory=memory,
+            cache_memory=MemoryBudget(int(budget * _FOR_CACHES)),
             spill=self._spill,
+            door=self._door,
             tickets=tickets,
             watch=self.watch,
         )
@@ -223,6 +236,7 @@ class TrunkServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         self._sweeper = asyncio.create_task(self._sweep())
+        self._reliever = asyncio.create_task(self._relieve())
         # Of a GPU's budget this process's own memory is no part.
         heap = Heap(psutil.Process().memory_info().rss + budget if engine.device == "cpu" else sys.maxsize)
         self._trimmer = asyncio.create_task(self._trim(heap))
@@ -265,7 +279,7 @@ class TrunkServer:
 
     async def stop(self) -> None:
         """Cut off what is open with UNAVAILABLE and give the threads back."""
-        for task in (self._sweeper, self._trimmer, self._beating):
+        for task in (self._sweeper, self._reliever, self._trimmer, self._beating):
             task.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
@@ -322,6 +336,11 @@ class TrunkServer:
             if freed:
                 logger.info("freed %d graphs that waited too long for their backward", freed)
 
+    async def _relieve(self) -> None:
+        while True:
+            await asyncio.sleep(_RELIEF_POLL_S)
+            await self._servicer.relieve()
+
     async def _beat(self) -> None:
         """Lets the other processes of this trunk know, while nobody computes, that they are still wanted."""
         while self._sharded:
@@ -353,13 +372,41 @@ def _require_free(host: str, port: int) -> None:
             ) from error
 
 
-def _transport_options() -> list[tuple[str, Any]]:
+def _transport_options(calls: int) -> list[tuple[str, Any]]:
+    """For a server whose connections may each have so many calls."""
     return [
         ("grpc.so_reuseport", 0),  # two trunks on one port would each get some of the clients
         ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died is noticed
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # A message of 4 MiB could unfold to 4 GiB; tensors do not compress.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.max_metadata_size", 8 << 10),
+        ("grpc.absolute_max_metadata_size", 16 << 10),
+        ("grpc.max_concurrent_streams", calls),
+        ("grpc.server_handshake_timeout_ms", 1000 * _HANDSHAKE_S),
+        ("grpc.max_connection_idle_ms", 1000 * _IDLE_CONNECTION_S),
+        ("grpc.max_allowed_incoming_connections", _connections()),
     ]
+
+
+def _connections() -> int:
+    """How many connections there may be, so that adapters and requests still find descriptors for their files.
+
+    As many descriptors are asked for as this process may have.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    wanted = _MOST_CONNECTIONS + _OWN_FILES
+    files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if files > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            soft = files
+        except (ValueError, OSError) as error:  # a system may forbid what it says is allowed
+            logger.warning("this process keeps its limit of %d open files: %s", soft, error)
+    return min(_MOST_CONNECTIONS, max(_OWN_FILES, soft - _OWN_FILES))
 
 
 def follow(options: ServeOptions, member: Member) -> None:

@@ -87,8 +87,30 @@ class PendingGraphs(Generic[Graph]):
 
     def settled(self, microbatch: int) -> None:
         """The backward of a graph that was popped is done, and its memory given back."""
-        if (hold := self._reserved.pop(microbatch, None)) is not None:
+        if (hold := self.answered(microbatch)) is not None:
             hold.release()
+
+    def answered(self, microbatch: int) -> Hold | None:
+        """The backward of a graph that was popped is done; its memory is the caller's to give back."""
+        return self._reserved.pop(microbatch, None)
+
+    def hold_of(self, microbatch: int) -> Hold:
+        """What the forward of a graph holds."""
+        return self._reserved[microbatch]
+
+    def at_rest(self) -> dict[int, Graph]:
+        """By microbatch, the graphs that wait for their backward and take memory, the oldest first."""
+        return {microbatch: graph for microbatch, (_, graph) in self._graphs.items() if self._reserved[microbatch].size}
+
+    def rested_s(self) -> float:
+        """How long the oldest of them has waited; 0 for none."""
+        since = next((since for number, (since, _) in self._graphs.items() if self._reserved[number].size), None)
+        return 0.0 if since is None else self._clock() - since
+
+    def put_aside(self, microbatch: int, graph: Graph) -> None:
+        """The graph takes no memory any more; its place stays its own."""
+        if self._graphs.get(microbatch, (0.0, None))[1] is graph:
+            self._reserved[microbatch].release()
 
     def drop(self, microbatches: Iterable[int]) -> None:
         """Free what the client will never ask for."""
@@ -329,6 +351,8 @@ class SessionTable(Generic[Adapter, Graph]):
     def _totals(self, key: RoundKey) -> Counters:
         totals = self._rounds.setdefault(key, Counters())
         self._rounds.move_to_end(key)
-        while len(self._rounds) > _REMEMBERED_ROUNDS:
-            self._rounds.popitem(last=False)
+        if len(self._rounds) > _REMEMBERED_ROUNDS:  # never one that goes on, however many others are named meanwhile
+            going_on = {key, *(session.round_key for session in self._open)}
+            for old in [old for old in self._rounds if old not in going_on][: len(self._rounds) - _REMEMBERED_ROUNDS]:
+                del self._rounds[old]
         return totals

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
 from contract import trunk_pb2 as pb
 from contract.codec import Assembler
-from contract.errors import DeadlineError, FrameError
+from contract.errors import DeadlineError, FrameError, FrameTooLargeError
 from contract.failpoint import failpoint
 from contract.wire import chunk_data, chunk_frames, parse_client_frame
+from server_trunk.memory import Spilled
+from server_trunk.worker import Worker
+
+SLOWEST_BYTES_S = 1 << 16
+"""What a link must carry, 0.5 Mbit/s: a tensor that comes more slowly would hold the room of others for hours."""
+_SLACK_S = 30.0
+_HELLO_BYTES = 1 << 20  # some ten thousand LoRA targets by their full names
+
+
+def longest_s(size_bytes: int) -> float:
+    """How long announced data may take to come, or to go."""
+    return _SLACK_S + size_bytes / SLOWEST_BYTES_S
 
 
 class FrameStream:
     """Serialised frames in and out of a gRPC call whose (de)serialisers leave bytes alone."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], idle_timeout_s: float) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], idle_timeout_s: float, frame_bytes: int) -> None:
+        """`frame_bytes` is the most that a frame may have which is no hello and no chunk: it is parsed whole."""
         self._context = context
         self._idle_timeout_s = idle_timeout_s
+        self._frame_bytes = frame_bytes
+        self.peer = context.peer()
         self.received_bytes = 0
         self.sent_bytes = 0
-        self.on_this_machine = context.peer().startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:"))
+        self.on_this_machine = self.peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:"))
         """Whether the client's address is a loopback one, so that it may compute on the same cores."""
 
-    async def read(self, timeout_s: float | None = None) -> pb.ClientFrame | None:
+    async def read_hello(self, timeout_s: float) -> pb.ClientFrame | None:
+        """As `read`, for the first frame, within `timeout_s`."""
+        return await self._read_frame(timeout_s, _HELLO_BYTES)
+
+    async def read(self) -> pb.ClientFrame | None:
         """The next frame that is not a chunk, None when the client has hung up.
 
-        Raises FrameError for a chunk that no header announced, DeadlineError after `timeout_s`, or the idle time.
+        Raises FrameError for a chunk that no header announced, FrameTooLargeError, DeadlineError after the idle time.
         """
-        frame = await self._read(self._idle_timeout_s if timeout_s is None else timeout_s)
+        return await self._read_frame(self._idle_timeout_s, self._frame_bytes)
+
+    async def _read_frame(self, timeout_s: float, most_bytes: int) -> pb.ClientFrame | None:
+        frame = await self._read(timeout_s)
         if frame is None:
             return None
         if chunk_data(frame) is not None:
             raise FrameError("a chunk came that no header announced, or more of them than announced")
+        if len(frame) > most_bytes:
+            raise FrameTooLargeError(f"a frame of {len(frame)} bytes came; one that is no chunk may have {most_bytes}")
         parsed = parse_client_frame(frame)
         failpoint(f"serve.{parsed.WhichOneof('body')}")
         return parsed
@@ -42,21 +68,52 @@ class FrameStream:
     async def read_data(self, size_bytes: int, what: str) -> memoryview:
         """The `size_bytes` of data that follow their header in chunks, writable.
 
-        Raises FrameError when another frame or the end comes first, FrameTooLargeError when more comes.
+        Raises FrameError when another frame or the end comes first, FrameTooLargeError when more comes, DeadlineError
+        when it takes too long.
         """
         assembler = Assembler(size_bytes, what)
-        while not assembler.complete:
-            frame = await self._read(self._idle_timeout_s)
-            if frame is None:
-                break
-            data: memoryview | bytes | None = chunk_data(frame)
-            if data is None:
-                parsed = parse_client_frame(frame)
-                if parsed.WhichOneof("body") != "chunk":
+        async with self._in_time(size_bytes, what):
+            while not assembler.complete:
+                data = await self._read_chunk()
+                if data is None:
                     break
-                data = parsed.chunk.data
-            assembler.add(data)
+                assembler.add(data)
         return assembler.data()
+
+    async def put_data(self, size_bytes: int, what: str, kept: Spilled, disk: Worker) -> None:
+        """As `read_data`, to the disk chunk by chunk: whoever sends it slowly holds no memory. Raises StorageError."""
+        came = 0
+        async with self._in_time(size_bytes, what):
+            while came < size_bytes:
+                data = await self._read_chunk()
+                if data is None:
+                    raise FrameError(f"{what}: truncated at byte {came} of {size_bytes}")
+                if not data:
+                    raise FrameError(f"{what}: an empty chunk at byte {came} of {size_bytes}")
+                came += len(data)
+                if came > size_bytes:
+                    raise FrameTooLargeError(f"{what}: {came} bytes came; its header announced {size_bytes}")
+                await disk.run(kept.append, data)
+
+    async def _read_chunk(self) -> memoryview | bytes | None:
+        """The data of the next chunk; None when something else comes, or the end."""
+        frame = await self._read(self._idle_timeout_s)
+        if frame is None:
+            return None
+        data = chunk_data(frame)
+        if data is not None:
+            return data
+        parsed = parse_client_frame(frame)
+        return parsed.chunk.data if parsed.WhichOneof("body") == "chunk" else None
+
+    @asynccontextmanager
+    async def _in_time(self, size_bytes: int, what: str) -> AsyncIterator[None]:
+        limit_s = longest_s(size_bytes)
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise DeadlineError(f"{what}: its {size_bytes} bytes did not come within {limit_s:.0f} s") from None
 
     async def write(self, frame: pb.ServerFrame) -> None:
         kind = frame.WhichOneof("body")

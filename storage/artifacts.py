@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from contract.durable_file import replace_file
+from contract.durable_file import GrowingFile, replace_file
 from contract.errors import IntegrityError, StorageError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,6 +35,14 @@ class ArtifactStore:
         except OSError as error:
             raise StorageError(f"cannot write artifact {final}: {error.strerror}") from error
         return sha256
+
+    def begin(self) -> Receiving:
+        """An artifact that comes bit by bit. Raises StorageError."""
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return Receiving(self, GrowingFile(self._root))
+        except OSError as error:
+            raise StorageError(f"cannot write to {self._root}: {error.strerror}") from error
 
     def get(self, sha256: str) -> bytes:
         """The bytes with this hash. Raises StorageError when they are not here, IntegrityError when they changed."""
@@ -66,3 +74,44 @@ class ArtifactStore:
             return final.read_bytes() == data
         except FileNotFoundError:
             return False
+
+
+class Receiving:
+    """An artifact on its way to the disk, hashed as it comes. It must be kept or abandoned. Raises StorageError."""
+
+    def __init__(self, store: ArtifactStore, file: GrowingFile) -> None:
+        self._store = store
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of what has come."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise StorageError(f"cannot write {self._file.path}: {error.strerror}") from error
+
+    def flushed(self) -> Path:
+        """Where what has come can be read."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self._file.path}: {error.strerror}") from error
+        return self._file.path
+
+    def keep(self) -> str:
+        """Store it under its hash, durably, and answer that."""
+        final = self._store.path(self.sha256)
+        try:
+            self._file.keep(final)
+        except OSError as error:
+            raise StorageError(f"cannot write artifact {final}: {error.strerror}") from error
+        return self.sha256
+
+    def abandon(self) -> None:
+        self._file.abandon()

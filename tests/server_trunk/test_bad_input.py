@@ -112,7 +112,7 @@ LORAS: list[tuple[dict[str, Any], type[errors.TrunklineError], str]] = [
     ({"rank": 1 << 30}, errors.FrameError, "lora.rank is 1073741824"),
     ({"rank_pattern": {"model.layers.1.self_attn.q_proj": 99}}, errors.FrameError, "lora.rank is 99"),
     ({"dropout": 1.0}, errors.FrameError, "lora.dropout is 1.0"),
-    ({"alpha": math.nan}, errors.FrameError, "lora.alpha nan"),
+    ({"alpha": math.nan}, errors.FrameError, "lora.alpha is nan"),
 ]
 
 

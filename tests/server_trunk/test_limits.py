@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ import torch
 from contract import errors
 from contract import trunk_pb2 as pb
 from contract.adapter import from_bytes, sha256_hex, to_bytes
-from contract.codec import Assembler
+from contract.wire import lora_from_wire
+from server_trunk import server as server_module
 from server_trunk import servicer, transfers
-from storage.artifacts import ArtifactStore
-from tests.server_trunk.conftest import HIDDEN, RunningTrunk
+from server_trunk.engine import Engine
+from server_trunk.graph_meter import PassKind
+from storage.artifacts import ArtifactStore, Receiving
+from tests.server_trunk.conftest import CUT, HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient
 
 HIDDEN_BTD = torch.zeros(1, 4, HIDDEN)
@@ -77,31 +81,26 @@ def test_an_upload_that_stops_is_ended_and_makes_room(
     assert time.monotonic() - started < 10
 
 
-def test_adapters_that_wait_for_the_disk_keep_further_uploads_out_of_memory(
+def test_an_upload_is_on_the_disk_before_the_next_of_its_chunks_is_taken(
     start_trunk: Callable[..., RunningTrunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, taken, writable = WireClient(start_trunk().address), [], threading.Event()
-    put = ArtifactStore.put
+    client, writable, written = WireClient(start_trunk().address), threading.Event(), []
+    write = Receiving.write
 
-    def counted(size_bytes: int, what: str) -> Assembler:
-        taken.append(size_bytes)
-        return Assembler(size_bytes, what)
-
-    def slow_put(store: ArtifactStore, data: bytes) -> str:
+    def slow(file: Receiving, data: bytes) -> None:
         writable.wait(20)
-        return put(store, data)
+        written.append(len(data))
+        write(file, data)
 
-    monkeypatch.setattr(transfers, "Assembler", counted)
-    monkeypatch.setattr(ArtifactStore, "put", slow_put)
+    monkeypatch.setattr(Receiving, "write", slow)
     adapters = [artifact(seed) for seed in range(5)]
     with ThreadPoolExecutor(5) as threads:
         stored = [threads.submit(client.put_adapter, sha256_hex(data), data) for data in adapters]
-        time.sleep(1.0)
-        at_once = len(taken)
+        time.sleep(0.5)
+        assert written == []
         writable.set()
         assert [one.result(20) for one in stored] == [sha256_hex(data) for data in adapters]
-    assert at_once == 2
-    assert len(taken) == 5
+    assert max(written) <= 1000, "what is written is a chunk and never a whole adapter"
 
 
 def test_a_download_never_holds_the_whole_adapter(
@@ -163,3 +162,113 @@ def test_a_first_adapter_is_not_parsed_on_the_event_loop(
             monkeypatch.setattr(module, "from_bytes", noted)
     assert client.session(client.hello(lora, adapter_sha256=sha256)).read() == data
     assert [name.rpartition("_")[0] for name in parsers] == ["trunk-disk"]
+
+
+def test_the_line_of_those_who_wait_for_a_turn_is_bounded_and_moves() -> None:
+    async def main() -> None:
+        turns, over = transfers.Turns(1, 20.0, "it did not come"), asyncio.Event()
+
+        async def one() -> None:
+            async with turns.turn():
+                await over.wait()
+
+        waiting = [asyncio.create_task(one()) for _ in range(1 + transfers._IN_LINE)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(errors.CapacityError, match="32 others are in line at this trunk, which is its limit"):
+            await one()
+        over.set()
+        await asyncio.gather(*waiting)
+        await one()
+
+    asyncio.run(main())
+
+
+def test_a_turn_ends_when_too_little_moves_in_it() -> None:
+    async def main() -> None:
+        turns = transfers.Turns(1, 0.05, "it did not come")
+
+        async def slowly() -> None:
+            async with turns.turn() as moves:
+                moves(1 << 30)
+                await asyncio.sleep(5)
+
+        with pytest.raises(errors.DeadlineError, match="it did not come in time: at least 64 KiB/s must move"):
+            await slowly()
+        async with turns.turn() as moves:
+            moves(None)
+            await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+
+
+def test_a_flood_of_refusals_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    refusals = servicer._Refusals(most=3, every_s=0.2)
+    with caplog.at_level("INFO", "trunkline.server_trunk"):
+        for _ in range(50):
+            refusals.tell("session", errors.FrameError("no"))
+        time.sleep(0.25)
+        refusals.tell("session", errors.FrameError("again"))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["session refused: no"] * 3 + ["47 more calls were refused", "session refused: again"]
+
+
+def test_between_new_structures_the_thread_is_left_to_passes_and_known_ones_open_at_once(
+    start_trunk: Callable[..., RunningTrunk], monkeypatch: pytest.MonkeyPatch, lora: pb.Lora
+) -> None:
+    trunk: Any = start_trunk()
+    client = WireClient(trunk.address)
+
+    def structure(alpha: float) -> pb.Hello:
+        changed = pb.Lora()
+        changed.CopyFrom(lora)
+        changed.alpha = alpha
+        return client.hello(changed)
+
+    monkeypatch.setattr(servicer, "_REST", 1e6)
+    client.session(structure(1.0)).close()
+    new = client.session(None)
+    new.send(hello=structure(2.0))
+    for _ in range(2):
+        known = client.session(structure(1.0))
+        known.close()
+        known.ending()
+    assert trunk.server._table.taken == 1, "the new one waits, and the others came and went"
+    new.call.cancel()
+
+
+def test_a_structure_takes_no_memory_of_its_own(model_dir: Path, lora: pb.Lora) -> None:
+    engine = Engine(model_dir, CUT, dtype="float32", attn_implementation="sdpa", device="cpu", lanes=1)
+    spec = lora_from_wire(lora)
+    adapter = engine.open(spec, 1, "AB")
+    slot = engine.lanes[0].slots._slot(spec)
+    assert {parameter.device.type for parameter in slot.placeholders.values()} == {"meta"}
+    assert engine.adapter_values(spec) == adapter.layout.values
+
+
+def test_kinds_of_passes_are_remembered_up_to_a_number(model_dir: Path) -> None:
+    engine = Engine(model_dir, CUT, dtype="float32", attn_implementation="sdpa", device="cpu", lanes=1)
+    for number in range(300):
+        with engine.meter.measuring(PassKind(f"layout {number}", "", False, 8), 8):
+            pass
+    assert not engine.meter.knows(PassKind("layout 0", "", False, 8))
+    assert engine.meter.knows(PassKind("layout 299", "", False, 8))
+    assert len(engine.meter._per_token) == 256
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections"),
+    [(1024, 4096, 4096 - 256), (1024, 1024, 1024 - 256), (300, 300, 256), (1 << 20, 1 << 20, 1 << 14)],
+)
+def test_connections_leave_descriptors_for_adapters_and_requests(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, connections: int
+) -> None:
+    limits = [soft, hard]
+
+    def set_limits(which: int, wanted: tuple[int, int]) -> None:
+        assert wanted[0] <= hard
+        limits[:] = wanted
+
+    monkeypatch.setattr("resource.getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", set_limits)
+    assert server_module._connections() == connections
+    assert limits[0] >= soft, "what this process had is not taken from it"

@@ -214,13 +214,13 @@ def test_many_clients_with_little_memory_slow_down_and_all_get_their_bits(
     monkeypatch.setattr("server_trunk.server.choose_budget", lambda asked, device: 10 * session_bytes(40) * 2 // 3)
     monkeypatch.setattr("server_trunk.server._FOR_PASSES", 100.0)
     spilled: list[int] = []
-    put = Spill.put
+    place = Spill.place
 
-    def noted(spill: Spill, data: memoryview) -> Any:
-        spilled.append(len(data))
-        return put(spill, data)
+    def noted(spill: Spill, size: int) -> Any:
+        spilled.append(size)
+        return place(spill, size)
 
-    monkeypatch.setattr(Spill, "put", noted)
+    monkeypatch.setattr(Spill, "place", noted)
     trunk = start_trunk(max_sessions=16, lanes=1)
 
     def work(seed: int) -> list[bytes]:

@@ -99,3 +99,12 @@ def test_over_the_wire_only_a_part_names_its_clients(start_trunk: Callable[..., 
     assert list(whole.clients) == []
     assert whole.adapter_sha256 == part.adapter_sha256
     assert commit("3", partial=True) == pb.CommitRoundReply()
+
+
+def test_a_commit_of_nobody_leaves_nothing_and_removes_nothing(state: Contributions, base: str, tmp_path: Path) -> None:
+    """Anybody who reaches the port can name a later round of a run that trains."""
+    contribute(state, base)
+    before = sorted((tmp_path / "state").rglob("*"))
+    assert state.commit_part(RoundKey(RUN, 4_000_000_000, 1), base, ["1"]) == PartialCandidate("", 0, [])
+    assert sorted((tmp_path / "state").rglob("*")) == before
+    assert state.commit(KEY, base, ["1", "2"]).trained_tokens

@@ -194,3 +194,33 @@ def test_closing_and_sweeping_free_graphs(table: SessionTable[str, str], clock: 
     table.close(session)
     assert len(session.pending) == 0
     assert table.sweep() == 0
+
+
+def test_rounds_that_go_on_are_remembered_however_many_others_are_named(table: SessionTable[str, str]) -> None:
+    session = opened(table)
+    for number in range(300):
+        table.close(opened(table, RoundKey("other", number, 1)))
+    session.count(steps=3)
+    assert table.progress(KEY).steps == 3
+    assert table.progress(RoundKey("other", 0, 1)).sessions == 0
+
+
+def test_a_graph_that_was_put_aside_keeps_its_place_and_takes_no_memory(
+    table: SessionTable[str, str], clock: Clock
+) -> None:
+    session, budget = opened(table), MemoryBudget(100)
+    hold = Hold(budget)
+    assert hold.grow(60)
+    session.pending.reserve(7, hold)
+    session.pending.add(7, "graph")
+    clock.now += 2
+    assert session.pending.at_rest() == {7: "graph"}
+    assert session.pending.rested_s() == 2
+    session.pending.put_aside(7, "another graph")
+    assert budget.taken == 60
+    session.pending.put_aside(7, "graph")
+    assert (budget.taken, session.pending.at_rest(), session.pending.rested_s()) == (0, {}, 0.0)
+    assert session.pending.reserved == 1
+    assert session.pending.pop(7) == "graph"
+    session.pending.settled(7)
+    assert session.pending.reserved == 0

@@ -69,3 +69,32 @@ def test_two_writers_of_the_same_bytes_both_succeed(tmp_path: Path) -> None:
     assert len(names) == 8
     assert len(set(names)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f"{names[0]}.safetensors"]
+
+
+def test_what_comes_bit_by_bit_is_nowhere_until_it_is_kept(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    receiving = store.begin()
+    receiving.write(b"adap")
+    receiving.write(memoryview(b"ter"))
+    sha256 = hashlib.sha256(b"adapter").hexdigest()
+    assert receiving.sha256 == sha256
+    assert receiving.flushed().read_bytes() == b"adapter"
+    assert not store.has(sha256)
+    assert receiving.keep() == sha256
+    assert store.get(sha256) == b"adapter"
+    receiving.abandon()
+    assert store.get(sha256) == b"adapter"
+    assert len(list((tmp_path / "artifacts").iterdir())) == 1
+
+
+def test_what_is_abandoned_leaves_nothing(tmp_path: Path) -> None:
+    receiving = ArtifactStore(tmp_path / "artifacts").begin()
+    receiving.write(b"adapter")
+    receiving.abandon()
+    assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+def test_a_directory_that_nothing_can_come_into_is_named(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("a file")
+    with pytest.raises(StorageError, match="cannot write to .*artifacts"):
+        ArtifactStore(tmp_path / "artifacts").begin()
