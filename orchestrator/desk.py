@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +30,10 @@ class RunTrunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts and the time."""
+    """One run's settings and its ways to the clients, the trunk, SQL, the artifacts, the time and chance.
+
+    `entropy(n)` gives n random bytes that nobody else can guess.
+    """
 
     run_id: str
     config: RunConfig
@@ -38,6 +42,7 @@ class Desk:
     store: Store
     artifacts: ArtifactStore
     clock: Clock
+    entropy: Callable[[int], bytes] = os.urandom
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,13 +77,24 @@ class Trunk:
     or takes adapters, and a commit, are asked again for `patience_s`: all of them may be asked twice.
     """
 
-    def __init__(self, address: str, answer_timeout_s: float = ANSWER_TIMEOUT_S, *, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        *,
+        patience_s: float = 0.0,
+        channel: grpc.Channel | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`channel` and the two of time stand in for the wire and the clock, so that a simulation need not wait."""
         self.address = address
         self._answer_timeout_s = answer_timeout_s
         self._patience_s = patience_s
         # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", int(1000 * LOOK_S))]
-        self._channel = grpc.insecure_channel(address, [*wire.message_limits(), *options])
+        self._channel = channel or grpc.insecure_channel(address, [*wire.message_limits(), *options])
+        self._monotonic, self._sleep = monotonic, sleep
         self._stub = TrunkStub(self._channel)
         self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, NOTHING_SEEN, NOTHING_SEEN)
 
@@ -182,11 +193,11 @@ class Trunk:
                 with _told_by(self.address):
                     return ask()
             except ConnectionFailedError as error:
-                until_s = time.monotonic() + self._patience_s if until_s is None else until_s
-                if time.monotonic() >= until_s:
+                until_s = self._monotonic() + self._patience_s if until_s is None else until_s
+                if self._monotonic() >= until_s:
                     raise
                 log.warning("%s; asking again", error)
-            time.sleep(LOOK_S)
+            self._sleep(LOOK_S)
 
     def close(self) -> None:
         self._channel.close()
