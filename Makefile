@@ -1,11 +1,12 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy test test-killing faults lint bench clean
+.PHONY: help setup demo demo-deploy test test-killing faults simulate lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FAULT_ARGS ?=
+SIMULATE_ARGS ?=
 BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
 
 help: ## Show this help
@@ -28,6 +29,9 @@ test-killing: setup ## Kill sites of real deployments in the middle of a round (
 
 faults: setup ## Kill an orchestrator at every durable write and message, and resume it (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
+
+simulate: setup ## Play whole runs in virtual time, a weather of faults from each seed (SIMULATE_ARGS="--seeds 10000")
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.simulation $(SIMULATE_ARGS)
 
 lint: setup ## Check style, types and the generated stubs
 	@exec scripts/lint

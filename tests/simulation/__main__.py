@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from tests.simulation.seeds import Tally, outcomes, told
 from tests.simulation.weather import plan_of
-from tests.simulation.world import RARE, play, surroundings
+from tests.simulation.world import RARE, judged, surroundings
 
 ENOUGH = 200
 """So many seeds must bring everything that is rare."""
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(told(outcome))
             if options.stop:
                 break
-        if tally.seeds % 100 == 0:
+        if tally.seeds % 50 == 0:
             _say(f"{tally.seeds} seeds in {time.monotonic() - began_s:.0f} s, {len(tally.failed)} wrong")
     _say(
         f"{tally.seeds} seeds from {options.first} in {time.monotonic() - began_s:.0f} s: {tally.lives} orchestrators, "
@@ -62,7 +62,7 @@ def _trace(seeds: Sequence[int]) -> int:
         for seed in seeds:
             plan = plan_of(seed)
             _say(f"seed {seed}: {len(plan.sites)} sites, {dict(plan.settings)}, {plan.weather}")
-            outcome = play(around, plan)
+            outcome = judged(around, seed)
             _say("\n".join(outcome.trace))
             _say(f"seed {seed}: trace {outcome.trace_sha256}; {'; '.join(outcome.wrong) or 'nothing is wrong'}")
             wrong = wrong or bool(outcome.wrong)

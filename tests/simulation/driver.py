@@ -78,7 +78,7 @@ class Life:
     machine: Machine
     number: int
     resumed: str
-    ended: Callable[[Life], None]
+    operator: Operator
     outcome: str = ""
     run_id: str = ""
     process: Process = field(init=False)
@@ -126,7 +126,7 @@ class Life:
         self.process.alive = False
         machine.kernel.say(f"{self.process.name} ends: {self.outcome}")
         machine.kernel.kill(self.process)
-        self.ended(self)
+        self.operator.ended(self)
 
     def _connect(self, addresses: str, patience_s: float) -> Trunk:
         kernel = self.machine.kernel
@@ -173,7 +173,7 @@ class Life:
         self._note(place)
         if network.strikes(network.weather.driver_killed):
             self.outcome = f"killed at {place}"
-            kernel.at(0.0, lambda: self.ended(self))
+            kernel.at(0.0, lambda: self.operator.ended(self))
             kernel.die_at(place)
         network.spoil_disk(place)
         committed = place.endswith(".after") and place.startswith(("sql", "ledger"))
@@ -184,6 +184,7 @@ class Life:
             seconds = network.rng.choice((0.5, 5.0, 30.0, 90.0))
             kernel.say(f"{self.process.name} stands still for {seconds} s")
             self._excused(seconds)
+            self.operator.misses(seconds)
             kernel.stand_still(self.process, seconds)
 
     def _note(self, place: str) -> None:
@@ -299,11 +300,18 @@ class Operator:
         if len(self.lives) >= self.most_lives:
             self.machine.history.refute(f"the run has not finished after {len(self.lives)} lives")
             return
-        life = Life(self.machine, len(self.lives) + 1, resumed, self._ended)
+        life = Life(self.machine, len(self.lives) + 1, resumed, self)
         self.lives.append(life)
         life.begin()
 
-    def _ended(self, life: Life) -> None:
+    def misses(self, seconds: float) -> None:
+        """A driver will not be heard for so long: it may look dead to who watches it."""
+        rng = self.machine.network.rng
+        if seconds > LEASE_S and rng.random() < 0.7:
+            self.machine.kernel.at(rng.uniform(LEASE_S, seconds), self._meddle)
+
+    def ended(self, life: Life) -> None:
+        """Have the run go on, if nobody drives it."""
         if not self.due and not self._driving():
             self.due = True
             self.machine.kernel.at(self.machine.network.rng.uniform(1.0, 15.0), self._again)

@@ -63,7 +63,7 @@ def told(outcome: Outcome) -> str:
     lines = [f"seed {outcome.seed} is wrong (trace {outcome.trace_sha256}):"]
     lines += [f"    {wrong}" for wrong in outcome.wrong]
     lines += ["the last that happened:", *outcome.trace[-SHOWN_LINES:]]
-    again = f"python -m tests.simulation --first {outcome.seed} --seeds 1 --trace"
+    again = f'make simulate SIMULATE_ARGS="--first {outcome.seed} --seeds 1 --trace"'
     return "\n".join([*lines, f"again, to the same trace: {again}"])
 
 

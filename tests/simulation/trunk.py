@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ FINGERPRINT = "f" * 64
 CUT = CutLayers(1, 1)
 ADDRESS = "127.0.0.1:50051"
 _HANG_S = 9.0
+
+
+@cache
+def _description() -> pb.TrunkDescription:
+    model = wire.model_agreement(FINGERPRINT, CUT, "float32", "sdpa")
+    return pb.TrunkDescription(protocol=wire.PROTOCOL, model=model, layers=3, hidden_size=8)
 
 
 class CallError(grpc.RpcError):
@@ -203,8 +209,7 @@ class TrunkChannel:
         return answers[name](request)
 
     def _describe(self, request: pb.DescribeRequest) -> pb.TrunkDescription:
-        model = wire.model_agreement(FINGERPRINT, CUT, "float32", "sdpa")
-        return pb.TrunkDescription(protocol=wire.PROTOCOL, model=model, layers=3, hidden_size=8)
+        return _description()
 
     def _put(self, chunks: Iterable[pb.AdapterChunk]) -> pb.AdapterReceipt:
         data = b"".join(chunk.data for chunk in chunks)

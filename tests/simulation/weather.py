@@ -100,7 +100,7 @@ def _settings(rng: random.Random, sites: int) -> dict[str, ConfigValue]:
         settings |= {"metrics": rng.choice(("off", "sum"))}
     elif rng.random() < 0.4:
         settings |= {"deterministic": True}
-    elif rng.random() < 0.3:
+    if "deterministic" not in settings and rng.random() < 0.3:
         settings |= {"cohort-size": rng.randint(max(2, int(str(settings["quorum"]))), sites)}
     return settings
 

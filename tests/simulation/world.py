@@ -287,7 +287,8 @@ class World:
         for (name, key), _ in self.history.releases.items():
             states = self.books.states(name, (key.run, key.round, key.attempt))
             if "RESERVED" not in states or "VOID" in states:
-                self.history.refute(f"{name} let round {key.round}.{key.attempt} go; its charge ended as {states}")
+                ended = sorted(states)
+                self.history.refute(f"{name} let round {key.round}.{key.attempt} go; its charge ended as {ended}")
 
     def _judge_spending(self, whose: str, books: Books, budget) -> None:  # type: ignore[no-untyped-def]
         for client, counts in books.charged().items():
