@@ -25,24 +25,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed; the others follow it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes play them")
     parser.add_argument("--trace", action="store_true", help="print all that happened in each seed")
-    parser.add_argument("--stop", action="store_true", help="end with the first seed that goes wrong")
     options = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; it must be 1 or more")
     if options.trace:
         return _trace(range(options.first, options.first + options.seeds))
-    seeds, tally, began_s = range(options.first, options.first + options.seeds), Tally(), time.monotonic()
-    for outcome in outcomes(seeds, min(options.jobs, options.seeds)):
-        tally.add(outcome)
-        if outcome.wrong:
-            _say(told(outcome))
-            if options.stop:
-                break
-        if tally.seeds % 50 == 0:
-            _say(f"{tally.seeds} seeds in {time.monotonic() - began_s:.0f} s, {len(tally.failed)} wrong")
+    tally, began_s = Tally(), time.monotonic()
+    try:
+        for outcome in outcomes(range(options.first, options.first + options.seeds), min(options.jobs, options.seeds)):
+            tally.add(outcome)
+            if outcome.wrong:
+                _say(told(outcome))
+            if tally.seeds % 50 == 0:
+                _say(f"{tally.seeds} seeds in {time.monotonic() - began_s:.0f} s, {len(tally.failed)} wrong")
+    except KeyboardInterrupt:
+        _say(f"interrupted: {options.seeds - tally.seeds} seeds were not played")
+    return _sum_up(tally, options.first, time.monotonic() - began_s)
+
+
+def _sum_up(tally: Tally, first: int, seconds: float) -> int:
     _say(
-        f"{tally.seeds} seeds from {options.first} in {time.monotonic() - began_s:.0f} s: {tally.lives} orchestrators, "
+        f"{tally.seeds} seeds from {first} in {seconds:.0f} s: {tally.lives} orchestrators, "
         f"{tally.commits} rounds committed, {tally.virtual_s / 3600:.1f} virtual hours"
     )
     for name in RARE:

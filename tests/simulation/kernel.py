@@ -16,8 +16,6 @@ from greenlet import getcurrent, greenlet
 
 from contract.failpoint import watch
 
-SHOWN = 60
-
 
 class KilledError(BaseException):
     """A simulated process was killed: no `except Exception` takes it for an error."""

@@ -20,9 +20,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from sqlalchemy import Engine
 from transformers import LlamaConfig
 
-from clients.secure import open_secure_site
+from clients.participation import RoundOrder, RoundWork
+from clients.secure import SecureTurn, open_secure_site
+from clients.site import Site
 from contract import adapter
 from contract.config import RunConfig
+from contract.privacy_records import ADVERSARIES, Budget
 from orchestrator.adapters import FirstAdapter, draw_first_adapter
 from privacy.accountant import spent
 from privacy.filters import used
@@ -100,12 +103,8 @@ class Surroundings:
 
     def first(self, config: RunConfig) -> FirstAdapter:
         """Version 0, which follows from the seed and the structure alone."""
-        return _first(config.seed, self.model, config.sha256() and _structure(config))
-
-
-def _structure(config: RunConfig) -> RunConfig:
-    kept = {key: config.to_flower()[key] for key in ("seed", "lora-r", "target-modules", "model", "max-tokens")}
-    return RunConfig.from_flower(kept)
+        kept = ("seed", "lora-r", "target-modules", "head-layers", "tail-layers")
+        return _first(self.model, RunConfig.from_flower({key: config.to_flower()[key] for key in kept}))
 
 
 _engines: dict[str, Engine] = {}
@@ -119,7 +118,7 @@ def engine_at(url: str) -> Engine:
 
 
 @lru_cache(maxsize=64)
-def _first(seed: int, model: Path, config: RunConfig) -> FirstAdapter:
+def _first(model: Path, config: RunConfig) -> FirstAdapter:
     return draw_first_adapter(config, model)
 
 
@@ -207,7 +206,9 @@ class World:
     def live(self) -> None:
         """Play the seed to its end; what is wrong is in the history afterwards."""
 
-        def take_part(order, config, site, *, training, turn=None):  # type: ignore[no-untyped-def]
+        def take_part(
+            order: RoundOrder, config: RunConfig, site: Site, *, training: bool, turn: SecureTurn | None = None
+        ) -> RoundWork:
             return self.hosts[site.name].take_part(order, config, site, training=training, turn=turn)
 
         secure = partial(open_secure_site, entropy=self._chance.randbytes)
@@ -290,10 +291,10 @@ class World:
                 ended = sorted(states)
                 self.history.refute(f"{name} let round {key.round}.{key.attempt} go; its charge ended as {ended}")
 
-    def _judge_spending(self, whose: str, books: Books, budget) -> None:  # type: ignore[no-untyped-def]
+    def _judge_spending(self, whose: str, books: Books, budget: Budget) -> None:
         for client, counts in books.charged().items():
-            for adversary in ("holder", "orchestrator"):
-                part = used(spent(counts, adversary, budget.order), budget, adversary)  # type: ignore[arg-type]
+            for adversary in ADVERSARIES:
+                part = used(spent(counts, adversary, budget.order), budget, adversary)
                 if part > 1.0:
                     self.history.refute(f"{whose} has {client} spend {part:.3f} of its budget")
 
