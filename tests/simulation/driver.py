@@ -43,6 +43,8 @@ RENEW_S = 5.0
 SPENT = "can still pay for a round"
 """In the reason of a run that ended since budgets did: to resume it would help nobody."""
 SLACK_S = 6.0
+CALM_LIVES = 20
+"""So many times at most an orchestrator is started once nothing fails any more, those that meet a lease included."""
 NOTHING_LEFT = "has finished: there is nothing to resume"
 AT_REST = (AgreementError, BudgetError, ConnectionFailedError, DeadlineError, LeaseError, RoundError, SecureSumError,
            SessionError, UpdateError, LinkError)  # fmt: skip
@@ -267,8 +269,8 @@ class Operator:
     """Starts a run, and resumes it until it has finished. In bad weather also at the wrong moment, and stops it."""
 
     machine: Machine
-    most_lives: int
     lives: list[Life] = field(default_factory=list)
+    in_calm: int = 0
     due: bool = False
 
     def begin(self) -> None:
@@ -297,8 +299,9 @@ class Operator:
         return [life for life in self.lives if not life.outcome]
 
     def _start(self, resumed: str) -> None:
-        if len(self.lives) >= self.most_lives:
-            self.machine.history.refute(f"the run has not finished after {len(self.lives)} lives")
+        self.in_calm += self.machine.kernel.now_s > self.machine.network.weather.clears_s
+        if self.in_calm > CALM_LIVES:
+            self.machine.history.refute(f"the run has not finished, though {CALM_LIVES} lives began in calm weather")
             return
         life = Life(self.machine, len(self.lives) + 1, resumed, self)
         self.lives.append(life)
@@ -322,7 +325,7 @@ class Operator:
             self._start(self.run_id)
 
     def _meddle(self) -> None:
-        if self.run_id and len(self.lives) < self.most_lives - 10:
+        if self.run_id:
             self.machine.kernel.say("somebody resumes the run, whoever drives it")
             self._start(self.run_id)
 

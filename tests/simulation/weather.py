@@ -144,7 +144,7 @@ def _weather(rng: random.Random, names: tuple[str, ...], *, steady: bool) -> Wea
         "late_s": rng.choice((2.0, 10.0, 40.0)),
         "site_killed": chance(0.002, 0.05, 0.4),
         "app_killed": chance(0.002, 0.05, 0.4),
-        "trunk_wiped": chance(0.05, 0.5, 0.2),
+        "trunk_wiped": chance(0.1, 0.5, 0.4),
         "call_lost": chance(0.005, 0.2, 0.3),
         "partitions": _partitions(rng, names, clears_s) if rng.random() < 0.4 else (),
     }

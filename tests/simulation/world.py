@@ -46,7 +46,6 @@ from tests.simulation.weather import Plan, plan_of
 from tests.storage.ledger_cases import Key
 
 LIMIT_S = 3 * 3600.0
-MOST_LIVES = 60
 MODEL = "simulated/model"
 RARE = {
     "a driver killed": "driver 1 is killed at",
@@ -179,7 +178,7 @@ class World:
             self.kernel, self.network, self.trunk, self.history, self.books, engine_at(self.url), home, artifacts,
             Key(), self._chance.randbytes, settings,
         )  # fmt: skip
-        self.operator = Operator(machine, MOST_LIVES)
+        self.operator = Operator(machine)
         if plan.enrolled:
             self._enroll()
 
