@@ -1,6 +1,6 @@
 # Every target works from any directory (`make -C PATH`), in a path with spaces, and offline once set up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-deploy demo-authenticated test test-flower test-killing faults hostile soak screenshots lint bench clean
+.PHONY: help setup demo demo-deploy demo-authenticated test test-flower test-killing faults simulate hostile soak screenshots lint bench clean
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 FAULT_ARGS ?=
 HOSTILE_ARGS ?=
 SOAK_ARGS ?=
+SIMULATE_ARGS ?=
 BENCHMARKS := split_overhead round_overhead secagg stage_cost ledger budget_show example_gradients codecs throughput wan memory
 
 help: ## Show this help
@@ -38,6 +39,9 @@ test-killing: setup ## Kill sites of real deployments in the middle of a round (
 
 faults: setup ## Kill orchestrator, trunk and site at every durable write and message (on PostgreSQL too, where it is)
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
+
+simulate: setup ## Play whole runs in virtual time, a weather of faults from each seed (SIMULATE_ARGS="--seeds 10000")
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.simulation $(SIMULATE_ARGS)
 
 hostile: setup ## Attack a live trunk while honest clients train, and fuzz 100,000 frames (some 20 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.hostile $(HOSTILE_ARGS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ STALE_S = 2 * 24 * 3600.0
 """A session this old belongs to a run that ended: no message waits longer than a day, so no round lasts longer."""
 
 
-def open_secure_site(site: Site, client_id: str) -> SecureSite:
+def open_secure_site(site: Site, client_id: str, entropy: Callable[[int], bytes] = os.urandom) -> SecureSite:
     """This site's part in secure sums; its identity is made at the first call where none is there.
 
     Raises ConfigError for a key file that cannot be used or made, or that others can read.
@@ -73,6 +73,7 @@ def open_secure_site(site: Site, client_id: str) -> SecureSite:
         site.simulated,
         site.name,
         site.dataset,
+        entropy,
     )
 
 
@@ -98,6 +99,7 @@ class SecureSite:
     """Who this site is in a secure sum, what it insists on, whom it knows. `node_id` is Flower's.
 
     `pin` is None where no roster is pinned: the site then takes the orchestrator's word for who the others are.
+    `entropy(n)` gives the n secret random bytes that a session's secrets are made of.
     """
 
     node_id: str
@@ -108,6 +110,7 @@ class SecureSite:
     simulated: bool = False
     name: str = ""
     dataset: str = ""
+    entropy: Callable[[int], bytes] = os.urandom
 
     def join(self, data: bytes, config: RunConfig) -> bytes:
         """Stage 0 of a new session; answers the advert."""
@@ -116,7 +119,7 @@ class SecureSite:
             raise SecureSumError("this client has joined that session before: a round tried again is a new session")
         self._require_agreed(terms, config)
         client_id = terms.id_of(self.identity.public_key().public_bytes_raw())
-        client = SecureClient.join(terms, client_id, self.identity, self.policy, self._roster(terms), os.urandom)
+        client = SecureClient.join(terms, client_id, self.identity, self.policy, self._roster(terms), self.entropy)
         self._forget_the_dead(terms)
         advert = client.advert()
         self.vault.keep(terms.session_id, client.to_bytes())
@@ -154,7 +157,7 @@ class SecureSite:
     def share(self, session_id: bytes, adverts: bytes) -> bytes:
         """Stage 1."""
         client = self._resumed(session_id)
-        shares = client.share(adverts, os.urandom)
+        shares = client.share(adverts, self.entropy)
         self.vault.keep(session_id, client.to_bytes())
         return shares
 

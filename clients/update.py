@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from privacy.skellam import SkellamShare, skellam_event
 from privacy.stream import SecretStream
 
 Vector = npt.NDArray[np.float64]
+Entropy = Callable[[int], bytes]
 
 
 def trained_vector(model: PeftModel, factor: Factor) -> Vector:
@@ -39,7 +41,12 @@ def subtract_from(model: PeftModel, factor: Factor, before_d: Vector) -> None:
 
 
 def encode_update(
-    update_d: Vector, trained_tokens: int, clients: int, config: RunConfig, threshold: int | None
+    update_d: Vector,
+    trained_tokens: int,
+    clients: int,
+    config: RunConfig,
+    threshold: int | None,
+    entropy: Entropy = os.urandom,
 ) -> RingVector:
     """One client's update and weight for a sum over `clients`; `threshold` is the secure sum's, None for a plain one.
 
@@ -47,15 +54,15 @@ def encode_update(
     noise before it is anything else. Raises UpdateError for an update that is not finite or too large.
     """
     if config.dp == "client" and threshold is not None:
-        return _noised(update_d, noisy_encoding(config, clients, threshold), config)
+        return _noised(update_d, noisy_encoding(config, clients, threshold), config, entropy)
     fixed_point = plan(clients, config.max_weight(), config.update_clip)
     weight = trained_tokens if config.dp == "off" else 1
     fixed_point.require_resolved(update_d, weight)
     plainly = threshold is None or config.deterministic
-    return fixed_point.encode(update_d, weight, None if plainly else SecretDither(os.urandom))
+    return fixed_point.encode(update_d, weight, None if plainly else SecretDither(entropy))
 
 
-def _noised(update_d: Vector, noisy: NoisySum, config: RunConfig) -> RingVector:
+def _noised(update_d: Vector, noisy: NoisySum, config: RunConfig, entropy: Entropy) -> RingVector:
     event = skellam_event(config.dp_noise_multiplier, config.dp_clip, noisy.scale, update_d.size)
-    codes, _ = SkellamShare(event, noisy.fewest, SecretStream(os.urandom)).apply(update_d)
+    codes, _ = SkellamShare(event, noisy.fewest, SecretStream(entropy)).apply(update_d)
     return noisy.encode(codes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,9 +32,9 @@ class RunTrunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """One run's settings, its ways to clients, trunk, SQL, artifacts and time, and who is told of it.
+    """One run's settings, its ways to clients, trunk, SQL, artifacts, time and chance, and who is told of it.
 
-    `tickets` is None where the trunk needs none.
+    `tickets` is None where the trunk needs none. `entropy(n)` gives n random bytes that nobody else can guess.
     """
 
     run_id: str
@@ -45,6 +46,7 @@ class Desk:
     clock: Clock
     tickets: TicketOffice | None = None
     audience: Audience = field(default_factory=Audience)
+    entropy: Callable[[int], bytes] = os.urandom
 
 
 @dataclass(frozen=True, slots=True)

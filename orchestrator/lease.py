@@ -69,9 +69,10 @@ class Lease:
                 log.warning("the lease of run %s is not renewed: %s", self._run_id, error)
             self._failing = True
 
-    def beat(self, every_s: float) -> None:
-        """Renew until the end, or until the lease is lost."""
-        while self._lost is None and not self._ended.wait(every_s):
+    def beat(self, every_s: float, wait: Callable[[float], bool] | None = None) -> None:
+        """Renew until the end, or until the lease is lost. `wait` waits that long and answers whether the end came."""
+        wait = wait or self._ended.wait
+        while self._lost is None and not wait(every_s):
             self.renew()
 
     def end(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ class Membership:
         if not new:
             return
         self._asked.update(new)
-        nonce = secrets.token_bytes(NONCE_BYTES)
+        nonce = self.desk.entropy(NONCE_BYTES)
         orders = {node_id: SecureOrder(self.desk.run_id, greet=nonce) for node_id in new}
         heard = set()
         for answer in ask_all(self.desk, orders, stage_deadline(self.desk)):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +18,16 @@ from contract.config import ConfigValue, RunConfig
 from contract.errors import BudgetError, ConfigError, TrunklineError
 from contract.tls import TlsFiles
 from orchestrator.adapters import ClientPart, draw_first_adapter
+from orchestrator.audience import Audience
 from orchestrator.base_model import find_model, model_fingerprint
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Clock, Exchange, MessageGrid
 from orchestrator.export import Export, export_adapter, record_structure
-from orchestrator.lease import renewed
+from orchestrator.lease import Lease, renewed
 from orchestrator.membership import Membership
 from orchestrator.metrics import best_version, has_stalled, judged_losses
 from orchestrator.protection import told_coverage, told_spent
-from orchestrator.replicas import connect
+from orchestrator.replicas import ConnectedTrunk, connect
 from orchestrator.resumption import RESUMED, newest_version, require_same_run
 from orchestrator.round import end_run, play_round
 from orchestrator.secure_round import end_secure_run, play_secure_round
@@ -40,7 +40,7 @@ from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
 from storage.ledger import Ledger
 from storage.records import RunMode
-from storage.store import Store
+from storage.store import Store, utc_now
 
 log = logging.getLogger("trunkline.orchestrator")
 
@@ -50,7 +50,8 @@ class Start:
     """What a run is started with.
 
     `ledger` is where a run with differential privacy keeps what it spends. `runs_dir` receives RUN_ID/adapter;
-    `at_exit` registers what must still be done when a signal ends the process.
+    `at_exit` registers what must still be done when a signal ends the process. The last five stand in for the network,
+    the heartbeat, the calendar, chance and who watches, so that a whole run can be simulated from a seed.
     """
 
     values: Mapping[str, ConfigValue]
@@ -63,6 +64,13 @@ class Start:
     clock: Clock
     at_exit: Callable[[Callable[[], None]], None] = lambda ending: None
     ledger: Ledger | None = None
+    connect: Callable[[str, float], ConnectedTrunk] = lambda addresses, patience_s: connect(
+        addresses, patience_s=patience_s, tls=TlsFiles.from_environment(os.environ)
+    )
+    lease: Callable[[Store, str], AbstractContextManager[Lease]] = renewed
+    now: Callable[[], datetime] = utc_now
+    entropy: Callable[[int], bytes] = os.urandom
+    watch: Callable[[Watched], AbstractContextManager[tuple[Audience, Callable[[], None]]]] = watching
 
 
 def conduct(start: Start) -> Export:
@@ -70,30 +78,34 @@ def conduct(start: Start) -> Export:
 
     However it ends, SQL then holds how and why, and what ended it is raised.
     """
-    run_id = str(start.values.get(RESUMED, "")) or new_run_id(datetime.now(UTC))
+    run_id = str(start.values.get(RESUMED, "")) or new_run_id(start.now(), start.entropy)
     with ExitStack() as held:
         held.enter_context(logs.about(run=run_id))
         with _refusal_recorded(start, run_id):
             metrics_place()
             config = RunConfig.from_flower(start.values)
             model_dir = find_model(config.model)
-            tls = TlsFiles.from_environment(os.environ)
-            trunk = held.enter_context(closing(connect(config.trunk_address, patience_s=config.trunk_wait_s, tls=tls)))
+            trunk = held.enter_context(closing(start.connect(config.trunk_address, config.trunk_wait_s)))
             served = trunk.describe()
             tickets = open_office(config, served, start.store, trunk.address)
             _take_up(start, run_id, config, served)
-        lease = held.enter_context(renewed(start.store, run_id))
+        lease = held.enter_context(start.lease(start.store, run_id))
         directory = start.runs_dir / run_id
         watched = Watched(run_id, config, lease, trunk, start.store, start.ledger, directory)
         ending = held.enter_context(_end_recorded(start, run_id))
-        audience, moves = held.enter_context(watching(watched))
+        audience, moves = held.enter_context(start.watch(watched))
 
         def check() -> None:
             moves()
             lease.require()
 
         exchange = Exchange(start.grid, start.clock, check, audience.exchanged)
-        desk = Desk(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock, tickets, audience)
+        desk = Desk(
+            *(run_id, config, exchange, trunk, start.store, start.artifacts, start.clock),
+            tickets=tickets,
+            audience=audience,
+            entropy=start.entropy,
+        )
         if start.mode == "simulation":
             held.callback(_forget_simulation, start.flower_run_id)
             start.at_exit(partial(_forget_simulation, start.flower_run_id))
@@ -172,9 +184,9 @@ def first_version(desk: Desk, model_dir: Path) -> Version:
     return Version(0, ClientPart.from_bytes(first.client), client_sha256, trunk_sha256)
 
 
-def new_run_id(now: datetime) -> str:
+def new_run_id(now: datetime, entropy: Callable[[int], bytes] = os.urandom) -> str:
     """YYYYMMDD-HHMMSS-xxxx: sorts by time, and two runs of one second differ."""
-    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{now:%Y%m%d-%H%M%S}-{entropy(2).hex()}"
 
 
 def _losses(desk: Desk) -> dict[int, float]:

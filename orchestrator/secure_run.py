@@ -74,7 +74,7 @@ class SecureRun:
                 f"round {number}: {len(cohort)} of {len(connected)} connected clients can take part in a secure sum, "
                 f"{wanted} are needed (the larger of quorum and secagg-threshold, and at least 2){told}"
             )
-        return new_session(desk.run_id, number, config, members, cohort, values, self.model_fingerprint)
+        return new_session(desk.run_id, number, config, members, cohort, values, self.model_fingerprint, desk.entropy)
 
     def _someone_is_away(self, connected: Collection[str]) -> bool:
         units = {} if self.spending is None else self.spending.units

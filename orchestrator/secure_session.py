@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Collection, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from aggregation.encoding import encoding
@@ -119,6 +119,7 @@ def new_session(
     cohort: Collection[str],
     values: int,
     model_fingerprint: str,
+    entropy: Callable[[int], bytes] = os.urandom,
 ) -> SecureSession:
     """A session for round `number` over the nodes of `cohort`, for vectors of `values` coordinates, weight and tally.
 
@@ -130,7 +131,7 @@ def new_session(
     terms = Terms(
         run=run_id,
         round=number,
-        nonce=secrets.token_bytes(NONCE_BYTES),
+        nonce=entropy(NONCE_BYTES),
         members=tuple(sorted(named.values(), key=lambda member: member.client_id)),
         threshold=graph.threshold,
         degree=graph.degree,

@@ -86,15 +86,22 @@ class Trunk:
         *,
         patience_s: float = 0.0,
         tls: TlsFiles | None = None,
+        channel: grpc.Channel | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """By TLS alone where `tls` is given; raises ConfigError for its files."""
+        """By TLS alone where `tls` is given; raises ConfigError for its files.
+
+        `channel` and the two of time stand in for the wire and the clock, so that a simulation need not wait.
+        """
         self.address = address
         self._by_tls = tls is not None
         self._answer_timeout_s = answer_timeout_s
         self._patience_s = patience_s
         # A proxy between us and a trunk would be asked for by name in the address, not by the environment.
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", int(1000 * LOOK_S))]
-        self._channel = open_channel(address, tls, [*wire.message_limits(), *options])
+        self._channel = channel or open_channel(address, tls, [*wire.message_limits(), *options])
+        self._monotonic, self._sleep = monotonic, sleep
         self._stub = TrunkStub(self._channel)
         self._counted: tuple[RoundKey | None, RoundProgress, RoundProgress] = (None, NOTHING_SEEN, NOTHING_SEEN)
 
@@ -194,11 +201,11 @@ class Trunk:
                 with _told_by(self.address, by_tls=self._by_tls):
                     return ask()
             except ConnectionFailedError as error:
-                until_s = time.monotonic() + self._patience_s if until_s is None else until_s
-                if time.monotonic() >= until_s:
+                until_s = self._monotonic() + self._patience_s if until_s is None else until_s
+                if self._monotonic() >= until_s:
                     raise
                 log.warning("%s; asking again", error)
-            time.sleep(LOOK_S)
+            self._sleep(LOOK_S)
 
     def close(self) -> None:
         self._channel.close()
