@@ -86,12 +86,12 @@ class Scheduler:
     def enter(self, adapter: SessionAdapter, *, deterministic: bool = False, quiet: bool = False) -> Seat:
         seat = Seat(adapter, deterministic, served=self._time, quiet=quiet)
         self._seats[seat] = None
-        self._residents.used(seat)
+        self.residents.used(seat)
         return seat
 
     def require_room(self, values: int) -> None:
         """Raise CapacityError for an adapter of so many values that this trunk would not hold it in memory once."""
-        self._residents.require_room(values)
+        self.residents.require_room(values)
 
     def leave(self, seat: Seat) -> None:
         """Drop what `seat` has queued and, after what it has running, its adapter."""
@@ -250,7 +250,7 @@ class Scheduler:
             if job.shape is None or job.hold is None or not job.shape.need_grad:
                 return
             sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
-        if self._residents.crowded:  # a kept graph would keep its adapter in memory too
+        if self.residents.crowded:  # a kept graph would keep its adapter in memory too
             for job in jobs:
                 job.keep = False
             return
