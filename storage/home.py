@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
+from contract.errors import ConfigError
+from contract.private_file import read_private_file
+
 HOME_VARIABLE = "TRUNKLINE_HOME"
 DATABASE_VARIABLE = "TRUNKLINE_DATABASE_URL"
+DATABASE_FILE_VARIABLE = "TRUNKLINE_DATABASE_URL_FILE"
 
 _NETWORK_FILESYSTEMS = frozenset(
     {
@@ -38,8 +42,18 @@ def artifacts_dir() -> Path:
 
 
 def database_url() -> str:
-    """TRUNKLINE_DATABASE_URL, or the SQLite file in the home directory."""
-    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{quote(str(home_database()))}"
+    """TRUNKLINE_DATABASE_URL, or what the file that TRUNKLINE_DATABASE_URL_FILE names holds, or SQLite in the home.
+
+    Raises ConfigError where both are set, and for a file that others than its owner can read: it holds a password.
+    """
+    told, file = os.environ.get(DATABASE_VARIABLE), os.environ.get(DATABASE_FILE_VARIABLE)
+    if told and file:
+        raise ConfigError(f"{DATABASE_VARIABLE} and {DATABASE_FILE_VARIABLE} are both set; each names the database")
+    if file:
+        told = read_private_file(Path(file)).decode("utf-8", "replace").strip()
+        if not told:
+            raise ConfigError(f"{DATABASE_FILE_VARIABLE} is {file}, which is empty; it must hold a database URL")
+    return told or f"sqlite:///{quote(str(home_database()))}"
 
 
 def home_database() -> Path:
@@ -53,8 +67,8 @@ def simulation_dir(flower_run_id: str) -> Path:
 
 
 def names_database() -> bool:
-    """Whether TRUNKLINE_DATABASE_URL names the database, rather than the home directory being left to hold it."""
-    return bool(os.environ.get(DATABASE_VARIABLE))
+    """Whether the environment names the database, rather than the home directory being left to hold it."""
+    return bool(os.environ.get(DATABASE_VARIABLE) or os.environ.get(DATABASE_FILE_VARIABLE))
 
 
 def network_filesystem(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:

@@ -22,7 +22,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the home of who runs it, which may hold another version's database."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRUNKLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("TRUNKLINE_DATABASE_URL", raising=False)
+        for name in ("DATABASE_URL", "DATABASE_URL_FILE", "TRUNK_CA", "TRUNK_CERTIFICATE", "TRUNK_KEY"):
+            patch.delenv(f"TRUNKLINE_{name}", raising=False)
         yield
 
 

@@ -16,7 +16,7 @@ from contract.config import RunConfig
 from contract.errors import ConfigError, RoundError
 from contract.output import talk
 from contract.tls import VARIABLES
-from storage.home import DATABASE_VARIABLE, HOME_VARIABLE, database_url, home_dir
+from storage.home import DATABASE_FILE_VARIABLE, DATABASE_VARIABLE, HOME_VARIABLE, database_url, home_dir
 from trunkline.flower import LOOPBACK, flower_environment
 from trunkline.processes import Daemon, Supervisor, ending_signals_interrupt
 
@@ -67,6 +67,7 @@ def open_workplace(torch_processes: int) -> Iterator[Workplace]:
     # The daemons run elsewhere: a home and a database given relative to here must stay the same ones.
     environment[HOME_VARIABLE] = str(home_dir().absolute())
     environment[DATABASE_VARIABLE] = _absolute(database_url())
+    environment.pop(DATABASE_FILE_VARIABLE, None)
     for name in VARIABLES:  # a trunk that is met here is asked in clear: simulated sites have no certificates
         environment.pop(name, None)
     supervisor = Supervisor(directory / "logs", environment)
