@@ -17,10 +17,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from contract.errors import CapacityError, DeadlineError, FrameError, TrunklineError
+from contract.errors import CapacityError, DeadlineError, FrameError, FrameTooLargeError, TrunklineError
 
 FIRST_WORD_S = 10.0
 """How long a call may take for its first message."""
+_REQUEST_BYTES = 1 << 20
+"""What a single request may have: parsed, a list of short names takes twenty times its bytes."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Abort = Callable[[Context, TrunklineError], Awaitable[None]]
@@ -128,6 +130,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             data = await anext(requests, None)
         if data is None:
             raise FrameError("the call ended without a request")
+        if len(data) > _REQUEST_BYTES:
+            raise FrameTooLargeError(f"a request of {len(data)} bytes came; it may have {_REQUEST_BYTES}")
         try:
             return parse(data)
         except DecodeError:

@@ -15,6 +15,8 @@ from contract.records import DELTA_CODEC
 from contract.wire import PROTOCOL, chunk_frames
 
 CACHE_BYTES = 1 << 20
+FUZZED_RUN = "fuzzed"
+"""The run of those that train for a round; one that ends well contributes to it."""
 _LENGTHS = (1, 3, 8, 17)
 _AUTOCASTS = ("", "", "", "bfloat16")
 
@@ -79,7 +81,7 @@ class Conversation:
         if draw.random() < 0.5:
             hello.adapter_sha256 = base
             if draw.random() < 0.7:
-                hello.round.run, hello.round.round, hello.round.attempt = "fuzzed", draw.randrange(1, 4), 1
+                hello.round.run, hello.round.round, hello.round.attempt = FUZZED_RUN, draw.randrange(1, 4), 1
         else:
             hello.seed = draw.randrange(1 << 40)
         self._add(pb.ClientFrame(hello=hello))

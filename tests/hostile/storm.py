@@ -28,7 +28,7 @@ import psutil
 from contract import trunk_pb2 as pb
 from contract.trunk_pb2_grpc import TrunkStub
 from tests.hostile.caller import Target
-from tests.hostile.conversations import Served
+from tests.hostile.conversations import FUZZED_RUN, Served
 from tests.hostile.stage import HIDDEN, MAX_TOKENS, put_bases, save_model
 from tests.hostile.wire import fuzz
 
@@ -367,8 +367,8 @@ class Storm:
                 self.faults.append(f"{path.name} holds other bytes than its name says")
         kept = {path.parts[-4] for path in self.trunk.state_dir.glob("rounds/*/*/*/*.json")}
         kept |= {path.parts[-4] for path in self.trunk.state_dir.glob("candidates/*/*/*/*.json")}
-        if kept - {RUN}:
-            self.faults.append(f"contributions or commits are kept of {len(kept - {RUN})} runs that nobody trained")
+        if nobodys := kept - {RUN, FUZZED_RUN}:
+            self.faults.append(f"contributions or commits are kept of {len(nobodys)} runs that nobody trained")
         partial = list(self.trunk.state_dir.glob("**/.partial-*"))
         if partial:
             self.faults.append(f"{len(partial)} half uploads are left")

@@ -95,6 +95,9 @@ def test_more_survivors_and_more_tokens_than_there_can_be_are_refused(client: Wi
         client.call("CommitRound", pb.CommitRoundRequest(survivors=survivors))
     assert_refused(caught.value, errors.FrameTooLargeError, "survivors has 16385 names; it may have 16384")
     with pytest.raises(Refused) as caught:
+        client.call("CommitRound", pb.CommitRoundRequest(survivors=["x"] * 400_000))
+    assert_refused(caught.value, errors.FrameTooLargeError, "a request of 1200000 bytes came; it may have 1048576")
+    with pytest.raises(Refused) as caught:
         session.close(trained_tokens=(1 << 48) + 1)
     assert_refused(caught.value, errors.FrameError, "close.trained_tokens is 281474976710657; it must be at most")
 
