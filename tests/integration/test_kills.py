@@ -210,6 +210,8 @@ def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Depl
     sys.stdout.write(f"\nTRUNKLINE_FAULT_SEED={seed}\n")
     address = SuperLinkAddress(f"{LOOPBACK}:{reserve_port()}")
     open_store().close()
+    # Flower's programs end by SIGINT when who started them is gone: one that ignored it would outlive its SuperLink.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Supervisor(tmp_path / "logs", environment) as supervisor:
         model = save_site_model(tmp_path / "model")
         yield Deployment(tmp_path, supervisor, random.Random(seed), model, address, reserve_port())

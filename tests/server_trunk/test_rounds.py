@@ -330,3 +330,16 @@ def test_a_full_disk_is_told_to_the_client_and_the_trunk_goes_on(
         commit(client, base, "1")
     train(client, lora, base, "1", 10)
     assert commit(client, base, "1").trained_tokens == 10
+
+
+def test_a_trunk_removes_what_a_killed_one_left_half_written_and_put_aside(
+    start_trunk: Callable[..., RunningTrunk], tmp_path: Path
+) -> None:
+    half, aside = tmp_path / "state" / "artifacts" / ".partial-1", tmp_path / "state" / "spill-1" / "request-1"
+    for path in (half, aside):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half of an adapter, or somebody's activations")
+        os.utime(path, (0, 0))
+    start_trunk()
+    assert not half.exists()
+    assert not aside.parent.exists()
