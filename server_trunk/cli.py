@@ -82,6 +82,9 @@ SpillBudgetOption = Annotated[
     str,
     typer.Option(metavar="SIZE", help="Disk under the state directory for requests that memory has no room for."),
 ]
+SampleCacheOption = Annotated[
+    int, typer.Option(min=0, help="Memory that a session by int4-delta may have for samples it sent.")
+]
 InsecureListenOption = Annotated[
     bool, typer.Option("--insecure-listen", help="Allow an address that other machines reach, without TLS.")
 ]
@@ -95,6 +98,7 @@ ClientCaOption = Annotated[
     Path | None,
     typer.Option(help="Whoever calls must show a certificate that this CA signed; its role says what it may."),
 ]
+_TLS_NAMES = ("--client-ca", "--tls-certificate", "--tls-key")
 TicketSignerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -146,9 +150,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward.")] = 32768,
     memory_budget: MemoryBudgetOption = "auto",
     spill_budget: SpillBudgetOption = "16G",
-    sample_cache_mib: Annotated[
-        int, typer.Option(min=0, help="Memory that a session by int4-delta may have for samples it sent.")
-    ] = 64,
+    sample_cache_mib: SampleCacheOption = 64,
     idle_timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds a session may be silent.")] = 900.0,
     grace_s: Annotated[float, typer.Option(min=0, help="Seconds that open sessions get after SIGTERM.")] = 30.0,
     announce_file: Annotated[Path | None, typer.Option(help="Write HOST:PORT here once ready.")] = None,
@@ -192,7 +194,7 @@ def serve(
         grace_s=grace_s,
         announce_file=announce_file,
         insecure_listen=insecure_listen,
-        tls=TlsFiles.named((client_ca, tls_certificate, tls_key), ("--client-ca", "--tls-certificate", "--tls-key")),
+        tls=TlsFiles.named((client_ca, tls_certificate, tls_key), _TLS_NAMES),
         ticket_signers=ticket_signers(ticket_signer or []),
         metrics=metrics,
         insecure_metrics=insecure_metrics,

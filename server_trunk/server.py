@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import os
-import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -36,6 +33,7 @@ from server_trunk.health import Health
 from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
+from server_trunk.port import check_listen, require_free, transport_options
 from server_trunk.probe import DEFAULT_BATCH_TOKENS, Findings, probe
 from server_trunk.ranks import HEARTBEAT_S, Member, Ranks
 from server_trunk.residents import Residents
@@ -63,9 +61,6 @@ _FOR_CACHES = 0.1  # of _FOR_WAITING, what sample caches may take
 _STRANGERS = 256  # calls at once that have not said yet what they want
 _CONTROL_CALLS = 64  # calls at once beside the sessions: descriptions, uploads, commits, progress, health
 _TURNED_AWAY = 1024  # calls that gRPC may hold until they have been told that there is no place for them
-_OWN_FILES = 256  # descriptors that no connection may take
-_MOST_CONNECTIONS = 1 << 14
-_HANDSHAKE_S, _IDLE_CONNECTION_S = 10, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,32 +98,6 @@ class ServeOptions:
     ticket_signers: tuple[bytes, ...] = ()
     metrics: str = ""
     insecure_metrics: bool = False
-
-
-def check_listen(listen: str, insecure: bool, *, tls: bool = False, tickets: bool = False) -> tuple[str, int]:
-    """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `tls` or `insecure`.
-
-    Nor do `tickets` go without `tls` there: whoever reaches the port could commit rounds.
-    """
-    host, _, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"listen is {listen!r}; it must be HOST:PORT, with port 0 for any free one")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not tls and tickets:
-        raise ConfigError(
-            f"ticket-signer is given, and listen is {listen!r}, which other machines can reach without TLS, and "
-            "could commit rounds by: give --tls-certificate, --tls-key and --client-ca too"
-        )
-    if not loopback and not tls and not insecure:
-        raise ConfigError(
-            f"listen is {listen!r}, which other machines can reach, and there is no TLS: give --tls-certificate, "
-            "--tls-key and --client-ca, listen on 127.0.0.1, or add --insecure-listen on a network that you trust"
-        )
-    return host, int(port)
 
 
 class TrunkServer:
@@ -175,18 +144,7 @@ class TrunkServer:
         The address comes first, so that a busy port is told before a long load. Raises ListenError, ModelError,
         UnsupportedModelError, ConfigError, StorageError.
         """
-        options = self._options
-        self._server = grpc.aio.server(
-            options=[*message_limits(), *_transport_options(options.max_sessions + _CONTROL_CALLS)],
-            maximum_concurrent_rpcs=options.max_sessions + _STRANGERS + _CONTROL_CALLS + _TURNED_AWAY,
-            interceptors=[Doorkeeper(self._door, abort), *([] if self._credentials is None else [RoleGate()])],
-        )
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        _require_free(self._host, self._port)
-        try:
-            port = self._add_port(f"{host}:{self._port}")
-        except RuntimeError as error:
-            raise ListenError(f"cannot listen on {options.listen}: {error}") from error
+        options, address = self._options, self._take_address()
         try:
             self.watch.begin()
             contributions = Contributions(options.state_dir)
@@ -242,7 +200,7 @@ class TrunkServer:
         self._trimmer = asyncio.create_task(self._trim(heap))
         self._sharded = [lane for lane in engine.lanes if isinstance(lane, ShardedLane)]
         self._beating = asyncio.create_task(self._beat())
-        return f"{host}:{port}", f"{engine.summary()} {found.summary()}"
+        return address, f"{engine.summary()} {found.summary()}"
 
     def end(self) -> None:
         """Have the trunk end as the options say: open sessions get their grace period, or the rest of a shorter one.
@@ -294,10 +252,25 @@ class TrunkServer:
         self._spill.close()
         self.watch.end()
 
-    def _add_port(self, address: str) -> int:
-        if self._credentials is None:
-            return int(self._server.add_insecure_port(address))
-        return int(self._server.add_secure_port(address, self._credentials))
+    def _take_address(self) -> str:
+        """HOST:PORT of the server that is made here. Raises ListenError."""
+        options, credentials = self._options, self._credentials
+        self._server = grpc.aio.server(
+            options=[*message_limits(), *transport_options(options.max_sessions + _CONTROL_CALLS)],
+            maximum_concurrent_rpcs=options.max_sessions + _STRANGERS + _CONTROL_CALLS + _TURNED_AWAY,
+            interceptors=[Doorkeeper(self._door, abort), *([] if credentials is None else [RoleGate()])],
+        )
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        require_free(self._host, self._port)
+        address = f"{host}:{self._port}"
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {options.listen}: {error}") from error
+        return f"{host}:{port}"
 
     def _ticket_book(self) -> TicketBook | None:
         options = self._options
@@ -356,57 +329,6 @@ class TrunkServer:
         while True:
             await asyncio.sleep(_TRIM_S)
             await self._disk.run(heap.trim)
-
-
-def _require_free(host: str, port: int) -> None:
-    """Raise ListenError with the system's reason; gRPC itself would tell it to the log only."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise ListenError(
-                f"cannot listen on {host}:{port}: {error.strerror}; name another port, or 0 for a free one"
-            ) from error
-
-
-def _transport_options(calls: int) -> list[tuple[str, Any]]:
-    """For a server whose connections may each have so many calls."""
-    return [
-        ("grpc.so_reuseport", 0),  # two trunks on one port would each get some of the clients
-        ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died is noticed
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        # A message of 4 MiB could unfold to 4 GiB; tensors do not compress.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.max_metadata_size", 8 << 10),
-        ("grpc.absolute_max_metadata_size", 16 << 10),
-        ("grpc.max_concurrent_streams", calls),
-        ("grpc.server_handshake_timeout_ms", 1000 * _HANDSHAKE_S),
-        ("grpc.max_connection_idle_ms", 1000 * _IDLE_CONNECTION_S),
-        ("grpc.max_allowed_incoming_connections", _connections()),
-    ]
-
-
-def _connections() -> int:
-    """How many connections there may be, so that adapters and requests still find descriptors for their files.
-
-    As many descriptors are asked for as this process may have.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    wanted = _MOST_CONNECTIONS + _OWN_FILES
-    files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-    if files > soft:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-            soft = files
-        except (ValueError, OSError) as error:  # a system may forbid what it says is allowed
-            logger.warning("this process keeps its limit of %d open files: %s", soft, error)
-    return min(_MOST_CONNECTIONS, max(_OWN_FILES, soft - _OWN_FILES))
 
 
 def follow(options: ServeOptions, member: Member) -> None:

@@ -28,7 +28,7 @@ from orchestrator import authority
 from orchestrator.trunk import Trunk
 from server_trunk.access import ALLOWED, require_role
 from server_trunk.cli import app
-from server_trunk.server import check_listen
+from server_trunk.port import check_listen
 from server_trunk.status import ask
 from tests.pki import Pki
 from tests.server_trunk.conftest import CUT, RunningTrunk, ServeOptions, running

@@ -17,8 +17,7 @@ from contract import errors
 from contract import trunk_pb2 as pb
 from contract.adapter import from_bytes, sha256_hex, to_bytes
 from contract.wire import lora_from_wire
-from server_trunk import server as server_module
-from server_trunk import servicer, transfers
+from server_trunk import port, servicer, transfers
 from server_trunk.engine import Engine
 from server_trunk.graph_meter import PassKind
 from storage.artifacts import ArtifactStore, Receiving
@@ -270,5 +269,5 @@ def test_connections_leave_descriptors_for_adapters_and_requests(
 
     monkeypatch.setattr("resource.getrlimit", lambda which: tuple(limits))
     monkeypatch.setattr("resource.setrlimit", set_limits)
-    assert server_module._connections() == connections
+    assert port._connections() == connections
     assert limits[0] >= soft, "what this process had is not taken from it"

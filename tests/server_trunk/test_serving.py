@@ -25,7 +25,8 @@ from contract import trunk_pb2 as pb
 from contract.checkpoint import fingerprint
 from contract.records import CutLayers
 from server_trunk.cli import app, model_app
-from server_trunk.server import ServeOptions, TrunkServer, check_listen
+from server_trunk.port import check_listen
+from server_trunk.server import ServeOptions, TrunkServer
 from tests.server_trunk.conftest import HIDDEN, RunningTrunk, save_llama
 from tests.server_trunk.wire_client import Refused, WireClient
 

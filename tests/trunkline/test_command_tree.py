@@ -34,7 +34,16 @@ DESTROYS = {
 """With arguments by which each would destroy something in the home that the tests make."""
 CHANGES = {
     *DESTROYS,
-    *("runs resume", "clients enroll", "clients roster", "budget set", "adapter export", "db upgrade", "db backup"),
+    *(
+        "runs resume",
+        "clients enroll",
+        "clients certificate",
+        "clients roster",
+        "budget set",
+        "adapter export",
+        "db upgrade",
+        "db backup",
+    ),
 }
 NAMES_OF_DESTRUCTION = {"stop", "revoke", "gc", "restore", "drain", "delete", "remove", "purge", "reset", "abort"}
 
