@@ -34,7 +34,7 @@ from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
 from trunkline.project import write_project
 
-SITES, ROUNDS = 3, 2
+SITES, ROUNDS = 3, 3
 LIMIT_S = 600.0
 SETTINGS = (
     f"num-rounds={ROUNDS} quorum={SITES} deterministic=true threads=1 eval-fraction=0.0 "
@@ -245,7 +245,7 @@ def test_a_run_whose_every_program_is_killed_ends_in_the_adapters_of_one_that_no
     deployment.until(lambda: deployment.kill_apps("flwr-serverapp"), "the ServerApp")
     deployment.resume()
 
-    deployment.until_drawn_moment(ROUNDS)
+    deployment.until_drawn_moment(2)
     gone = deployment.draw.randrange(SITES)
     deployment.kill("SuperLink")
     deployment.kill(f"SuperNode {gone}")
@@ -253,7 +253,7 @@ def test_a_run_whose_every_program_is_killed_ends_in_the_adapters_of_one_that_no
     deployment.start_site(gone)
     deployment.resume()
 
-    deployment.until_drawn_moment(ROUNDS)
+    deployment.until_drawn_moment(2)
     deployment.kill_everything()
     deployment.start_all()
     deployment.command_resume()
