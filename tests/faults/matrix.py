@@ -53,6 +53,14 @@ class Surroundings:
     model: Path
     trunk: str
     trunk_state: Path
+    wholes: dict[tuple[str, str], Whole] = field(default_factory=dict)
+
+    def whole(self, scenario: str, engine: str) -> Whole:
+        """The run in which nothing is killed, played at the first call."""
+        key = (scenario, engine)
+        if key not in self.wholes:
+            self.wholes[key] = play_whole(self, scenario, engine)
+        return self.wholes[key]
 
     @contextmanager
     def place(self, scenario: str, engine: str) -> Iterator[Place]:
@@ -176,7 +184,7 @@ def play(
     if sample:  # as evenly over the scenarios as can be, each on an engine by chance
         groups = [(scenarios[index % len(scenarios)], draw.choice(engines)) for index in range(sample)]
         _say(f"a sample of {sample} kills, seed {seed}")
-    wholes = {key: play_whole(around, *key) for key in dict.fromkeys(groups)}
+    wholes = {key: around.whole(*key) for key in dict.fromkeys(groups)}
     cases = [Case(*key, at) for key, whole in wholes.items() for at in whole.places]
     _say_size(cases)
     if sample:

@@ -40,7 +40,7 @@ def test_two_runs_of_one_deterministic_scenario_are_equal(around: Surroundings) 
 
 
 def test_every_durable_write_and_every_message_of_a_round_is_in_the_orchestrators_matrix(around: Surroundings) -> None:
-    names = {place.split("#")[0] for place in play_whole(around, "private", "sqlite").places}
+    names = {place.split("#")[0] for place in around.whole("private", "sqlite").places}
     for write in ("create_run", "add_adapter_version", "open_round", "record_participation", "commit_round"):
         assert {f"sql.{write}.{moment}" for moment in ("before", "uncommitted", "after")} <= names
     assert {"ledger.before", "ledger.uncommitted", "ledger.after"} <= names
@@ -50,7 +50,7 @@ def test_every_durable_write_and_every_message_of_a_round_is_in_the_orchestrator
 
 @pytest.mark.timeout(600)
 def test_every_write_and_every_message_of_a_round_is_in_the_trunks_matrix(around: Surroundings) -> None:
-    names = {place.split("#")[0] for place in play_whole(around, "trunk-plain", "sqlite").places}
+    names = {place.split("#")[0] for place in around.whole("trunk-plain", "sqlite").places}
     assert {"file.write", "file.rename", "file.written", "spill.write", "spill.written"} <= names
     assert {"evict.write", "evict.written"} <= names
     for call in ("describe", "put_adapter", "commit_round", "get_adapter"):
@@ -62,7 +62,7 @@ def test_every_write_and_every_message_of_a_round_is_in_the_trunks_matrix(around
 
 @pytest.mark.timeout(600)
 def test_every_write_and_every_message_of_a_round_is_in_the_sites_matrix(around: Surroundings) -> None:
-    names = {place.split("#")[0].split("/")[-1] for place in play_whole(around, "site-private", "sqlite").places}
+    names = {place.split("#")[0].split("/")[-1] for place in around.whole("site-private", "sqlite").places}
     assert {"file.write", "file.rename", "file.written"} <= names
     assert {"ledger.before", "ledger.uncommitted", "ledger.after", "sql.upgrade.uncommitted"} <= names
     assert {"site.asked", "site.reply", "flower.answer.send", "flower.answer.sent"} <= names
