@@ -16,7 +16,7 @@ from tests.simulation.weather import plan_of
 from tests.simulation.world import RARE, judged, surroundings
 
 ENOUGH = 200
-"""So many seeds must bring everything that is rare."""
+"""So many seeds must bring everything that comes up often."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

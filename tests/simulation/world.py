@@ -69,7 +69,15 @@ RARE = {
     "a reply lost": " is lost\n",
     "budgets at their end": "can still pay for a round",
 }
-"""What must come up in enough seeds, or they test less than they say, by the words that the trace then holds."""
+"""What is counted over all seeds, by the words that the trace then holds."""
+OFTEN = frozenset(
+    {
+        *("a driver killed", "a driver that stands still", "a second driver refused", "a run stopped"),
+        *("a driver taken over from while it lives", "an attempt aborted", "a round trained again", "a reply lost"),
+        *("a site restarted", "a ClientApp killed", "a trunk restarted", "a message refused by Flower"),
+    }
+)
+"""What comes up in a tenth of all seeds and more: 200 without one of these test less than they say."""
 _FAST_DISK = Path("/dev/shm")
 
 
