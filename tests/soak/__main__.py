@@ -24,6 +24,7 @@ from tests.clients.sites import save_site_model
 from tests.soak.family import Reading
 from tests.soak.simulation import Simulations
 from tests.soak.trunk import SoakTrunk
+from trunkline.processes import ending_signals_interrupt
 
 SLOPE_LIMIT_MIB_MIN = 1.0
 JUDGED_MIN = 10.0
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     say(f"seed {options.seed}")
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    found = soak(folder, options.seed, options.minutes, options.clients)
+    with ending_signals_interrupt():
+        found = soak(folder, options.seed, options.minutes, options.clients)
     sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
     for fault in found["faults"]:
         say(f"fault: {fault}")

@@ -125,12 +125,16 @@ class Simulations:
                 stderr=log,
             )
         killed = False
-        while command.poll() is None and not self.told.faults:
-            if time.monotonic() < self.ends_s and self.draw.random() < 0.8:
-                killed |= self._kill_once(command, began)
-            else:
-                self._wait(command, lambda: False)
-        code = command.wait()
+        try:
+            while command.poll() is None and not self.told.faults:
+                if time.monotonic() < self.ends_s and self.draw.random() < 0.8:
+                    killed |= self._kill_once(command, began)
+                else:
+                    self._wait(command, lambda: False)
+        finally:
+            if command.poll() is None:  # a fault, or an interrupt: what it started ends with it
+                command.terminate()
+            code = command.wait()
         self._require_nothing_left()
         return code, killed
 
