@@ -17,7 +17,9 @@ _READY_S = 120.0
 _LONGEST = (
     *("integration/test_kills.py", "trunkline/test_resume.py", "integration/test_private_deployment.py"),
     *("trunkline/test_run.py", "orchestrator/test_simulation.py", "orchestrator/test_private_simulation.py"),
-    *("faults/test_matrix.py", "contract/test_partition_parity.py", "aggregation/test_secure_sum.py"),
+    *("simulation/test_seeds.py", "faults/test_matrix.py", "integration/test_ticketed_run.py"),
+    *("hostile/test_hostile.py", "trunkline/pages/test_browser.py", "simulation/test_mutants.py"),
+    *("contract/test_partition_parity.py", "aggregation/test_secure_sum.py"),
 )
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
