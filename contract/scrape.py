@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.server
 import io
-import ipaddress
 import logging
 import socket
 import socketserver
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from contract.addresses import is_loopback, listen_address
 from contract.errors import ConfigError, ListenError
 
 logger = logging.getLogger("trunkline.scrape")
@@ -41,24 +41,13 @@ def metrics_address(name: str, value: str, *, insecure: bool, allowed_by: str) -
 
     `allowed_by` is what lets other machines in.
     """
-    host, _, port = value.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{name} is {value!r}; it must be HOST:PORT, with port 0 for any free one")
+    host, port = listen_address(name, value)
     if not insecure and not is_loopback(host):
         raise ConfigError(
             f"{name} is {value!r}, which other machines can reach, and metrics have neither TLS nor a login: "
             f"take 127.0.0.1, or allow it by {allowed_by} on a network that you trust"
         )
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`; a name other than localhost counts as one that others reach."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host, port
 
 
 class Exporter:

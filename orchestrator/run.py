@@ -214,8 +214,10 @@ def _refusal_recorded(start: Start, run_id: str) -> Iterator[None]:
         if start.values.get(RESUMED):
             log.error("run %s is not resumed: %s", run_id, error)
             raise
-        start.store.create_run(run_id, start.flower_run_id, dict(start.values), start.mode, "")
-        start.store.finish_run(run_id, "failed", str(error))
+        if start.store.find_run(run_id) is None:
+            start.store.create_run(run_id, start.flower_run_id, dict(start.values), start.mode, "", refused=str(error))
+        else:  # that it was written is what this process was not told
+            start.store.finish_run(run_id, "failed", str(error), flower_run_id=start.flower_run_id)
         log.error("run %s failed: %s", run_id, error)
         raise
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import logs, traces
+from contract.addresses import is_loopback
 from contract.config import RunConfig
 from contract.errors import ListenError
 from contract.records import RoundKey
@@ -81,7 +82,7 @@ def watching(run: Watched) -> Iterator[tuple[Audience, Callable[[], None]]]:
 def _add_metrics(audience: Audience, run: Watched, held: ExitStack) -> Callable[[], None]:
     if (place := metrics_place()) is None:
         return lambda: None
-    from contract.scrape import Exporter, is_loopback
+    from contract.scrape import Exporter
     from orchestrator.run_metrics import CALL_S, Health, RunMetrics
 
     metrics = RunMetrics(run.run_id, run.config.num_rounds, run.lease.age_s)

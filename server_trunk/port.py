@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import resource
 import socket
 from typing import Any
 
+from contract.addresses import is_loopback, listen_address
 from contract.errors import ConfigError, ListenError
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -22,14 +22,8 @@ def check_listen(listen: str, insecure: bool, *, tls: bool = False, tickets: boo
 
     Nor do `tickets` go without `tls` there: whoever reaches the port could commit rounds.
     """
-    host, _, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"listen is {listen!r}; it must be HOST:PORT, with port 0 for any free one")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
+    host, port = listen_address("listen", listen)
+    loopback = is_loopback(host)
     if not loopback and not tls and tickets:
         raise ConfigError(
             f"ticket-signer is given, and listen is {listen!r}, which other machines can reach without TLS, and "
@@ -40,7 +34,7 @@ def check_listen(listen: str, insecure: bool, *, tls: bool = False, tickets: boo
             f"listen is {listen!r}, which other machines can reach, and there is no TLS: give --tls-certificate, "
             "--tls-key and --client-ca, listen on 127.0.0.1, or add --insecure-listen on a network that you trust"
         )
-    return host, int(port)
+    return host, port
 
 
 def require_free(host: str, port: int) -> None:

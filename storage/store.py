@@ -84,24 +84,22 @@ class Store(Reader):
         failpoint(f"sql.{what}.after")
 
     def create_run(
-        self, run_id: str, flower_run_id: str, config: Mapping[str, Any], mode: RunMode, model_fingerprint: str
-    ) -> RunRow:
-        """Add a running run and hold its lease; MUST raise StorageError when the id is taken.
+        self, run_id: str, flower_run_id: str, config: Mapping[str, Any], mode: RunMode, model_fingerprint: str,
+        refused: str | None = None,
+    ) -> RunRow:  # fmt: skip
+        """Add a running run and hold its lease; one that could not start, for the reason `refused`, has failed at once.
 
-        `config` is plain JSON.
+        MUST raise StorageError when the id is taken. `config` is plain JSON.
         """
         with self._writing("create_run") as session:
             if session.get(schema.Run, run_id) is not None:
                 raise StorageError(f"there is a run {run_id} already")
             now = self._clock()
             run = schema.Run(
-                run_id=run_id,
-                mode=mode,
-                status="running",
-                config=dict(config),
-                model_fingerprint=model_fingerprint,
-                created_at=now,
-            )
+                run_id=run_id, mode=mode, status="running" if refused is None else "failed", reason=storable(refused),
+                config=dict(config), model_fingerprint=model_fingerprint, created_at=now,
+                ended_at=None if refused is None else now,
+            )  # fmt: skip
             leases.begin(run, flower_run_id, now)
             session.add(run)
         self._driven[run_id] = flower_run_id

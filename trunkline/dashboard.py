@@ -32,11 +32,12 @@ def dashboard(
 
     It only reads, and only SQL: it asks no trunk and no site for anything. Whoever reaches its port can look.
     """
-    from trunkline.pages.serving import host_names, is_loopback, listen_address, listening, serve, url_of
+    from contract.addresses import is_loopback
+    from trunkline.pages.serving import dashboard_address, host_names, listening, serve, url_of
     from trunkline.pages.site import site
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    name, port = listen_address(listen, insecure_listen)
+    name, port = dashboard_address(listen, insecure_listen)
     hosts = host_names(name, host or ())
     with closing(View()) as view:
         _require_readable(view)

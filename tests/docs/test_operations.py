@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from contract.errors import TrunklineError
+from contract import errors
 from contract.output import EXIT_INTERRUPTED
 from tests.docs.pages import ROOT, Page
 
@@ -15,10 +15,9 @@ _NAME = re.compile(r"`([A-Z]\w+Error)`")
 
 def classes_by_code() -> dict[int, set[str]]:
     found: dict[int, set[str]] = defaultdict(set)
-    classes: list[type[TrunklineError]] = [TrunklineError]
-    for cls in classes:
-        found[cls.exit_code].add(cls.__name__)
-        classes.extend(cls.__subclasses__())
+    for cls in vars(errors).values():
+        if isinstance(cls, type) and issubclass(cls, errors.TrunklineError):
+            found[cls.exit_code].add(cls.__name__)
     return found
 
 

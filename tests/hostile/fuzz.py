@@ -248,9 +248,9 @@ class Fuzz:
             "sessions": servicer._table.taken,
             "bytes of memory": servicer._memory.taken,
             "bytes of sample caches": servicer._cache_memory.taken,
-            "bytes on disk": servicer._spill._taken,
+            "bytes on disk": servicer._spill.taken,
             "seats": len(servicer._scheduler._seats),
-            "adapters in memory": servicer._scheduler._residents._taken,
+            "adapters in memory": servicer._scheduler.residents.taken,
             "calls at the door": servicer._door.waiting,
         }
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

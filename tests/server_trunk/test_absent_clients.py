@@ -196,7 +196,7 @@ def test_an_adapter_over_the_whole_memory_is_refused(start_trunk: Callable[..., 
     client = WireClient(start_trunk(memory_budget="64M").address)
     client.session(client.hello(lora))
     trunk = start_trunk(memory_budget="64M")
-    residents: Any = trunk.server._scheduler._residents
+    residents: Any = trunk.server._scheduler.residents
     residents._most = 1000
     client = WireClient(trunk.address)
     with pytest.raises(Refused) as caught:

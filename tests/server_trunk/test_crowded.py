@@ -43,7 +43,7 @@ def test_adapters_whose_sessions_wait_for_a_turn_go_to_disk_only_where_there_are
 def test_an_adapter_counts_from_the_sessions_start_on() -> None:
     async def play(bench: Bench) -> None:
         bench.seat("a")
-        assert bench.scheduler._residents._taken == 100
+        assert bench.scheduler.residents.taken == 100
 
     run(play)
 

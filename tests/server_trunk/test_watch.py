@@ -121,7 +121,8 @@ def test_what_is_held_shows_while_it_is_held(start_trunk: StartTrunk, lora: pb.L
 def test_short_memory_shows_as_recomputes_evictions_and_bytes_on_disk(
     start_trunk: StartTrunk, lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server_trunk.server.choose_budget", lambda asked, device: 16000)
+    monkeypatch.setattr("server_trunk.server.choose_budget", lambda asked, device: 60000)
+    monkeypatch.setattr("server_trunk.server._FOR_WAITING", 0.08)
     monkeypatch.setattr("server_trunk.server._FOR_PASSES", 1000.0)
     monkeypatch.setattr("server_trunk.server._FOR_ADAPTERS", 0.0)
     spilled = []

@@ -130,10 +130,21 @@ def _first(model: Path, config: RunConfig) -> FirstAdapter:
 
 
 @contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Nothing is logged: thousands of lives say thousands of things."""
+    level, handler = logger.level, logging.NullHandler()
+    logger.setLevel(logging.CRITICAL)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
 def surroundings() -> Iterator[Surroundings]:
     """Made once for many seeds; in memory where the system has such a disk."""
-    logging.getLogger("trunkline").setLevel(logging.CRITICAL)
-    logging.getLogger("trunkline").addHandler(logging.NullHandler())
     where = _FAST_DISK if _FAST_DISK.is_dir() and os.access(_FAST_DISK, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="simulation-", dir=where) as name:
         folder = Path(name)
@@ -146,6 +157,7 @@ def surroundings() -> Iterator[Surroundings]:
         open_ledger(f"sqlite:///{database}").close()
         around = Surroundings(folder, folder / "model", database)
         with contextlib.ExitStack() as patched:
+            patched.enter_context(_silent(logging.getLogger("trunkline")))
             for field in ("_run_id", "_task_id", "_node_id"):
                 patched.enter_context(mock.patch.object(TaskIdentity, field, 1))
             patched.enter_context(mock.patch.object(revisions, "_scripts", lru_cache(revisions._scripts)))

@@ -56,7 +56,8 @@ class Vandal:
             self.run(*(f"ALTER TABLE {table} DISABLE TRIGGER ALL" for table in TABLES))
         else:
             with engine.connect() as connection:
-                found = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").all()
+                ours = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name LIKE 'privacy_%'"
+                found = connection.exec_driver_sql(ours).all()
             assert len(found) == 6
             self.run(*(f"DROP TRIGGER {name}" for (name,) in found))
 

@@ -20,7 +20,7 @@ from storage.store import open_reader, open_store
 from tests.server_trunk.conftest import CUT, RunningTrunk, running, save_llama
 from trunkline.cli import app, commands
 
-SERVES = {"trunk serve"}
+SERVES = {"trunk serve", "dashboard"}
 """They run until they are told to end, and emit no data."""
 LISTS = {"runs list", "rounds list", "adapter list", "clients list", "db log"}
 MOVES = {"runs list", "rounds list", "trunk sessions", "db log"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from contract.addresses import is_loopback, listen_address
 from contract.errors import ConfigError, ListenError
 
 MOST_CONNECTIONS = 48
@@ -29,25 +29,15 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 _WILDCARDS = ("0.0.0.0", "::")
 
 
-def listen_address(listen: str, insecure: bool) -> tuple[str, int]:
+def dashboard_address(listen: str, insecure: bool) -> tuple[str, int]:
     """(host, port) of HOST:PORT. Raises ConfigError when malformed, or not loopback without `insecure`."""
-    host, _, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"listen is {listen!r}; it must be HOST:PORT, with port 0 for any free one")
+    host, port = listen_address("listen", listen)
     if not is_loopback(host) and not insecure:
         raise ConfigError(
             f"listen is {listen!r}, which other machines can reach, and the dashboard has neither TLS nor a login: "
             "listen on 127.0.0.1 and reach it by an SSH tunnel, or add --insecure-listen on a network that you trust"
         )
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host, port
 
 
 def host_names(host: str, named: Sequence[str]) -> list[str]:
