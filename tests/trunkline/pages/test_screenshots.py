@@ -102,7 +102,7 @@ def test_the_pictures_of_the_docs_are_made_from_a_real_run(
     assert private.wait(LIMIT_S) == 0, log.read_text()
     browser.open(Path(report(home)["report"]).as_uri())
     assert len(browser.run("return document.querySelectorAll('#spent-in-run tbody tr')")) == CLIENTS
-    browser.picture(DOCS / "report.png", height=below(browser, "#adapters"))  # the settings name this machine's paths
+    browser.picture(DOCS / "report.png", height=below(browser, "#privacy"))  # below it this machine names its paths
     for name in ("dashboard.png", "report.png"):
         assert (DOCS / name).stat().st_size < MOST_BYTES, name
 
