@@ -20,7 +20,7 @@ from storage.revisions import VERSION_TABLE
 from tests.trunkline.pages.cases import case_at, eventful
 from tests.trunkline.pages.conftest import Dashboard, until
 from trunkline.pages import serving
-from trunkline.pages.serving import MOST_CONNECTIONS, MOST_HEADER_BYTES, host_names, listen_address, listening, serve
+from trunkline.pages.serving import MOST_CONNECTIONS, MOST_HEADER_BYTES, dashboard_address, host_names, listening, serve
 
 Start = Callable[..., Dashboard]
 
@@ -214,10 +214,10 @@ def test_it_is_called_by_where_it_listens_and_by_the_names_that_it_was_given(
 
 
 def test_ipv6_is_written_in_brackets() -> None:
-    assert listen_address("[::1]:8088", False) == ("::1", 8088)
+    assert dashboard_address("[::1]:8088", False) == ("::1", 8088)
     with pytest.raises(ConfigError):
-        listen_address("[2001:db8::1]:8088", False)
-    assert listen_address("[2001:db8::1]:8088", True) == ("2001:db8::1", 8088)
+        dashboard_address("[2001:db8::1]:8088", False)
+    assert dashboard_address("[2001:db8::1]:8088", True) == ("2001:db8::1", 8088)
 
 
 def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
