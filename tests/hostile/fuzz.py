@@ -58,6 +58,9 @@ class Spoken:
     def peer(self) -> str:
         return self._peer
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     async def read(self) -> Any:
         await asyncio.sleep(0)
         if not self._frames:

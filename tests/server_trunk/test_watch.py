@@ -122,12 +122,12 @@ def test_short_memory_shows_as_recomputes_evictions_and_bytes_on_disk(
     start_trunk: StartTrunk, lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server_trunk.server.choose_budget", lambda asked, device: 60000)
-    monkeypatch.setattr("server_trunk.server._FOR_WAITING", 0.08)
+    monkeypatch.setattr("server_trunk.server._FOR_WAITING", 0.1)
     monkeypatch.setattr("server_trunk.server._FOR_PASSES", 1000.0)
     monkeypatch.setattr("server_trunk.server._FOR_ADAPTERS", 0.0)
     spilled = []
-    put = Spill.put
-    monkeypatch.setattr(Spill, "put", lambda spill, data: (spilled.append(len(data)), put(spill, data))[1])
+    place = Spill.place
+    monkeypatch.setattr(Spill, "place", lambda spill, size: (spilled.append(size), place(spill, size))[1])
     trunk = watched(start_trunk, lanes=1)
     client = WireClient(trunk.address)
     session = client.session(client.hello(lora))
