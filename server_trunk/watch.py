@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from contract import logs, traces
+from contract.addresses import is_loopback
 from contract.errors import ConnectionFailedError, TrunklineError
 from contract.records import RoundKey
-from contract.scrape import Exporter, is_loopback, metrics_address
+from contract.scrape import Exporter, metrics_address
 from server_trunk.engine import Engine
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill

@@ -248,6 +248,7 @@ def test_a_run_whose_every_program_is_killed_ends_in_the_adapters_of_one_that_no
     deployment.until_drawn_moment(2)
     gone = deployment.draw.randrange(SITES)
     deployment.kill("SuperLink")
+    deployment.kill_apps("flwr-serverapp")  # its machine's: left alone it may drive on until Flower ends it
     deployment.kill(f"SuperNode {gone}")
     deployment.start_superlink()
     deployment.start_site(gone)
