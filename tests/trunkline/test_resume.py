@@ -22,7 +22,7 @@ from trunkline.processes import Daemon, Supervisor
 from trunkline.project import write_project
 
 Start = Callable[..., "subprocess.Popen[str]"]
-STEPS = 6
+STEPS = 24  # rounds must be long enough to be killed in the middle of, on a busy machine too
 SETTINGS = f"num-rounds=3 local-steps={STEPS} deterministic=true eval-fraction=0.0 threads=1"
 WAY = ("--simulate", "2", "-o", "json")
 
