@@ -1,9 +1,9 @@
 """Start processes and leave none behind.
 
-A `Supervisor` gives every process it starts a session of its own, a log file, and a marker in its environment that
-all descendants inherit. Stopping asks the processes to end, then kills whatever still carries the marker, descends
-from a started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no
-way out. On Linux such orphans become this process's children, so that it can reap them. The caller's Ctrl-C never
+A `Supervisor` gives every process it starts a session of its own, a log file, and a marker in its environment that all
+descendants inherit. Stopping asks the processes to end, then kills whatever still carries the marker, descends from a
+started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no way out.
+On Linux such orphans become this process's children, which reaps them (`trunkline.orphans`). The caller's Ctrl-C never
 reaches the children by itself, so the order of the stop is ours. Where this process is killed outright, a small one
 that it started (`trunkline.reaper`) stops what carries the marker.
 """
@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 import psutil
 
 from contract.errors import DeadlineError, RoundError
+from trunkline.orphans import Orphans
 
 log = logging.getLogger("trunkline.trunkline")
 
@@ -86,19 +87,24 @@ class Supervisor:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     daemons: list[Daemon] = field(default_factory=list)
     reaper: subprocess.Popen[bytes] | None = None
+    orphans: Orphans = field(default_factory=Orphans)
 
     def __enter__(self) -> Supervisor:
         self.directory.mkdir(parents=True, exist_ok=True)
         _adopt_orphans()
         self.reaper = _start_reaper(self.mark)
+        self.orphans.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop()
-        if self.reaper is not None:
-            _dismiss(self.reaper)
+        try:
+            self.stop()
+        finally:
+            self.orphans.__exit__()
+            if self.reaper is not None:
+                _dismiss(self.reaper)
 
     def start(self, name: str, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Daemon:
         """Start `argv` in its own session with no stdin; stdout and stderr go to `NAME.log`."""

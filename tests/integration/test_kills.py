@@ -148,6 +148,10 @@ class Deployment:
         self.killed(program)
         return True
 
+    def runs(self, program: str) -> bool:
+        """Whether a process of Flower's `program` is there."""
+        return any(program in _command_line(one) for one in self.supervisor.family())
+
     def kill_everything(self) -> None:
         for process in self.supervisor.family():
             try:
@@ -248,8 +252,8 @@ def test_a_run_whose_every_program_is_killed_ends_in_the_adapters_of_one_that_no
     deployment.until_drawn_moment(2)
     gone = deployment.draw.randrange(SITES)
     deployment.kill("SuperLink")
-    deployment.kill_apps("flwr-serverapp")  # its machine's: left alone it may drive on until Flower ends it
     deployment.kill(f"SuperNode {gone}")
+    deployment.until(lambda: not deployment.runs("flwr-serverapp"), "Flower's end of a ServerApp without a SuperLink")
     deployment.start_superlink()
     deployment.start_site(gone)
     deployment.resume()

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from contract.errors import DeadlineError, RoundError
+from trunkline.orphans import LOOK_S
 from trunkline.ports import reserve_port
 from trunkline.processes import MARKER, Supervisor
 
@@ -47,6 +48,21 @@ def test_leaving_the_block_ends_every_descendant(tmp_path: Path, code: str) -> N
         survivors = [process.pid for process in supervisor.family()]
     assert not any(psutil.pid_exists(pid) for pid in survivors), "something is left, be it a zombie"
     assert supervisor.family() == []
+
+
+def test_an_orphan_that_ends_is_gone_while_the_block_goes_on(tmp_path: Path) -> None:
+    child = "import time; time.sleep(4)"
+    code = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); "
+    with Supervisor(tmp_path) as supervisor:
+        daemon = supervisor.start("parent", python(code + "time.sleep(2)"))
+        until(lambda: daemon.last_lines().isdecimal())
+        orphan = int(daemon.last_lines())
+        until(lambda: not daemon.alive())
+        assert psutil.Process(orphan).ppid() == os.getpid(), "it was adopted"
+        until(lambda: not psutil.pid_exists(orphan))
+        ended = subprocess.Popen(python("import sys; sys.exit(7)"))
+        time.sleep(2 * LOOK_S)
+        assert ended.wait() == 7, "what was started here is its waiter's"
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
