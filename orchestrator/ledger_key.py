@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from contract.errors import ConfigError, StorageError
-from contract.identity import create_private_key, public_key_text, read_private_key
+from contract.identity import public_key_text
+from orchestrator.home_key import open_home_key
 from storage.home import home_dir
 
 KEY_FILE = "ledger-key.pem"
@@ -39,15 +39,4 @@ def open_ledger_key(path: Path | None = None) -> LedgerKey:
 
     Raises ConfigError where there is no usable key, StorageError where there can be no directory for it.
     """
-    place = path if path is not None else home_dir() / KEY_FILE
-    if not place.exists():
-        try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make {place.parent} for the ledger's key: {error.strerror}") from error
-        try:
-            create_private_key(place)
-        except ConfigError:
-            if not place.exists():  # another process made it meanwhile: then it is as good as ours
-                raise
-    return LedgerKey(read_private_key(place))
+    return LedgerKey(open_home_key(path or home_dir() / KEY_FILE, "the ledger's"))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from contract.errors import ConfigError, StorageError
-from contract.identity import create_private_key, public_key_text, read_private_key
+from contract.identity import public_key_text
+from orchestrator.home_key import open_home_key
 from storage.home import home_dir
 
 KEY_FILE = "ticket.pem"
@@ -18,18 +18,7 @@ def open_ticket_key(path: Path | None = None) -> Ed25519PrivateKey:
 
     Raises ConfigError where there is no usable key, StorageError where there can be no directory for it.
     """
-    place = path if path is not None else home_dir() / KEY_FILE
-    if not place.exists():
-        try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make {place.parent} for the tickets' key: {error.strerror}") from error
-        try:
-            create_private_key(place)
-        except ConfigError:
-            if not place.exists():  # another process made it meanwhile: then it is as good as ours
-                raise
-    return read_private_key(place)
+    return open_home_key(path or home_dir() / KEY_FILE, "the tickets'")
 
 
 def signer_text(key: Ed25519PrivateKey) -> str:

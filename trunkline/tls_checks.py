@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-
+from contract import certificates
+from contract.errors import ConfigError
 from contract.tls import VARIABLES
 from trunkline.finding import DoubtfulError, NotReadyError, SkippedError
 
 CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE = VARIABLES
-LONGEST_FILE_BYTES = 1 << 20
-LONGEST_CHAIN = 8
 EARLY_DAYS = 30
 """How many days before its end a certificate is warned of."""
 
@@ -28,85 +24,31 @@ def check_tls(files: Mapping[str, Path | None]) -> str:
         raise SkippedError(f"none of {', '.join(VARIABLES)} is set")
     if missing := [name for name in VARIABLES if name not in named]:
         raise NotReadyError(f"{', '.join(missing)} not set", "set all three, or none of them")
-    authorities = _certificates(CA_VARIABLE, named[CA_VARIABLE])
-    chain = _certificates(CERTIFICATE_VARIABLE, named[CERTIFICATE_VARIABLE])
-    _require_key(named[KEY_VARIABLE], chain[0])
-    if not _leads_to(chain, authorities):
-        detail = f"{named[CERTIFICATE_VARIABLE]} is not signed by the CA in {named[CA_VARIABLE]}"
-        raise NotReadyError(detail, f"have {CA_VARIABLE} name the CA that issued it")
+    ca, certificate, key = (named[name] for name in VARIABLES)
+    with _told(CA_VARIABLE, "name a PEM file of the CA's certificate"):
+        authorities = certificates.read_certificates(ca)
+    with _told(CERTIFICATE_VARIABLE, "name a PEM file of your certificate"):
+        chain = certificates.read_certificates(certificate)
+    with _told(KEY_VARIABLE, "name a PEM file of that certificate's key, which its owner alone can read"):
+        certificates.read_tls_key(key, chain[0], str(certificate))
+    with _told(CA_VARIABLE, "name the CA that issued the certificate"):
+        certificates.require_signed_by(chain, authorities, str(certificate))
     now = datetime.now(UTC)
-    left = [_days_left(named[CERTIFICATE_VARIABLE], chain[0], now)]
-    left += [_days_left(named[CA_VARIABLE], authority, now) for authority in authorities]
-    told = f"the certificate is valid for {left[0]} days more, its CA for {min(left[1:])}"
-    if min(left) < EARLY_DAYS:
+    with _told("TLS", "have a new one issued, or set this machine's clock"):
+        certificates.require_current(chain[0], str(certificate), now)
+        for authority in authorities:
+            certificates.require_current(authority, str(ca), now)
+    left, *of_ca = ((one.not_valid_after_utc - now).days for one in (chain[0], *authorities))
+    told = f"the certificate is valid for {left} days more, its CA for {min(of_ca)}"
+    if min(left, *of_ca) < EARLY_DAYS:
         raise DoubtfulError(told, "have a new one issued before this one ends")
     return told
 
 
-def _certificates(variable: str, path: Path) -> list[x509.Certificate]:
+@contextmanager
+def _told(variable: str, fix: str) -> Iterator[None]:
+    """What `contract.certificates` refuses, as a finding."""
     try:
-        with path.open("rb") as file:
-            data = file.read(LONGEST_FILE_BYTES)
-        return x509.load_pem_x509_certificates(data)
-    except OSError as error:
-        raise NotReadyError(
-            f"{variable}: cannot read {path}: {error.strerror}", f"have {variable} name a file"
-        ) from None
-    except ValueError:
-        raise NotReadyError(f"{variable}: {path} holds no certificate", f"have {variable} name a PEM file") from None
-
-
-def _require_key(path: Path, certificate: x509.Certificate) -> None:
-    """Raise NotReadyError unless the file holds the certificate's private key, for its owner alone."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        with path.open("rb") as file:
-            data = file.read(LONGEST_FILE_BYTES)
-    except OSError as error:
-        detail = f"{KEY_VARIABLE}: cannot read {path}: {error.strerror}"
-        raise NotReadyError(detail, f"have {KEY_VARIABLE} name a file") from None
-    if mode & 0o077:
-        raise NotReadyError(f"{path} can be read or written by others (mode {mode:o})", f"run `chmod 600 {path}`")
-    try:
-        key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        detail = f"{KEY_VARIABLE}: {path} holds no private key without a password"
-        raise NotReadyError(detail, f"have {KEY_VARIABLE} name a PEM file of the certificate's key") from None
-    ours, its = (
-        public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        for public in (key.public_key(), certificate.public_key())
-    )
-    if ours != its:
-        raise NotReadyError(f"{path} is the key of another certificate", f"have {KEY_VARIABLE} name the right one")
-
-
-def _leads_to(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
-    """Whether the first certificate was issued by an authority, or by others of the chain that lead to one."""
-    current, others = chain[0], list(chain[1:])
-    for _ in range(LONGEST_CHAIN):
-        if any(_issued(current, authority) for authority in authorities):
-            return True
-        above = next((other for other in others if _issued(current, other)), None)
-        if above is None:
-            return False
-        others.remove(above)
-        current = above
-    return False
-
-
-def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
-def _days_left(path: Path, certificate: x509.Certificate, now: datetime) -> int:
-    """Whole days that it is valid yet. Raises NotReadyError where it is not valid now."""
-    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now < begins:
-        raise NotReadyError(f"{path} is valid from {begins:%Y-%m-%d %H:%M} UTC on only", "see this machine's clock")
-    if now >= ends:
-        raise NotReadyError(f"{path} expired on {ends:%Y-%m-%d %H:%M} UTC", "have a new one issued")
-    return (ends - now).days
+        yield
+    except ConfigError as error:
+        raise NotReadyError(f"{variable}: {error}", fix) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from trunkline import tls_checks
+from contract.tls import VARIABLES
 from trunkline.finding import NotReadyError, SkippedError
 from trunkline.tls_checks import CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, check_tls
 
@@ -100,14 +101,17 @@ def test_an_authority_that_ends_soon_is_doubtful_too(tmp_path: Path) -> None:
 
 
 def test_a_certificate_that_has_ended_or_not_begun_is_not_ready(authority: Authority) -> None:
-    not_ready(authority.issue(days=5, begins=NOW - timedelta(days=9)), r"ward\.pem expired on")
-    assert "clock" in not_ready(authority.issue(begins=NOW + timedelta(days=2)), "from .* UTC on only")
+    not_ready(authority.issue(days=5, begins=NOW - timedelta(days=9)), r"ward\.pem expired at .* UTC")
+    assert "clock" in not_ready(
+        authority.issue(begins=NOW + timedelta(days=2)), r"ward\.pem is not valid before .* UTC"
+    )
 
 
 def test_a_key_that_others_can_read_is_not_ready(authority: Authority) -> None:
     named = authority.issue()
     os.chmod(authority.directory / "ward.key", 0o640)
-    assert not_ready(named, "can be read or written by others") == f"run `chmod 600 {named[KEY_VARIABLE]}`"
+    fix = f"run `chmod 600 {named[KEY_VARIABLE]}`"
+    not_ready(named, f"{KEY_VARIABLE}: others than its owner can use the key file .*: {re.escape(fix)}$")
 
 
 def test_a_key_of_another_certificate_and_another_authority_are_told(authority: Authority, tmp_path: Path) -> None:
@@ -115,14 +119,21 @@ def test_a_key_of_another_certificate_and_another_authority_are_told(authority: 
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     other = Authority(stranger).issue()
-    not_ready({**first, KEY_VARIABLE: other[KEY_VARIABLE]}, "is the key of another certificate")
-    not_ready({**first, CA_VARIABLE: other[CA_VARIABLE]}, "is not signed by the CA in")
+    not_ready(
+        {**first, KEY_VARIABLE: other[KEY_VARIABLE]}, f"{KEY_VARIABLE}: .* is not that of the certificate .*ward.pem"
+    )
+    not_ready(
+        {**first, CA_VARIABLE: other[CA_VARIABLE]},
+        f"{CA_VARIABLE}: .*ward.pem is not signed by the certificate authority",
+    )
 
 
 @pytest.mark.parametrize("variable", [CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE])
 def test_a_file_that_is_gone_or_holds_something_else_is_named(authority: Authority, variable: str) -> None:
     named = authority.issue()
-    not_ready({**named, variable: Path("/nowhere/x.pem")}, f"{variable}: cannot read /nowhere/x.pem: No such file")
+    not_ready(
+        {**named, variable: Path("/nowhere/x.pem")}, f"{variable}: cannot read the .* /nowhere/x.pem: No such file"
+    )
     nonsense = authority.write("nonsense", b"nothing of the kind")
     not_ready({**named, variable: nonsense}, f"{variable}: .*nonsense holds no")
 
@@ -135,6 +146,8 @@ def test_a_chain_by_way_of_another_authority_leads_to_the_first(authority: Autho
     authority.name = middle.name  # the cross-signed one must be issued under the first authority's own name
     middle.issue()
     certificate = below / "ward.pem"
+    named = {**dict.fromkeys(VARIABLES), CA_VARIABLE: authority.path, CERTIFICATE_VARIABLE: certificate}
+    named[KEY_VARIABLE] = below / "ward.key"
+    not_ready(named, f"{CA_VARIABLE}: .*ward.pem is not signed by the certificate authority")
     certificate.write_bytes(certificate.read_bytes() + crossed.public_bytes(Encoding.PEM))
-    assert tls_checks._leads_to(tls_checks._certificates("x", certificate), [authority.certificate])
-    assert not tls_checks._leads_to(tls_checks._certificates("x", certificate)[:1], [authority.certificate])
+    assert "valid for 98 days more" in check_tls(named)
