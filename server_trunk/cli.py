@@ -19,6 +19,7 @@ from contract.records import CutLayers
 from contract.tls import TlsFiles
 from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from server_trunk.admin_cli import drain, show_sessions
+from server_trunk.log import speak
 from server_trunk.signers import ticket_signers
 from storage.home import home_dir
 
@@ -170,7 +171,7 @@ def serve(
     os.environ.update(waiting(os.environ))
     from server_trunk.server import ServeOptions
 
-    _speak()
+    speak()
     options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
@@ -200,13 +201,6 @@ def serve(
         insecure_metrics=insecure_metrics,
     )
     _serve(options)
-
-
-def _speak() -> None:
-    """Let the trunk's log and other libraries' warnings reach stderr, in the format that was asked for."""
-    handler = logs.handler("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("trunkline").setLevel(logging.INFO)
 
 
 def _serve(options: ServeOptions) -> None:

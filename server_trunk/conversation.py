@@ -1,7 +1,6 @@
 """One client's session, frame by frame: decode, validate, hand to the scheduler, encode; answers in the frames' order.
 
-Frames are read while earlier ones are computed, as far as the session's graphs have room, so that a client may keep
-several microbatches on their way.
+Frames are read while earlier ones are computed, as far as the session's graphs have room.
 """
 
 from __future__ import annotations
@@ -96,13 +95,7 @@ class Conversation:
         self._cut_off: TrunklineError | None = None
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
-        self._requests: dict[str, Callable[[Any], Awaitable[None]]] = {
-            "forward": self._forward,
-            "backward": self._backward,
-            "step": self._step,
-            "read_adapter": self._read_adapter,
-            "close": self._close,
-        }
+        self._over = False
 
     async def run(self) -> None:
         """Answer frames until the client closes or hangs up. Raises any TrunklineError that a frame deserves."""
@@ -131,8 +124,7 @@ class Conversation:
             for task in (answering, reading):
                 task.cancel()
             await asyncio.gather(answering, reading, return_exceptions=True)
-            for hold in (*self._passing, *self._cache_holds):
-                hold.release()
+            self._let_go()
 
     # ---- room for others -----------------------------------------------------------------------------------------
 
@@ -170,13 +162,24 @@ class Conversation:
         self._cut_off = error
         self._answering.cancel()
 
+    def _let_go(self) -> None:
+        """Keep no data, graph or file any more: this conversation and its answers refer to each other, and the
+        collector of such cycles would come long after their room was given back."""
+        self._over = True
+        for out in self._unsent:
+            out.drop()
+        self._unsent, self._waiting, self._answers = [], [], asyncio.Queue()
+        for hold in (*self._passing, *self._cache_holds):
+            hold.release()
+        self._samples = SampleCache(0, self._engine.hidden_size)
+
     async def _read(self) -> None:
         """Hands on what the client asks for until it closes or hangs up."""
         while (frame := await self._stream.read()) is not None:
             kind = str(frame.WhichOneof("body"))
-            if kind not in self._requests:
+            if kind not in _REQUESTS:
                 raise FrameError(f"a second {kind} frame came; a stream has one session")
-            await self._requests[kind](getattr(frame, kind))
+            await _REQUESTS[kind](self, getattr(frame, kind))
             if kind == "close":
                 break
         await self._answers.put(None)
@@ -188,9 +191,10 @@ class Conversation:
                 await answer()
                 self._tally()
         except asyncio.CancelledError:
-            if self._cut_off is None:
+            error, self._cut_off = self._cut_off, None
+            if error is None:
                 raise
-            raise self._cut_off from None
+            raise error from None
 
     async def _deliver(self, out: Outgoing) -> None:
         """Sends the data of a reply whose frame was sent."""
@@ -199,7 +203,11 @@ class Conversation:
         self._unsent.remove(out)
 
     def _made(self, future: asyncio.Future[Outgoing]) -> None:
-        if not future.cancelled() and future.exception() is None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        if self._over:
+            future.result().drop()
+        else:
             self._unsent.append(future.result())
 
     def _credits(self) -> int:
@@ -259,6 +267,9 @@ class Conversation:
                 seed=session.seed_of(forward.microbatch),
             )
 
+        def prepare() -> Forward:
+            return asked(incoming.values_BTD())
+
         def finish(answer: tuple[Tensor, Graph]) -> Outgoing:
             output_BTD, graph = answer
             if forward.need_grad:
@@ -266,7 +277,6 @@ class Conversation:
             return Outgoing(*incoming.answer(output_BTD), hold, graph=graph if forward.need_grad else None)
 
         like = asked(torch.empty(list(forward.hidden.shape), dtype=codec.DTYPES[forward.hidden.dtype], device="meta"))
-        prepare = functools.partial(_prepared, asked, incoming)
         made = self._scheduler.forward(self._seat, inputs.tokens, like, hold, prepare, finish)
         made.add_done_callback(self._made)
         future = self._handed(made)
@@ -431,5 +441,10 @@ class Conversation:
         await self._answers.put(answer)
 
 
-def _prepared(asked: Callable[[Tensor], Forward], incoming: Incoming) -> Forward:
-    return asked(incoming.values_BTD())
+_REQUESTS: dict[str, Callable[[Conversation, Any], Awaitable[None]]] = {
+    "forward": Conversation._forward,
+    "backward": Conversation._backward,
+    "step": Conversation._step,
+    "read_adapter": Conversation._read_adapter,
+    "close": Conversation._close,
+}

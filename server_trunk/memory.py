@@ -92,7 +92,8 @@ class MemoryBudget:
             if turn.done() and not turn.cancelled():
                 self.give_back(size)
             else:
-                self._waiting.remove(entry)
+                if entry in self._waiting:
+                    self._waiting.remove(entry)
                 self._serve()
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"the trunk had no memory to spare for {timeout_s:g} s: try again later") from None
@@ -103,10 +104,14 @@ class MemoryBudget:
         self._serve()
 
     def _serve(self) -> None:
-        while self._waiting and self.taken + self._waiting[0][0] <= self.limit:
-            size, turn, _ = self._waiting.popleft()
-            self.taken += size
-            turn.set_result(None)
+        while self._waiting:
+            size, turn, _ = self._waiting[0]
+            if not turn.cancelled():  # a cancelled one is still here until its task runs
+                if self.taken + size > self.limit:
+                    return
+                self.taken += size
+                turn.set_result(None)
+            self._waiting.popleft()
 
     @property
     def waited_s(self) -> float:

@@ -51,6 +51,12 @@ class Outgoing:
         if self.graph is not None:
             put_aside(self.graph, spill)
 
+    def drop(self) -> None:
+        """Keep nothing of it: it will not be sent."""
+        self._data = memoryview(b"")
+        self._size = 0
+        self.graph = None
+
     async def next(self, disk: Worker) -> memoryview:
         """The next chunk of the data; none of it when all has gone. Raises StorageError."""
         start, self._at = self._at, self._at + CHUNK_BYTES

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc
+
 from contract import logs, traces
 from contract.addresses import is_loopback
 from contract.errors import ConnectionFailedError, TrunklineError
@@ -98,7 +100,7 @@ class SessionSeen:
 
     def ended(self, error: BaseException | None) -> None:
         session, kind = self._session, _kind(error)
-        if error is None or isinstance(error, asyncio.CancelledError):
+        if error is None or isinstance(error, asyncio.CancelledError | grpc.aio.InternalError):
             outcome = "closed" if session is not None and session.closed else "dropped"
         elif session is None:
             outcome = "refused"

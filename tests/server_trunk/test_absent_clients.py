@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,25 @@ def test_replies_that_nobody_reads_make_room_and_are_read_later_as_they_were(
     unread.close()
     honest.close()
     wait_until(lambda: memory(trunk).taken == 0)
+
+
+def test_a_client_that_hangs_up_leaves_nothing_on_disk_even_before_garbage_is_collected(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, scarce: None
+) -> None:
+    trunk = start_trunk(lanes=1, max_pending=8)
+    client = WireClient(trunk.address)
+    unread = client.session(client.hello(lora, seed=1))
+    for _ in range(400):
+        unread.send(read_adapter=pb.ReadAdapter())
+    train(client.session(client.hello(lora, seed=2)), 3)
+    folder = trunk.server._spill.folder
+    assert list(folder.glob("request-*")), "what nobody reads is on the disk"
+    gc.disable()
+    try:
+        unread.call.cancel()
+        wait_until(lambda: memory(trunk).taken == 0 and not list(folder.glob("request-*")))
+    finally:
+        gc.enable()
 
 
 def test_a_session_for_which_the_disk_has_no_room_ends_with_the_reason(

@@ -82,6 +82,23 @@ def test_a_wait_ends_and_what_can_never_fit_does_not_wait() -> None:
     asyncio.run(main())
 
 
+def test_memory_that_comes_free_as_a_wait_is_cancelled_goes_to_the_next() -> None:
+    async def main() -> None:
+        budget = MemoryBudget(10)
+        assert budget.try_take(10)
+        cancelled, patient = (asyncio.create_task(budget.take(6, 5)) for _ in range(2))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        budget.give_back(10)
+        await patient
+        assert budget.taken == 6
+        await asyncio.gather(cancelled, return_exceptions=True)
+        assert budget.taken == 6
+        assert budget.try_take(4)
+
+    asyncio.run(main())
+
+
 def test_a_hold_gives_everything_back_once() -> None:
     budget = MemoryBudget(10)
     hold = Hold(budget)

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -242,6 +244,27 @@ def test_a_busy_metrics_port_is_one_line(model_dir: Path, tmp_path: Path) -> Non
         result = CliRunner().invoke(app, ["serve", *arguments, "--metrics", address])
     assert result.exit_code == 1
     assert f"error: cannot serve the trunk's metrics at {address}: Address already in use" in result.stderr
+
+
+def test_a_client_that_went_away_is_one_line_and_any_other_error_its_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code = """
+import logging
+from grpc._cython import cygrpc
+from server_trunk.log import speak
+speak()
+for error in (cygrpc.ExecuteBatchError("execute_batch"), ValueError("other")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("grpc._cython.cygrpc").exception("raised by servicer method")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    gone, *rest = capfd.readouterr().err.splitlines()
+    assert gone.endswith("INFO grpc._cython.cygrpc: a client went away before it had its answer")
+    assert rest[0].endswith("ERROR grpc._cython.cygrpc: raised by servicer method")
+    assert rest[-1] == "ValueError: other"
 
 
 @pytest.fixture
