@@ -21,7 +21,7 @@ from clients.secure import SecureSite, open_secure_site, tellable, withheld
 from clients.site import Site, in_simulation, read_site
 from clients.vault import Vault
 from clients.wire_log import WireLog
-from contract import logs, traces
+from contract import collector, logs, traces
 from contract.config import RunConfig
 from contract.errors import FrameError, SecureSumError, TrunklineError
 from contract.failpoint import failpoint
@@ -112,14 +112,16 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
     os.environ.update(waiting(os.environ))
     if config.secagg == "off":
         site.require_clear_allowed()
-        from clients.participation import take_part
+        with collector.paused():
+            from clients.participation import take_part
 
         done = take_part(_read_order(message.content), config, site, training=training)
         return _content(done.upload, done.metrics)
     asked = _secure_order(message.content, config)
     with Vault(site.state_dir).alone():
         secure = open_secure_site(site, str(context.node_id))
-        from clients.participation import take_part
+        with collector.paused():
+            from clients.participation import take_part
 
         upload, failure = None, ""
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from contract import collector
 from contract.config import RunConfig
 from contract.errors import IntegrityError
 from contract.records import Factor, LoraSpec
@@ -86,8 +87,9 @@ def draw_first_adapter(config: RunConfig, model_dir: Path) -> FirstAdapter:
 
     Raises ModelError, UnsupportedModelError or ConfigError where the model cannot be split or adapted as asked.
     """
-    from contract import adapter
-    from contract.architecture import probe
+    with collector.paused():
+        from contract import adapter
+        from contract.architecture import probe
 
     found = probe(model_dir)
     config.cut.check(found.layers)

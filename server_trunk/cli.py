@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from contract import logs
+from contract import collector, logs
 from contract.openmp import waiting
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
 from contract.records import CutLayers
 from contract.tls import TlsFiles
 from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from server_trunk.admin_cli import drain, show_sessions
-from server_trunk.log import speak
 from server_trunk.signers import ticket_signers
 from storage.home import home_dir
 
@@ -169,7 +168,9 @@ def serve(
     torchrun --nproc-per-node 2 -m trunkline trunk serve --model MODEL
     """
     os.environ.update(waiting(os.environ))
-    from server_trunk.server import ServeOptions
+    with collector.paused():
+        from server_trunk.log import speak
+        from server_trunk.server import ServeOptions
 
     speak()
     options = ServeOptions(
