@@ -4,8 +4,10 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
-# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py.
-PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py. One more than there are
+# cores, up to 4: some always wait.
+PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest -n $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN)) --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 FAULT_ARGS ?=
 HOSTILE_ARGS ?=

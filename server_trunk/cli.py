@@ -169,10 +169,8 @@ def serve(
     """
     os.environ.update(waiting(os.environ))
     with collector.paused():
-        from server_trunk.log import speak
         from server_trunk.server import ServeOptions
-
-    speak()
+    _speak()
     options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
@@ -202,6 +200,12 @@ def serve(
         insecure_metrics=insecure_metrics,
     )
     _serve(options)
+
+
+def _speak() -> None:
+    from server_trunk.log import speak  # with gRPC, which only who serves needs
+
+    speak()
 
 
 def _serve(options: ServeOptions) -> None:

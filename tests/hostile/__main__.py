@@ -1,7 +1,8 @@
 """Hostile clients against a trunk: `python -m tests.hostile` (or `make hostile`).
 
-First fuzzed conversations in this process, for volume, then some over the wire, then all attacks on a live trunk while
-honest clients train. It exits 1 where anything is not as it must be. The seed is printed; --seed plays it again.
+First fuzzed conversations in this process, for volume, then all attacks on a live trunk that takes whoever comes, some
+fuzzed conversations over the wire among them, then impostors at one that wants certificates and tickets, while honest
+clients train at each. It exits 1 where anything is not as it must be. The seed is printed; --seed plays it again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.fuzz import Fuzz
+from tests.hostile.impostors import LOCKED
 from tests.hostile.stage import serving
 from tests.hostile.storm import ABANDONED, Storm
 
-ALL = (*ATTACKS, *ABANDONED, "fuzz")
+OPEN = (*ATTACKS, *ABANDONED, "fuzz")
+ALL = (*OPEN, *LOCKED)
 FRAMES, SECONDS = 100_000, 20.0
 QUICK_FRAMES, QUICK_SECONDS, QUICK_SCALE = 2_000, 2.0, 0.2
 
@@ -44,9 +47,9 @@ async def fuzzed(seed: int, frames: int) -> dict[str, Any]:
             }
 
 
-def stormed(seed: int, seconds: float, scale: float, attacks: Sequence[str]) -> dict[str, Any]:
+def stormed(seed: int, seconds: float, scale: float, attacks: Sequence[str], *, locked: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
-        return Storm(Path(folder), seed, seconds, scale, say).run(attacks)
+        return Storm(Path(folder), seed, seconds, scale, say, locked).run(attacks)
 
 
 def say(line: str) -> None:
@@ -69,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"seed": options.seed}
     if frames:
         found["fuzz"] = asyncio.run(fuzzed(options.seed, frames))
-    if options.attack:
-        found["storm"] = stormed(options.seed, seconds, QUICK_SCALE if options.quick else 1.0, options.attack)
-    faults = [fault for part in ("fuzz", "storm") if part in found for fault in found[part]["faults"]]
+    scale = QUICK_SCALE if options.quick else 1.0
+    for part, those in (("storm", OPEN), ("locked", LOCKED)):
+        if attacks := [name for name in options.attack if name in those]:
+            found[part] = stormed(options.seed, seconds, scale, attacks, locked=part == "locked")
+    faults = [fault for part in ("fuzz", "storm", "locked") if part in found for fault in found[part]["faults"]]
     sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
     for fault in faults:
         say(f"fault: {fault}")
@@ -87,8 +92,7 @@ def table(found: dict[str, Any]) -> str:
             f"{fuzz['frames']} fuzzed frames in {fuzz['conversations']} conversations, {fuzz['honest']} honest ones "
             f"beside them: {_ends(fuzz['ends'])}; {len(fuzz['faults'])} faults"
         )
-    if "storm" in found:
-        storm = found["storm"]
+    for storm in (found[part] for part in ("storm", "locked") if part in found):
         quiet_ms = storm["phases"][0]["step_ms"]
         lines += ["| attack | what happened | peak MiB over base | an honest step | slowest |", "|---|---|---|---|---|"]
         for phase in storm["phases"]:

@@ -1,27 +1,20 @@
-"""Attacks on a trunk over its port, one a process.
-
-`python -m tests.hostile.attacks NAME TARGET_FILE SEED SECONDS SCALE`: each goes on for its seconds
-and tells, as one line of JSON, how its calls ended. SCALE is a share of its full size.
-"""
+"""Attacks on a trunk that takes whoever comes, over its port."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import random
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from contract import trunk_pb2 as pb
 from contract.wire import chunk_frame
 from tests.hostile import sockets
-from tests.hostile.caller import Caller, Outcomes, Target, drawing, ending
+from tests.hostile.caller import Caller, Outcomes, Target, ending
 
 _SESSIONS = 10
 """How many sessions an attack opens that has them: the trunk under attack has places for 16."""
@@ -29,7 +22,7 @@ _SESSIONS = 10
 
 @dataclass
 class Attack:
-    """What an attack works with."""
+    """What an attack works with; `scale` is a share of its full size."""
 
     target: Target
     draw: random.Random
@@ -299,14 +292,3 @@ ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
     "garbage": sockets.garbage,
     "connections": sockets.connections,
 }
-
-
-async def main(name: str, target_file: str, seed: str, seconds: str, scale: str) -> None:
-    outcomes = Outcomes()
-    attack = Attack(Target.read(Path(target_file)), drawing(int(seed), name), float(seconds), float(scale), outcomes)
-    await ATTACKS[name](attack)
-    sys.stdout.write(json.dumps({"ends": dict(outcomes.ends), "faults": outcomes.faults}) + "\n")
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))

@@ -28,7 +28,10 @@ _STATUS_LOST = "Internal error from Core"  # what this client says of a call tha
 
 @dataclass(frozen=True)
 class Target:
-    """A trunk, as a hostile client knows it: whatever Describe tells, and one adapter that it holds."""
+    """A trunk, as a hostile client knows it: whatever Describe tells, and one adapter that it holds.
+
+    `keys` is the folder of who issues certificates for it, "" where it takes whoever comes.
+    """
 
     address: str
     hidden_size: int
@@ -36,6 +39,7 @@ class Target:
     base_sha256: str
     lora: pb.Lora
     model: pb.ModelAgreement
+    keys: str = ""
 
     def write(self, path: Path) -> None:
         told = {
@@ -45,6 +49,7 @@ class Target:
             "base_sha256": self.base_sha256,
             "lora": self.lora.SerializeToString().hex(),
             "model": self.model.SerializeToString().hex(),
+            "keys": self.keys,
         }
         path.write_text(json.dumps(told))
 

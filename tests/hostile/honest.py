@@ -19,7 +19,9 @@ import grpc
 import numpy as np
 
 from contract import trunk_pb2 as pb
+from contract.tls import open_channel
 from contract.wire import ERROR_KEY, SESSION_METHOD, chunk_data, chunk_frames, parse_server_frame
+from tests.hostile import rights
 from tests.hostile.caller import OPTIONS, Target
 
 STEPS = 6
@@ -40,6 +42,8 @@ class Session:
         self._call: Any = channel.stream_stream(SESSION_METHOD)(iter(self._out.get, None), timeout=WAIT_S)
         self.digest = hashlib.sha256()
         hello = target.hello(client_id=client_id, round=key, deterministic=True)
+        if target.keys:
+            hello = rights.admitted(channel, hello)
         self._send([pb.ClientFrame(hello=hello).SerializeToString()])
         self._receive("welcome")
 
@@ -138,7 +142,7 @@ def main(target_file: str, client_id: str, run: str) -> None:
         began_s = time.time()
         while True:
             # A connection of its own each time, as a site's process has.
-            with grpc.insecure_channel(target.address, options=OPTIONS) as channel:
+            with open_channel(target.address, rights.files(target.keys, "north"), OPTIONS) as channel:
                 try:
                     told = train(channel, target, client_id, pb.RoundId(run=run, round=number, attempt=1))
                     break

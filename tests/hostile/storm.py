@@ -8,55 +8,47 @@ the trunk is afterwards what it was.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 
 from contract import trunk_pb2 as pb
 from contract.trunk_pb2_grpc import TrunkStub
 from tests.hostile.caller import Target
 from tests.hostile.conversations import FUZZED_RUN, Served
 from tests.hostile.stage import HIDDEN, MAX_TOKENS, put_bases, save_model
+from tests.hostile.target_trunk import (
+    BUDGET_MIB,
+    MAX_SESSIONS,
+    REPOSITORY,
+    SETTLE_S,
+    Reading,
+    running,
+    tracebacks,
+)
 from tests.hostile.wire import fuzz
+from tests.pki import Pki
 
-MIB = 1 << 20
-BUDGET_MIB = 64
 CONSTANT_MIB = 192
 """What the trunk may take beside its budget: gRPC's buffers of a thousand streams, what glibc keeps, code that is
 loaded at its first use."""
-MAX_SESSIONS = 16
 CLIENTS = ("ada", "bob")
 RUN = "honest"
 ABANDONED = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 """Clients that hold what they can, and how each is left then."""
 FUZZED_FRAMES = 5000
-_READY_S = 180.0
-_SETTLE_S = 60.0
-_SAMPLE_S = 0.02
 _PATIENCE_S = 120.0
-_REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a process has at one moment."""
-
-    rss_mib: float
-    files: int
-    threads: int
 
 
 @dataclass
@@ -76,48 +68,6 @@ class Phase:
     faults: list[str] = field(default_factory=list)
 
 
-class Trunk:
-    """A real `trunkline trunk serve`, sampled."""
-
-    def __init__(self, process: subprocess.Popen[bytes], address: str, state_dir: Path, log: Path) -> None:
-        self.process = process
-        self.address = address
-        self.state_dir = state_dir
-        self.log = log
-        self._process = psutil.Process(process.pid)
-        self._peak = 0
-        self._over = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
-
-    def reading(self) -> Reading:
-        return Reading(self._process.memory_info().rss / MIB, self._process.num_fds(), self._process.num_threads())
-
-    def peak_mib(self) -> float:
-        """The highest resident size since this was asked last."""
-        peak, self._peak = self._peak, 0
-        return max(peak, self._process.memory_info().rss) / MIB
-
-    def spilled(self) -> list[str]:
-        return [str(path) for path in self.state_dir.glob("spill-*/*")]
-
-    def described(self) -> pb.TrunkDescription:
-        with grpc.insecure_channel(self.address) as channel:
-            told: pb.TrunkDescription = TrunkStub(channel).Describe(pb.DescribeRequest(), timeout=30)
-            return told
-
-    def stop(self) -> None:
-        self._over.set()
-        self._sampler.join()
-
-    def _sample(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
-            try:
-                self._peak = max(self._peak, self._process.memory_info().rss)
-            except psutil.NoSuchProcess:
-                return
-
-
 class Honest:
     """The honest clients' processes, and what they have told."""
 
@@ -126,7 +76,7 @@ class Honest:
         self._processes = {
             client: subprocess.Popen(
                 [sys.executable, "-m", "tests.hostile.honest", str(target_file), client, RUN],
-                cwd=_REPOSITORY,
+                cwd=REPOSITORY,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -168,13 +118,14 @@ class Honest:
 
 @dataclass
 class Storm:
-    """One trunk under attack."""
+    """One trunk under attack; a `locked` one takes callers by certificate, and sessions by ticket, alone."""
 
     folder: Path
     seed: int
     seconds: float
     scale: float
     say: Callable[[str], None]
+    locked: bool = False
     phases: list[Phase] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -182,11 +133,13 @@ class Storm:
         """Play them; answers what was seen. `faults` is empty where all is as it must be."""
         with ExitStack() as stack:
             model = save_model(self.folder / "model")
+            pki = Pki.made(self.folder / "pki") if self.locked else None
             self.bases = put_bases(model, self.folder / "state")
-            self.trunk = stack.enter_context(_trunk(self.folder, model))
+            self.trunk = stack.enter_context(running(self.folder, model, pki))
             loras, bases = self.bases
             told = self.trunk.described()
-            self.target = Target(self.trunk.address, HIDDEN, MAX_TOKENS, bases[0], loras[0], told.model)
+            keys = "" if pki is None else str(pki.folder)
+            self.target = Target(self.trunk.address, HIDDEN, MAX_TOKENS, bases[0], loras[0], told.model, keys)
             self.target_file = self.folder / "target.json"
             self.target.write(self.target_file)
             self.honest = Honest(self.target_file)
@@ -209,7 +162,7 @@ class Storm:
                     f"{CONSTANT_MIB}"
                 )
             said = self.trunk.log.read_text(errors="replace")
-            self.faults += [f"the trunk's log has a traceback: {line}" for line in _tracebacks(said)]
+            self.faults += [f"the trunk's log has a traceback: {line}" for line in tracebacks(said)]
         return {
             "seed": self.seed,
             "budget_mib": BUDGET_MIB,
@@ -295,8 +248,8 @@ class Storm:
 
     def _attacker(self, name: str, seconds: float) -> subprocess.Popen[str]:
         arguments = (name, self.target_file, self.seed, seconds, self.scale)
-        command = [sys.executable, "-m", "tests.hostile.attacks", *map(str, arguments)]
-        return subprocess.Popen(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tests.hostile.attacker", *map(str, arguments)]
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
     def _watch(self, process: subprocess.Popen[str], seconds: float) -> int:
         """The most sessions that the trunk had open until the process ended, or the time was up.
@@ -317,7 +270,7 @@ class Storm:
 
     def _settled(self, base: Reading) -> Reading:
         """What the trunk has once all are gone; a fault where that is more than before."""
-        until_s = time.monotonic() + _SETTLE_S
+        until_s = time.monotonic() + SETTLE_S
         while True:
             now, described = self.trunk.reading(), self.trunk.described()
             wrong = []
@@ -348,7 +301,7 @@ class Storm:
         last = self.honest.finished() - 1
         base_sha256 = self.target.base_sha256
         key = pb.RoundId(run=RUN, round=last, attempt=1)
-        with grpc.insecure_channel(self.trunk.address) as channel:
+        with self.trunk.channel() as channel:
             stub = TrunkStub(channel)
             request = pb.CommitRoundRequest(round=key, base_sha256=base_sha256, survivors=CLIENTS)
             reply = stub.CommitRound(request, timeout=30)
@@ -381,46 +334,3 @@ class Storm:
             if self.trunk.process.poll() is not None:
                 raise RuntimeError(f"the trunk ended with {self.trunk.process.returncode} under {what}")
             time.sleep(0.05)
-
-
-@contextmanager
-def _trunk(folder: Path, model: Path) -> Iterator[Trunk]:
-    state_dir, announce, log = folder / "state", folder / "address", folder / "log"
-    command = [
-        *(sys.executable, "-m", "trunkline", "trunk", "serve", "--model", str(model), "--listen", "127.0.0.1:0"),
-        *("--head-layers", "1", "--tail-layers", "1", "--device", "cpu", "--threads", "1", "--batch-tokens", "512"),
-        *("--state-dir", str(state_dir), "--announce-file", str(announce), "--max-sessions", str(MAX_SESSIONS)),
-        *("--max-pending", "8", "--max-tokens", str(MAX_TOKENS), "--memory-budget", f"{BUDGET_MIB}M"),
-        *("--spill-budget", "256M", "--sample-cache-mib", "1", "--grace-s", "1"),
-    ]
-    with log.open("wb") as told:
-        environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
-        process = subprocess.Popen(command, cwd=_REPOSITORY, env=environment, stdout=told, stderr=told)
-    try:
-        until_s = time.monotonic() + _READY_S
-        while not announce.exists():
-            if process.poll() is not None or time.monotonic() > until_s:
-                raise RuntimeError(f"the trunk did not come up: {log.read_text()[-2000:]}")
-            time.sleep(0.05)
-        trunk = Trunk(process, announce.read_text().strip(), state_dir, log)
-        yield trunk
-        trunk.stop()
-        process.terminate()
-        if process.wait(_SETTLE_S) != 0:
-            raise RuntimeError(f"the trunk ended with {process.returncode}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def _tracebacks(said: str) -> list[str]:
-    """What an unexpected error says last, each."""
-    found, inside = [], False
-    for line in said.splitlines():
-        if line.startswith("Traceback"):
-            inside = True
-        elif inside and line and not line.startswith((" ", "\t")):
-            found.append(line[:300])
-            inside = False
-    return found[:10]

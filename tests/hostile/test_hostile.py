@@ -13,8 +13,9 @@ import pytest
 
 from server_trunk import conversation
 from server_trunk.memory import Hold
-from tests.hostile.__main__ import ALL, QUICK_SCALE, fuzzed, stormed
+from tests.hostile.__main__ import OPEN, QUICK_SCALE, fuzzed, stormed
 from tests.hostile.fuzz import Fuzz, Tally
+from tests.hostile.impostors import LOCKED
 from tests.hostile.stage import serving
 
 FRAMES, ATTACKS, SECONDS = 2_000, 6, 1.0
@@ -37,12 +38,22 @@ def test_fuzzed_conversations_end_well_or_by_a_named_error_and_leave_nothing(see
 
 @pytest.mark.timeout(900)
 def test_under_attack_memory_stays_in_its_budget_and_honest_clients_get_their_bits(seed: int) -> None:
-    attacks = random.Random(seed).sample(ALL, ATTACKS)
+    attacks = random.Random(seed).sample(OPEN, ATTACKS)
     found = stormed(seed, SECONDS, QUICK_SCALE, attacks)
     assert found["faults"] == [], f"TRUNKLINE_HOSTILE_SEED={seed}, of {attacks}"
     assert [phase["name"] for phase in found["phases"][1:-1]] == attacks
     assert all(phase["rounds"] for phase in found["phases"])
     assert all(phase["ends"] for phase in found["phases"][1:-1]), "each attack did something"
+
+
+@pytest.mark.timeout(600)
+def test_impostors_are_let_in_by_no_ticket_and_no_certificate(seed: int) -> None:
+    found = stormed(seed, 2.0, QUICK_SCALE, list(LOCKED), locked=True)
+    assert found["faults"] == [], f"TRUNKLINE_HOSTILE_SEED={seed}"
+    _, by_ticket, by_certificate, _ = found["phases"]
+    assert by_ticket["ends"]["TicketError"] > 20
+    assert by_certificate["ends"]["AccessError"] > 20
+    assert by_certificate["ends"]["UNAVAILABLE"] > 5
 
 
 def played(folder: Path, batches: int) -> Tally:
