@@ -30,10 +30,10 @@ demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
 demo-authenticated: setup ## A deployment in which everybody proves who they are, and strangers are turned away (2 minutes)
 	@exec deploy/authenticated/run
 
-test: setup ## Run the tests but for those of Flower's real programs, on up to 4 cores at once (about 16 minutes on 2)
+test: setup ## Run the tests but for those of whole deployments, on up to 4 cores at once (about 12 minutes on 2)
 	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) $(PYTEST_ARGS)
 
-test-flower: setup ## Run the tests through Flower's real programs: simulations, deployments, and all of one killed (10 minutes on 2)
+test-flower: setup ## Run the tests through Flower's real programs, and of a trunk of several (11 minutes on 2)
 	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) -m "(deployment or simulation) and not screenshots" $(PYTEST_ARGS)
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -22,6 +23,12 @@ _LONGEST = (
     *("contract/test_partition_parity.py", "aggregation/test_secure_sum.py"),
 )
 _REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has imported and made stays: the collector of garbage would look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

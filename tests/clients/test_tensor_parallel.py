@@ -28,6 +28,7 @@ CUT = CutLayers(1, 1)
 FAMILIES = ("llama", "qwen3", "phi3")
 READY_S = 180.0
 REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.deployment
 PATTERNS = LoraConfig(
     r=4,
     lora_alpha=8,
