@@ -4,10 +4,10 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
-# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py. One more than there are
-# cores, up to 4: some always wait.
-PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest -n $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN)) --maxprocesses 4 \
-	--dist loadfile --no-loadscope-reorder
+# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py. Of most tests one more at
+# once than there are cores, for some always wait; of the deployments, which are many processes each, no more than cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 FAULT_ARGS ?=
 HOSTILE_ARGS ?=
@@ -31,10 +31,10 @@ demo-authenticated: setup ## A deployment in which everybody proves who they are
 	@exec deploy/authenticated/run
 
 test: setup ## Run the tests but for those of whole deployments, on up to 4 cores at once (about 12 minutes on 2)
-	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) $(PYTEST_ARGS)
+	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) -n $(shell expr $(CORES) + 1) $(PYTEST_ARGS)
 
 test-flower: setup ## Run the tests through Flower's real programs, and of a trunk of several (11 minutes on 2)
-	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) -m "(deployment or simulation) and not screenshots" $(PYTEST_ARGS)
+	@exec env OMP_NUM_THREADS=1 $(PYTEST_AT_ONCE) -n $(CORES) -m "(deployment or simulation) and not screenshots" $(PYTEST_ARGS)
 
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
