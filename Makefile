@@ -4,8 +4,8 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST_ARGS ?=
-# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py. Of most tests one more at
-# once than there are cores, for some always wait; of the deployments, which are many processes each, no more than cores.
+# Whole files, in the order in which they are collected: the longest first, see tests/conftest.py. Of most tests one more
+# at once than there are cores, for some always wait; of the deployments, many processes each, no more than cores.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=

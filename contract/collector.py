@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def paused() -> Iterator[None]:
     """No collection within: thousands of modules are made, none of them garbage, and to look through them again and
-    again takes a fifth of the time in which torch, transformers and peft are imported."""
+    again takes a sixth of the time in which torch, transformers and peft are imported."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
-
 from contract import logs, traces
 from contract.addresses import is_loopback
 from contract.errors import ConnectionFailedError, TrunklineError
@@ -19,6 +17,7 @@ from contract.records import RoundKey
 from contract.scrape import Exporter, metrics_address
 from server_trunk.engine import Engine
 from server_trunk.lane import Graph
+from server_trunk.log import is_of_a_vanished_client
 from server_trunk.memory import MemoryBudget, Spill
 from server_trunk.metrics import Facts, TrunkMetrics
 from server_trunk.scheduler import PassSeen, Scheduler
@@ -100,7 +99,7 @@ class SessionSeen:
 
     def ended(self, error: BaseException | None) -> None:
         session, kind = self._session, _kind(error)
-        if error is None or isinstance(error, asyncio.CancelledError | grpc.aio.InternalError):
+        if error is None or isinstance(error, asyncio.CancelledError) or is_of_a_vanished_client(error):
             outcome = "closed" if session is not None and session.closed else "dropped"
         elif session is None:
             outcome = "refused"

@@ -48,3 +48,17 @@ class Pki:
         """Credentials as they are, good or not: whoever attacks does not check its own files."""
         path, key_path = authority.pair_of(self.folder, name)
         return grpc.ssl_channel_credentials((ca or self.ca).read_bytes(), key_path.read_bytes(), path.read_bytes())
+
+    def refused(self, folder: Path) -> dict[str, grpc.ChannelCredentials | None]:
+        """What callers may show, by its name, that a trunk of this authority must not take; None is no TLS at all.
+
+        `folder` is where other authorities are made.
+        """
+        others, expired = Pki.made(folder / "others"), Pki.expired(folder / "expired")
+        return {
+            "no TLS": None,
+            "no certificate": grpc.ssl_channel_credentials(self.ca.read_bytes()),
+            "another CA's": others.unchecked("north", ca=self.ca),
+            "an expired one": expired.unchecked("north", ca=self.ca),
+            "a server's": self.unchecked("trunk"),
+        }

@@ -23,8 +23,6 @@ from tests.pki import Pki
 
 _AT_ONCE = 8
 _ROUND = pb.RoundId(run="impostor", round=1, attempt=1)
-_UNASKED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""How a call ends whose connection never came to be."""
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Impostor:
     def renewed_elsewhere(self, challenge: bytes) -> pb.Hello:
         return presented(self.hello(), renewed(ticket_for(self.hello()), RENEWAL_KEY), challenge)
 
-    def with_an_old_challenge(self, challenge: bytes) -> pb.Hello:
+    def with_a_made_up_challenge(self, challenge: bytes) -> pb.Hello:
         """One that no trunk made since it started."""
         changed = bytes(len(challenge) - 1) + bytes([challenge[-1] ^ 1])
         return presented(self.hello(), signed_ticket(ticket_for(self.hello()), SIGNER), changed)
@@ -94,7 +92,7 @@ class Impostor:
         return (
             *(self.forged, self.by_a_stranger, self.expired, self.too_early, self.of_another, self.for_another),
             *(self.for_another_round, self.for_another_certificate, self.renewed_elsewhere),
-            *(self.with_an_old_challenge, self.without, self.of_noise),
+            *(self.with_a_made_up_challenge, self.without, self.of_noise),
         )
 
 
@@ -119,15 +117,8 @@ async def tickets(attack: Attack) -> None:
 
 async def certificates(attack: Attack) -> None:
     """Callers without a certificate, with one that is not to be taken, and with one of another role."""
-    pki, folder = Pki(Path(attack.target.keys)), Path(attack.target.keys).parent
-    others, expired = Pki.made(folder / "others"), Pki.expired(folder / "expired")
-    strangers = {
-        "no TLS": None,
-        "no certificate": grpc.ssl_channel_credentials(pki.ca.read_bytes()),
-        "another CA's": others.unchecked("north", ca=pki.ca),
-        "an expired one": expired.unchecked("north", ca=pki.ca),
-        "a server's": pki.unchecked("trunk"),
-    }
+    pki = Pki(Path(attack.target.keys))
+    strangers = pki.refused(pki.folder.parent)
     roles = {name: _channel(attack, pki.unchecked(name)) for name in ("south", "orchestrator", "operator")}
 
     async def knock(what: str) -> None:
@@ -135,7 +126,7 @@ async def certificates(attack: Attack) -> None:
         try:
             await _describe(channel)
         except grpc.aio.AioRpcError as error:
-            if error.code() not in _UNASKED:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 attack.outcomes.faults.append(f"a caller with {what}: {error.code().name}: {error.details()}")
             raise
         finally:

@@ -34,7 +34,7 @@ from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
 from trunkline.project import write_project
 
-SITES, ROUNDS = 3, 2
+SITES, ROUNDS = 3, 3
 LIMIT_S = 600.0
 SETTINGS = (
     f"num-rounds={ROUNDS} quorum={SITES} deterministic=true threads=1 eval-fraction=0.0 "

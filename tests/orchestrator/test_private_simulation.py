@@ -25,7 +25,7 @@ from tests.orchestrator.test_simulation import LIMIT_S, REPOSITORY, played
 from trunkline.flower import SuperLinkAddress, start_superlink
 from trunkline.workplace import Workplace, open_workplace, start_trunk
 
-CLIENTS, POOR = 6, (4, 5)
+CLIENTS, POOR = 10, (8, 9)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_budgets_run_out_a_second_run_goes_on_with_them_and_tampering_is_found(
     assert rounds_of(config, 0, first) == [1, 2, 3]
     assert [rounds_of(config, number, first) for number in POOR] == [[1], [1]]
     trained = [{part.node_id for part in open_reader().participations(first.run_id, number)} for number in (1, 2, 3)]
-    assert [len(nodes) for nodes in trained] == [6, 4, 4]
+    assert [len(nodes) for nodes in trained] == [10, 8, 8]
     assert "over the budget of" in log
     assert "privacy: the trunk: no epsilon: the server can read the text" in log
 

@@ -71,18 +71,10 @@ def described(address: str, credentials: grpc.ChannelCredentials | None) -> grpc
 
 
 def test_a_certificate_of_the_clients_ca_gets_through_and_nothing_else_does(
-    secured: RunningTrunk, pki: Pki, others: Pki, tmp_path: Path
+    secured: RunningTrunk, pki: Pki, tmp_path: Path
 ) -> None:
     assert isinstance(described(secured.address, pki.unchecked("north")), pb.TrunkDescription)
-    expired = Pki.expired(tmp_path / "expired")
-    refused = {
-        "no TLS": None,
-        "no certificate": grpc.ssl_channel_credentials(pki.ca.read_bytes()),
-        "another CA's": others.unchecked("north", ca=pki.ca),
-        "an expired one": expired.unchecked("north", ca=pki.ca),
-        "a server's": pki.unchecked("trunk"),
-    }
-    for what, credentials in refused.items():
+    for what, credentials in pki.refused(tmp_path).items():
         error = described(secured.address, credentials)
         assert isinstance(error, grpc.RpcError), what
         assert error.code() is grpc.StatusCode.UNAVAILABLE, what

@@ -12,9 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from grpc._cython import cygrpc
 from typer.testing import CliRunner
 
 from contract import errors
@@ -22,6 +25,7 @@ from contract import trunk_pb2 as pb
 from contract.logs import JsonFormatter
 from server_trunk.cli import app
 from server_trunk.memory import Spill
+from server_trunk.watch import SessionSeen, Watch
 from tests.scraping import Scrape, ask, documented
 from tests.server_trunk.conftest import HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient
@@ -279,6 +283,16 @@ def lines() -> Iterator[list[dict[str, object]]]:
     yield found
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+def test_a_session_whose_client_went_away_before_its_answer_was_dropped_and_did_not_fail(
+    lines: list[dict[str, object]],
+) -> None:
+    for error, outcome in ((cygrpc.ExecuteBatchError("execute_batch"), "dropped"), (ValueError("other"), "failed")):
+        seen = SessionSeen(Watch(), "")
+        seen._session = cast(Any, SimpleNamespace(session_id="a-session", closed=False))
+        seen.ended(error)
+        assert lines[-1]["message"] == f"session a-session: {outcome}"
 
 
 def test_a_sessions_lines_name_its_round_and_its_client(

@@ -23,7 +23,7 @@ from trunkline.project import write_project
 
 Start = Callable[..., "subprocess.Popen[str]"]
 STEPS = 24  # rounds must be long enough to be killed in the middle of, on a busy machine too
-SETTINGS = f"num-rounds=2 local-steps={STEPS} deterministic=true eval-fraction=0.0 threads=1"
+SETTINGS = f"num-rounds=3 local-steps={STEPS} deterministic=true eval-fraction=0.0 threads=1"
 WAY = ("--simulate", "2", "-o", "json")
 
 
@@ -72,7 +72,7 @@ def steps_in(home: Path, number: int) -> int:
 
 
 def training_in(log: Path, number: int) -> Callable[[], bool]:
-    return lambda: f"round {number}/2: 2 clients asked" in log.read_text()
+    return lambda: f"round {number}/3: 2 clients asked" in log.read_text()
 
 
 @pytest.mark.simulation
@@ -94,10 +94,10 @@ def test_a_run_of_which_everything_was_killed_goes_on_and_comes_to_equal_adapter
     out, _ = resumed.communicate(timeout=LIMIT_S)
     said = log.read_text()
     assert resumed.returncode == 0, said
-    assert "1 of 2 rounds are committed; it goes on from there" in said
-    assert json.loads(out)["data"]["rounds"] == 2
+    assert "1 of 3 rounds are committed; it goes on from there" in said
+    assert json.loads(out)["data"]["rounds"] == 3
     assert adapters(home) == uninterrupted
-    assert attempts(home) == [(1, 1, "committed"), (2, 1, "aborted"), (2, 2, "committed")]
+    assert attempts(home) == [(1, 1, "committed"), (2, 1, "aborted"), (2, 2, "committed"), (3, 1, "committed")]
     assert of_home(home) == []
 
 
@@ -117,8 +117,8 @@ def test_a_trunk_that_is_killed_and_comes_back_costs_its_clients_a_replay_and_no
         serve(supervisor, tmp_path, port, "second")
         assert run.wait(LIMIT_S) == 0, log.read_text()
     assert adapters(home) == uninterrupted
-    assert attempts(home) == [(number, 1, "committed") for number in (1, 2)]
-    assert all(steps_in(home, number) >= 2 * STEPS for number in (1, 2))
+    assert attempts(home) == [(number, 1, "committed") for number in (1, 2, 3)]
+    assert all(steps_in(home, number) >= 2 * STEPS for number in (1, 2, 3))
 
 
 def serve(supervisor: Supervisor, folder: Path, port: int, name: str) -> Daemon:
