@@ -36,14 +36,18 @@ class Orphans:
         self._thread.join()
 
     def look(self) -> None:
-        """Note who has another parent by now, and reap those that are our own and have ended."""
-        below = self._me.children(recursive=True)
-        self._others &= set(below)
-        for process in below:
-            with contextlib.suppress(psutil.Error, ChildProcessError):  # gone meanwhile, or reaped by another
+        """Note who has another parent by now, and reap those that are our own and have ended.
+
+        Who was noted is so until it is gone: while a process between is just ending, psutil's list lacks all below it.
+        """
+        self._others = {process for process in self._others if process.is_running()}
+        for process in self._me.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
                 if process.ppid() != self._me.pid:
                     self._others.add(process)
-                elif process in self._others and process.status() == psutil.STATUS_ZOMBIE:
+        for process in self._others:
+            with contextlib.suppress(psutil.Error, ChildProcessError):  # gone meanwhile, or reaped by another
+                if process.ppid() == self._me.pid and process.status() == psutil.STATUS_ZOMBIE:
                     os.waitpid(process.pid, os.WNOHANG)
 
     def _watch(self) -> None:

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from contract.errors import DeadlineError, RoundError
-from trunkline.orphans import LOOK_S
+from trunkline.orphans import LOOK_S, Orphans
 from trunkline.ports import reserve_port
-from trunkline.processes import MARKER, Supervisor
+from trunkline.processes import MARKER, Supervisor, _adopt_orphans
 
 SLEEPER = "import time; time.sleep(120)"
 STUBBORN = (
@@ -63,6 +63,27 @@ def test_an_orphan_that_ends_is_gone_while_the_block_goes_on(tmp_path: Path) -> 
         ended = subprocess.Popen(python("import sys; sys.exit(7)"))
         time.sleep(2 * LOOK_S)
         assert ended.wait() == 7, "what was started here is its waiter's"
+
+
+def test_an_orphan_is_reaped_that_a_look_missed_as_its_parent_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil lists nobody below a process that ends between its reading of all parents and its looking at each."""
+    child = "import sys; sys.stdin.read()"
+    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); "
+    _adopt_orphans()
+    parent = subprocess.Popen(
+        python(code + "sys.stdin.readline()"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    orphan, orphans = int(parent.stdout.readline()), Orphans()
+    orphans.look()
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil.Process, "children", lambda process, recursive: [])
+        orphans.look()
+    parent.kill()
+    parent.communicate()
+    until(lambda: psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE)
+    orphans.look()
+    assert not psutil.pid_exists(orphan)
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
