@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from clients import participation, replay
 from clients.app import REFUSED, app
 from clients.split_model import remote_layers
 from clients.wire_log import WireLog
+from contract import failpoint
 from contract.config import RunConfig
 from contract.errors import ConnectionFailedError, SessionError, TrunklineError
+from tests.clients.conftest import CUT
 from tests.clients.sites import Orchestrator, Site, Version, upload_bytes, write_texts
 from tests.conftest import TrunkProcess
+from trunkline.ports import reserve_port
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 
@@ -87,6 +92,23 @@ def test_a_session_that_is_lost_too_often_ends_the_clients_part(
     assert len(trainings) == 2
 
 
+def test_a_trunk_killed_as_a_session_opens_and_started_again_costs_a_site_nothing(
+    llama_dir: Path, trunk_process: Callable[..., TrunkProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"listen": f"127.0.0.1:{reserve_port()}", "state_dir": tmp_path / "state"}
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoint.VARIABLE, "kill:serve.hello#1")
+        mortal = trunk_process(llama_dir, CUT.head, CUT.tail, **place)
+    texts = write_texts(tmp_path / "texts.jsonl", rows=12, seed=1)
+    site = Site(7, {"model": str(llama_dir), "data": str(texts), "trunk-address": mortal.address, "name": "north"})
+    orchestrator, version = begun(llama_dir, mortal.address, "hello")
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(app, orchestrator.message(version, site, 1), site.context(orchestrator.config))
+        assert mortal.process.wait(60) == -signal.SIGKILL
+        trunk_process(llama_dir, CUT.head, CUT.tail, **place)
+        assert not reply.result(60).has_error()
+
+
 class Scripted:
     """An attempt that ends as `ends` says, one after the other."""
 
@@ -112,8 +134,15 @@ def play(attempt: Scripted, address: str, **settings: Any) -> str:
 LOST = SessionError("the session with the trunk is over")
 
 
+GONE = ConnectionFailedError("the connection to the trunk broke")
+NOISES: list[dict[str, Any]] = [
+    {"dp": "client", "trunk-adapter": "frozen"},
+    {"wire": "empirical", "wire-noise": 0.1},
+]
+
+
 @pytest.mark.parametrize("state", [{"opened": False}, {"released": True}])
-def test_what_was_never_opened_and_what_was_released_is_not_played_again(
+def test_what_a_trunk_refused_to_open_and_what_was_released_is_not_played_again(
     trunk: TrunkProcess, state: dict[str, bool]
 ) -> None:
     attempt = Scripted(LOST, "done", **state)
@@ -122,9 +151,19 @@ def test_what_was_never_opened_and_what_was_released_is_not_played_again(
     assert attempt.played == 1
 
 
-@pytest.mark.parametrize(
-    "noise", [{"dp": "client", "trunk-adapter": "frozen"}, {"wire": "empirical", "wire-noise": 0.1}]
-)
+@pytest.mark.parametrize("settings", [{}, *NOISES])
+def test_a_trunk_that_goes_before_the_session_is_open_is_waited_for(
+    trunk: TrunkProcess, settings: dict[str, Any]
+) -> None:
+    attempt = Scripted(GONE, GONE, "done", opened=False)
+    assert play(attempt, trunk.address, **settings) == "done"
+    attempt = Scripted(GONE, GONE, GONE, "done", opened=False)
+    with pytest.raises(ConnectionFailedError):
+        play(attempt, trunk.address, **settings)
+    assert attempt.played == 3
+
+
+@pytest.mark.parametrize("noise", NOISES)
 def test_what_was_noised_is_not_sent_again_under_other_noise(trunk: TrunkProcess, noise: dict[str, Any]) -> None:
     attempt = Scripted(LOST, "done")
     with pytest.raises(SessionError):

@@ -204,7 +204,7 @@ def test_a_session_that_is_lost_while_the_trunk_is_killed_comes_back_by_its_rene
     with caplog.at_level(logging.WARNING, "trunkline.clients"):
         run = secured.conduct(first.address, sites, **{"num-rounds": 1})
     assert (run.status, len(killed)) == ("finished", 1)
-    assert any("is lost, its round begins again" in message for message in caplog.messages)
+    assert any("has lost its trunk, its round begins again" in message for message in caplog.messages)
     kinds = [b"trunkline-renewal-1" in ticket for ticket in presented_tickets]
     assert kinds.count(True) == 1
     assert len(kinds) == 2 * 2 + 1

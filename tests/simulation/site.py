@@ -22,6 +22,7 @@ from aggregation.protocol import PlainSumClient
 from aggregation.ring import RingVector
 from clients import app
 from clients.participation import RoundOrder, RoundWork
+from clients.replay import may_begin_again
 from clients.secure import SecureTurn
 from clients.site import Site
 from clients.spending import SiteSpending, open_spending
@@ -183,13 +184,13 @@ class SiteHost:
         if turn is not None:
             turn.check(order.key, config, order.factor, order.clients, FINGERPRINT, training=training)
         attempt = _Attempt(self, order, config, site, training, turn)
-        left = config.trunk_retries if config.dp == "off" else 0
+        left = config.trunk_retries
         while True:
             try:
                 upload = attempt.play()
                 break
-            except (ConnectionFailedError, SessionError):
-                if not attempt.opened or attempt.released or not left:
+            except (ConnectionFailedError, SessionError) as error:
+                if not left or not may_begin_again(error, config, opened=attempt.opened, released=attempt.released):
                     raise
             left -= 1
             self.kernel.say(f"{self.name} begins its round again")

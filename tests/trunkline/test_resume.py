@@ -117,7 +117,7 @@ def test_a_trunk_that_is_killed_and_comes_back_costs_its_clients_a_replay_and_no
         serve(supervisor, tmp_path, port, "second")
         assert run.wait(LIMIT_S) == 0, log.read_text()
     assert adapters(home) == uninterrupted
-    assert attempts(home) == [(number, 1, "committed") for number in (1, 2, 3)]
+    assert attempts(home) == [(number, 1, "committed") for number in (1, 2, 3)], log.read_text()
     assert all(steps_in(home, number) >= 2 * STEPS for number in (1, 2, 3))
 
 
