@@ -103,9 +103,11 @@ def test_changed_dependencies_go_into_the_venv_that_is_there_and_a_moved_checkou
     python, stamp = tmp_path / "python", tmp_path / "stamp"
     python.write_text("")
     made: list[str] = []
+    compiled: list[str] = []
     monkeypatch.setattr(setup, "VENV_PYTHON", python)
     monkeypatch.setattr(setup, "STAMP", stamp)
     monkeypatch.setattr(setup, "pip", lambda arguments: True)
+    monkeypatch.setattr(setup, "compile_modules", lambda: compiled.append("modules"))
     monkeypatch.setattr(setup, "make_venv", lambda: made.append("venv") or True)
     stamp.write_text(setup.place() + "other dependencies\n")
     assert setup.main() == 0
@@ -114,6 +116,22 @@ def test_changed_dependencies_go_into_the_venv_that_is_there_and_a_moved_checkou
     monkeypatch.setattr(setup, "dependencies", lambda: "same\n")
     assert setup.main() == 0
     assert made == ["venv"]
+    assert compiled == ["modules", "modules"]
+
+
+def test_modules_are_compiled_but_for_what_is_seldom_imported(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "VENV_PYTHON", Path(sys.executable))
+    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name in ("torch/nn.py", "torch/template.py", "torch/tests/test_nn.py", "transformers/models/llama.py"):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("{{ no Python }" if "template" in name else "x = 1\n")
+    setup.compile_modules()
+    assert [path.name for path in packages.rglob("*.pyc")] == ["nn.cpython-311.pyc"]
+    assert "template.py" in (tmp_path / "setup.log").read_text()
 
 
 def test_the_lock_pins_every_dependency_once(setup: ModuleType) -> None:
