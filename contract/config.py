@@ -121,8 +121,8 @@ class RunConfig(BaseModel):
     trunk_retries: int = setting(
         2,
         ROUNDS_SECTION,
-        "How often a client whose trunk session was lost trains its round again from the start, before it drops out; "
-        "with `dp` or `wire` it never does, since rows sent again under other noise show more of themselves.",
+        "How often a client whose trunk was lost begins its round again, before it drops out; with `dp` or `wire` it "
+        "does so only until its session is open, since rows sent again under other noise show more of themselves.",
         ge=0,
     )
     trunk_wait_s: float = setting(
