@@ -92,6 +92,7 @@ class Conversation:
         self._samples = SampleCache(self._sample_cache_bytes, engine.hidden_size)
         self._passing: set[Hold] = set()  # of replies that no backward will follow
         self._unsent: list[Outgoing] = []
+        self._answering: asyncio.Task[None] | None = None
         self._cut_off: TrunklineError | None = None
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
@@ -113,17 +114,18 @@ class Conversation:
             renewal=b"" if self._session.ticket_use is None else self._session.ticket_use.renewal,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
-        reading, answering = asyncio.create_task(self._read()), asyncio.create_task(self._answer())
-        self._answering = answering
+        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
+        self._answering = tasks[0]
         try:
-            done, _ = await asyncio.wait((answering, reading), return_when=asyncio.FIRST_EXCEPTION)
-            for task in (answering, reading):
-                if task in done:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in tasks:
+                if task.done():
                     task.result()
         finally:
-            for task in (answering, reading):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(answering, reading, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            del task, tasks  # or an error's traceback would hold them, and they what their frames worked on
             self._let_go()
 
     # ---- room for others -----------------------------------------------------------------------------------------
@@ -160,12 +162,13 @@ class Conversation:
     def end(self, error: TrunklineError) -> None:
         """Have the session end with `error`."""
         self._cut_off = error
-        self._answering.cancel()
+        if self._answering is not None:
+            self._answering.cancel()
 
     def _let_go(self) -> None:
         """Keep no data, graph or file any more: this conversation and its answers refer to each other, and the
         collector of such cycles would come long after their room was given back."""
-        self._over = True
+        self._over, self._answering = True, None
         for out in self._unsent:
             out.drop()
         self._unsent, self._waiting, self._answers = [], [], asyncio.Queue()
@@ -415,15 +418,9 @@ class Conversation:
         async def kept() -> str:
             adapter = await self._scheduler.other(self._seat, last)
             self._tally()  # before anything is kept: a ticket may not allow what came
-            if close.contribute and session.round_key is not None:
-                await self._disk.run(
-                    self._contributions.add,
-                    session.round_key,
-                    session.client_id,
-                    session.base_sha256,
-                    close.trained_tokens,
-                    adapter,
-                )
+            if close.contribute and (key := session.round_key) is not None:
+                owner, base = session.client_id, session.base_sha256
+                await self._disk.run(self._contributions.add, key, owner, base, close.trained_tokens, adapter)
             return sha256_hex(adapter)
 
         async def answer() -> None:

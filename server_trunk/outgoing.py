@@ -19,7 +19,7 @@ from server_trunk.worker import Worker
 class Outgoing:
     """One reply's header and data, the room that both take, and the graph that comes with them until it is pending."""
 
-    __slots__ = ("_at", "_data", "_size", "graph", "header", "hold", "made_s", "norm")
+    __slots__ = ("_at", "_data", "_dropped", "_size", "graph", "header", "hold", "made_s", "norm")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Outgoing:
         self._data: memoryview | Spilled = data
         self._size = len(data)
         self._at = 0
+        self._dropped = False
 
     @property
     def size(self) -> int:
@@ -48,11 +49,14 @@ class Outgoing:
         """Leave all of it to the disk, on any thread. Raises CapacityError, StorageError."""
         if isinstance(self._data, memoryview) and self._size:
             self._data = spill.put(self._data)
-        if self.graph is not None:
-            put_aside(self.graph, spill)
+        if (graph := self.graph) is not None:
+            put_aside(graph, spill)
+        if self._dropped:  # meanwhile, on the event loop
+            self.drop()
 
     def drop(self) -> None:
         """Keep nothing of it: it will not be sent."""
+        self._dropped = True
         self._data = memoryview(b"")
         self._size = 0
         self.graph = None
@@ -60,9 +64,10 @@ class Outgoing:
     async def next(self, disk: Worker) -> memoryview:
         """The next chunk of the data; none of it when all has gone. Raises StorageError."""
         start, self._at = self._at, self._at + CHUNK_BYTES
-        if start >= self._size:
-            return memoryview(b"")
+        if start < self._size and isinstance(self._data, Spilled):
+            return await disk.run(self._chunk, start)
+        return self._chunk(start)
+
+    def _chunk(self, start: int) -> memoryview:
         data = self._data
-        if isinstance(data, memoryview):
-            return data[start : start + CHUNK_BYTES]
-        return await disk.run(data.read, start, CHUNK_BYTES)
+        return data.read(start, CHUNK_BYTES) if isinstance(data, Spilled) else data[start : start + CHUNK_BYTES]

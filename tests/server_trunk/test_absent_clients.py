@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from contract import errors
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from server_trunk import stream
-from server_trunk.memory import Spill
+from server_trunk.memory import Spill, Spilled
 from tests.server_trunk.conftest import HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient, WireSession
 
@@ -128,6 +129,35 @@ def test_a_client_that_hangs_up_leaves_nothing_on_disk_even_before_garbage_is_co
     try:
         unread.call.cancel()
         wait_until(lambda: memory(trunk).taken == 0 and not list(folder.glob("request-*")))
+    finally:
+        gc.enable()
+
+
+def test_a_client_that_hangs_up_while_its_reply_is_read_from_disk_leaves_nothing_there(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, scarce: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, plain = threading.Event(), Spilled.read
+
+    def slow(spilled: Spilled, *place: int) -> memoryview:
+        reads.set()
+        time.sleep(0.5)
+        return plain(spilled, *place)
+
+    monkeypatch.setattr(Spilled, "read", slow)
+    trunk = start_trunk(lanes=1, max_pending=8)
+    client = WireClient(trunk.address)
+    unread = client.session(client.hello(lora, seed=1))
+    for _ in range(400):
+        unread.send(read_adapter=pb.ReadAdapter())
+    honest = client.session(client.hello(lora, seed=2))
+    wait_until(lambda: bool(train(honest, 3)) and bool(list(trunk.server._spill.folder.glob("request-*"))))
+    honest.close()
+    while not reads.is_set():
+        unread.receive_data(unread.receive("adapter").size_bytes)
+    gc.disable()
+    try:
+        unread.call.cancel()
+        wait_until(lambda: memory(trunk).taken == 0 and trunk.server._spill.taken == 0)
     finally:
         gc.enable()
 
