@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from contract.errors import ConfigError
 from contract.identity import check_client_id
 from contract.private_file import read_private_file
+from contract.public_file import read_public_file
 
 URN = "urn:trunkline:"
 MAX_CERTIFICATE_BYTES = 1 << 20
@@ -124,11 +125,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
 
 def read_certificate_file(path: Path) -> bytes:
     """What is in a file of certificates. Raises ConfigError, naming it, where it cannot be read or is too long."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CERTIFICATE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the certificate {path}: {error.strerror}") from error
+    data = read_public_file(path, MAX_CERTIFICATE_BYTES, "the certificate")
     if len(data) > MAX_CERTIFICATE_BYTES:
         raise ConfigError(f"{path} is over {MAX_CERTIFICATE_BYTES} bytes; no certificate is that long")
     return data

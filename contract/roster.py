@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from contract.durable_file import replace_file
 from contract.errors import ConfigError, IntegrityError, StorageError
 from contract.identity import KEY_BYTES, check_client_id, decode_public_key, public_key_text
+from contract.public_file import read_public_file
 
 FORMAT = "trunkline-roster-1"
 MAX_ROSTER_BYTES = 4_000_000
@@ -93,11 +94,7 @@ def read_roster(path: Path, signer: bytes, at_least: int = 0) -> Roster:
     Raises IntegrityError, naming file and field, unless it is a whole roster with that signature and of a version not
     below `at_least`, the newest one that the reader has seen; ConfigError where the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_ROSTER_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the roster {path}: {error.strerror}") from error
+    data = read_public_file(path, MAX_ROSTER_BYTES, "the roster")
     return parse_roster(data, signer, at_least, f"the roster {path}")
 
 

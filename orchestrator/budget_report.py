@@ -27,6 +27,7 @@ from contract.durable_file import replace_file
 from contract.errors import ConfigError, IntegrityError, StorageError, TrunklineError
 from contract.identity import parse_public_key
 from contract.output import plain_data
+from contract.public_file import read_public_file
 from orchestrator.ledger_key import LedgerKey
 from orchestrator.ledger_replay import Replay
 from orchestrator.spending_view import Settings, spending_rows
@@ -76,11 +77,7 @@ def read_report(path: Path, signers: Collection[str]) -> dict[str, Any]:
 
     Raises ConfigError where the file cannot be read, IntegrityError where it is no such report.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_REPORT_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the report {path}: {error.strerror}") from error
+    data = read_public_file(path, MAX_REPORT_BYTES, "the report")
     body, signature = _parts(path, data)
     signer = body["signer"]
     if signers and signer not in signers:

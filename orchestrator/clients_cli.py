@@ -14,6 +14,7 @@ from contract.errors import ConfigError, StorageError, TrunklineError
 from contract.operators import OperatorOption, operator_name
 from contract.options import DryRunOption, NewestOption, SinceOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
+from contract.public_file import read_public_file
 from storage.records import IdentityRow
 
 if TYPE_CHECKING:
@@ -266,11 +267,7 @@ def _public_line(given: str) -> str:
     if not given.startswith("@"):
         return given
     path = Path(given[1:])
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PUBLIC_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"--public-key: cannot read {path}: {error.strerror}") from error
+    data = read_public_file(path, MAX_PUBLIC_FILE_BYTES, "the file of --public-key,")
     if len(data) > MAX_PUBLIC_FILE_BYTES:
         raise ConfigError(f"--public-key: {path} is too long; it must hold the one line that keygen printed")
     return data.decode("utf-8", "replace").strip()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from contract.errors import ConfigError
 from contract.identity import parse_public_key
+from contract.public_file import read_public_file
 
 MAX_FILE_BYTES = 65_536
 
@@ -25,11 +26,7 @@ def _lines(given: str) -> Iterator[str]:
         yield given
         return
     path = Path(given[1:])
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"ticket-signer: cannot read {path}: {error.strerror}") from error
+    data = read_public_file(path, MAX_FILE_BYTES, "the file of --ticket-signer,")
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"ticket-signer: {path} is over {MAX_FILE_BYTES} bytes")
     lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines()]

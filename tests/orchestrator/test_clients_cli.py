@@ -157,7 +157,11 @@ def test_a_client_is_bound_to_the_key_of_its_certificate_and_the_list_shows_it(t
         (("enroll", "a/b", "--public-key", "LINE"), 2, "client id is 'a/b'"),
         (("enroll", "site-b", "--public-key", "ed25519:AAAA"), 2, "public key is of 3 bytes"),
         (("enroll", "site-b", "--public-key", "@HERE/a.key"), 2, "which must not leave its file"),
-        (("enroll", "site-b", "--public-key", "@HERE/none"), 2, "--public-key: cannot read HERE/none: No such file"),
+        (
+            ("enroll", "site-b", "--public-key", "@HERE/none"),
+            2,
+            "cannot read the file of --public-key, HERE/none: No such file",
+        ),
         (("enroll", "site-b", "--public-key", "LINE", "--operator", " "), 2, "--operator is empty"),
         (("enroll", "site-b", "--public-key", "LINE", "--roster", "r"), 2, "--roster and --signing-key go together"),
         (("revoke", "site-b", "--reason", "x", "--yes"), 1, "client site-b is not enrolled"),
