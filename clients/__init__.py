@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import contract as contract  # before torch and transformers, which it keeps from telling what nobody here could mend
+
 if TYPE_CHECKING:
     from clients.pipeline import accumulate
     from clients.split_model import close, export_adapter, load_split_model, trunk_state
