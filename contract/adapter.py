@@ -164,7 +164,7 @@ def _wrap_on_meta(model_dir: str | Path, config: LoraConfig) -> PeftModel:
 
 def _get_on_meta(model: nn.Module, config: LoraConfig) -> PeftModel:
     with peft_refusals(), torch.device("meta"):
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        return get_peft_model(model, config)
 
 
 @contextmanager

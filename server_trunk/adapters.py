@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -157,9 +157,10 @@ class AdapterSlots:
         name = f"slot{self._made}"
         self._made += 1
         try:
-            with peft_refusals():
-                # On no device: what it would hold is never computed with, but for DoRA's magnitudes.
-                self._peft.add_adapter(name, peft_config(spec, self._modules), low_cpu_mem_usage=not spec.use_dora)
+            # On no device: what it would hold is never computed with, but for DoRA's magnitudes. Not by PEFT's
+            # low_cpu_mem_usage, which patches nn.Module, so that the tensors which another lane binds were gone.
+            with peft_refusals(), nullcontext() if spec.use_dora else torch.device("meta"):
+                self._peft.add_adapter(name, peft_config(spec, self._modules))
         except ConfigError:
             if name in self._peft.peft_config:
                 self._peft.delete_adapter(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 
 from contract.adapter import resolve_lora
 from contract.records import Trainable
@@ -283,3 +285,35 @@ def test_a_thread_keeps_its_number_of_threads_whatever_others_set(engines: Any) 
         other.submit(lane.use_threads, 1).result()
         assert one.submit(torch.get_num_threads).result() == 2
         assert other.submit(torch.get_num_threads).result() == 1
+
+
+def test_a_lane_that_takes_up_a_structure_disturbs_none_that_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("llama", tmp_path / "llama")
+    how: dict[str, Any] = {"dtype": "float32", "attn_implementation": attention("llama"), "device": "cpu"}
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)  # which lanes share
+    engine = Engine(tmp_path / "llama", CUT, lanes=2, **how)
+    adapter = session(engine, tmp_path / "llama", seed=1)
+    first, second = engine.lanes
+    asked = request(adapter, rows=2, tokens=5, seed=1)
+    alone_BTD = first.forward([asked])[0][0]
+    first.slots.close(adapter)  # so that it is bound again
+
+    makes, computed = threading.Event(), threading.Event()
+    plain = LoraModel._create_and_replace
+
+    def waiting(*given: Any, **named: Any) -> None:
+        makes.set()
+        assert computed.wait(20)
+        plain(*given, **named)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", waiting)
+    with ThreadPoolExecutor(1) as thread:
+        beside = thread.submit(second.forward, [asked])
+        try:
+            assert makes.wait(20)
+            assert torch.equal(first.forward([asked])[0][0], alone_BTD)
+        finally:
+            computed.set()
+        assert torch.equal(beside.result(20)[0][0], alone_BTD)
