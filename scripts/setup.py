@@ -23,7 +23,7 @@ STAMP = VENV / "trunkline-setup"
 LOCK = ROOT / "requirements.lock"
 LOG = VENV / "setup.log"
 TORCH_INDEX_VARIABLE = "TORCH_CPU_INDEX"
-SELDOM_IMPORTED = r"/tests?/|/transformers/models/"
+SELDOM_IMPORTED = r"/site-packages/(.*/tests?|transformers/models)/"
 HEARTBEAT_S = 30
 LOG_TAIL_LINES = 15
 

@@ -92,11 +92,10 @@ class Conversation:
         self._samples = SampleCache(self._sample_cache_bytes, engine.hidden_size)
         self._passing: set[Hold] = set()  # of replies that no backward will follow
         self._unsent: list[Outgoing] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._answering: asyncio.Task[None] | None = None  # while it runs
         self._cut_off: TrunklineError | None = None
         self._waiting: list[asyncio.Future[Any]] = []
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2 * session.pending.limit)
-        self._over = False
 
     async def run(self) -> None:
         """Answer frames until the client closes or hangs up. Raises any TrunklineError that a frame deserves."""
@@ -168,7 +167,7 @@ class Conversation:
     def _let_go(self) -> None:
         """Keep no data, graph or file any more: this conversation and its answers refer to each other, and the
         collector of such cycles would come long after their room was given back."""
-        self._over, self._answering = True, None
+        self._answering = None
         for out in self._unsent:
             out.drop()
         self._unsent, self._waiting, self._answers = [], [], asyncio.Queue()
@@ -208,7 +207,7 @@ class Conversation:
     def _made(self, future: asyncio.Future[Outgoing]) -> None:
         if future.cancelled() or future.exception() is not None:
             return
-        if self._over:
+        if self._answering is None:  # it ended meanwhile
             future.result().drop()
         else:
             self._unsent.append(future.result())

@@ -142,3 +142,5 @@ def test_a_run_on_a_superlink_elsewhere_works_from_its_bundle_alone(
         assert said.count(line) == 1, "the ServerApp's log is shown, once, where SQL is out of sight; its stream broke"
     assert str(checkout) not in logs
     assert status(tmp_path / "server") == ("finished", None)
+    (adapter,) = (tmp_path / "server" / "runs").glob("*/adapter/adapter_model.safetensors")
+    assert adapter.is_file()

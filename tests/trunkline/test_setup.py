@@ -122,10 +122,11 @@ def test_changed_dependencies_go_into_the_venv_that_is_there_and_a_moved_checkou
 def test_modules_are_compiled_but_for_what_is_seldom_imported(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(setup, "VENV", tmp_path)
+    venv = tmp_path / "tests" / ".venv"  # a checkout may lie in a folder of any name
+    monkeypatch.setattr(setup, "VENV", venv)
     monkeypatch.setattr(setup, "VENV_PYTHON", Path(sys.executable))
     monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    packages = venv / "lib" / "python3.11" / "site-packages"
     for name in ("torch/nn.py", "torch/template.py", "torch/tests/test_nn.py", "transformers/models/llama.py"):
         (packages / name).parent.mkdir(parents=True, exist_ok=True)
         (packages / name).write_text("{{ no Python }" if "template" in name else "x = 1\n")
