@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 
 from contract import logs
+from orchestrator.grid import BoundedGrid
 from orchestrator.ledger_key import open_ledger_key
 from orchestrator.run import Start, conduct
 from storage.artifacts import ArtifactStore
@@ -35,12 +36,12 @@ class SystemClock:
 def main(grid: Grid, context: Context) -> None:
     """Conduct the run that Flower started. Raises what ended it early, so that Flower shows finished:failed."""
     speak()
-    signer = open_ledger_key()
+    signer, mode = open_ledger_key(), mode_of(grid)
     start = Start(
         values=context.run_config,
         flower_run_id=str(context.run_id),
-        mode=mode_of(grid),
-        grid=grid,
+        mode=mode,
+        grid=grid if mode == "simulation" else BoundedGrid(grid),
         store=open_store(signer=signer),
         artifacts=ArtifactStore(artifacts_dir()),
         runs_dir=home_dir() / "runs",
