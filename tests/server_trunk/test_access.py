@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from click.testing import Result
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -233,6 +234,28 @@ def test_status_asks_by_the_operators_certificate_by_option_or_by_environment(
     assert "--ca and --certificate are given without --key" in " ".join(half.stderr.split())
     by_options = CliRunner().invoke(app, ["status", secured.address, *options])
     assert by_options.exit_code == 0, by_options.stderr
+
+
+@pytest.mark.parametrize("arguments", [["sessions"], ["drain", "--dry-run"], ["drain", "--yes", "--grace-s", "0"]])
+def test_an_operators_certificate_lists_sessions_and_drains_and_nobody_elses_does(
+    model_dir: Path, pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_HOME", str(tmp_path / "home"))
+    with running(options_by(model_dir, tmp_path / "state", pki.files("trunk"))) as trunk:
+
+        def asked(files: TlsFiles | None) -> Result:
+            shown = ("--ca", files.ca, "--certificate", files.certificate, "--key", files.key) if files else ()
+            return CliRunner().invoke(app, [*arguments, trunk.address, *map(str, shown)])
+
+        for role in (Role.CLIENT, Role.ORCHESTRATOR):
+            refused = asked(pki.files(NAMES[role]))
+            assert refused.exit_code == AccessError.exit_code, refused.stderr
+            assert f"is for operator; the caller's certificate is of role {role.value}" in refused.stderr
+        assert asked(None).exit_code == ConnectionFailedError.exit_code
+        assert not trunk.server.told_to_end.is_set()
+        done = asked(pki.files("operator"))
+        assert done.exit_code == 0, done.stderr
+        assert trunk.server.told_to_end.is_set() == ("--yes" in arguments)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
