@@ -14,11 +14,14 @@ import typer
 
 from contract.errors import ConfigError, IntegrityError
 from contract.operators import OperatorOption, operator_name
+from contract.options import WatchOption
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.watching import Look, watch
 
 if TYPE_CHECKING:
     from contract.config import RunConfig
     from contract.privacy_records import Budget, Unit
+    from orchestrator.spending_view import SpendingRow
     from storage.ledger import Ledger
     from storage.records import Account, SignedHead
 
@@ -58,6 +61,7 @@ def show(
     client: Annotated[str | None, typer.Option(help="Only this client.")] = None,
     dataset: DatasetOption = None,
     run: Annotated[str | None, typer.Option(help="Only what this run spent, against its own dp-epsilon.")] = None,
+    watching: WatchOption = False,
     site: SiteOption = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
@@ -66,7 +70,26 @@ def show(
     A client's rows under channel `all` are over all channels together, and under dataset `*` over all its datasets; who
     sees one channel only has one row. `-o json` has a row for each adversary, with the reason where no epsilon is told.
     """
-    from orchestrator.spending_view import folded, run_budgets, spending_rows, told_withheld
+    from orchestrator.spending_view import folded, told_withheld
+
+    def look() -> Look:
+        spent = _spent(run, site)
+        rows = [row for row in spent if client in (None, row.client) and dataset in (None, row.dataset)]
+        withheld = "\n".join(told_withheld(rows))
+        return Look(rows if output is not OutputFormat.TABLE else folded(rows), withheld or None)
+
+    if watching:
+        watch(look, output, SHOW_COLUMNS)
+        return
+    found = look()
+    emit(found.data, output, columns=SHOW_COLUMNS)
+    if output is OutputFormat.TABLE and found.title is not None:
+        talk(found.title)
+
+
+def _spent(run: str | None, site: Path | None) -> list[SpendingRow]:
+    """What the ledger says by now, of one run only where it is named."""
+    from orchestrator.spending_view import run_budgets, spending_rows
 
     with _reading(site) as ledger:
         accounts: list[Account] = ledger.accounts()
@@ -75,17 +98,7 @@ def show(
     if run is not None:
         accounts = [one for one in accounts if one.run == run]
         budgets = run_budgets(run, accounts, budgets, settings)
-    rows = [
-        row
-        for row in spending_rows(accounts, budgets, settings)
-        if client in (None, row.client) and dataset in (None, row.dataset)
-    ]
-    if output is not OutputFormat.TABLE:
-        emit(rows, output)
-        return
-    emit(folded(rows), output, columns=SHOW_COLUMNS)
-    for line in told_withheld(rows):
-        talk(line)
+    return list(spending_rows(accounts, budgets, settings))
 
 
 @app.command("set")

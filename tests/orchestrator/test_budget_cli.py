@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from contract import watching
 from contract.config import RunConfig
 from contract.privacy_records import ALL_DATASETS, Unit
 from orchestrator.ledger_key import open_ledger_key
@@ -46,6 +48,29 @@ def test_an_epsilon_is_withheld_with_the_reason(spent: None) -> None:
     assert lines[0].split()[4:7] == ["holder", "orchestrator", "trunk"]
     assert [line.split()[5:7] for line in lines[1:]] == [["-", "-"], ["-", "-"]]
     assert len(lines) == 3
+
+
+def test_a_budget_that_is_watched_is_told_anew_when_something_was_spent(
+    spent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pause(seconds: float) -> None:
+        """Another run spends between the first look and the second, and the watcher goes after the third."""
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            ledger = open_ledger()
+            charge(ledger, config(CLIENT, metrics="off"), "run-2", 1, (NORTH,), runs=database_url())
+            ledger.close()
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    pauses: list[float] = []
+    before = data("show", "--client", "north")
+    monkeypatch.setattr(watching.time, "sleep", pause)
+    done = budget("show", "--client", "north", "--watch", "-o", "jsonl")
+    first, second = [json.loads(line)["data"] for line in done.stdout.splitlines()]
+    assert first == before
+    assert second == data("show", "--client", "north")
+    assert first[0]["epsilon"] < second[0]["epsilon"]
 
 
 def test_channels_are_told_apart_and_together() -> None:

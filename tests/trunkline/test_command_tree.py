@@ -23,7 +23,7 @@ from trunkline.cli import app, commands
 SERVES = {"trunk serve", "dashboard"}
 """They run until they are told to end, and emit no data."""
 LISTS = {"runs list", "rounds list", "adapter list", "clients list", "db log"}
-MOVES = {"runs list", "rounds list", "trunk sessions", "db log"}
+MOVES = {"budget show", "runs list", "rounds list", "trunk sessions", "db log"}
 DESTROYS = {
     "runs stop": ("--last",),
     "clients revoke": ("ward", "--reason", "left"),
