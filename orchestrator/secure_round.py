@@ -58,7 +58,7 @@ def play_secure_round(run: SecureRun, before: Version) -> Version:
             desk.audience.aborted(key)
             if isinstance(error, _RefusedError):
                 run.wait_for_others(number, reason)
-            elif not isinstance(error, UnpaidError):  # which takes clients out of the next draw, so that it ends
+            elif not (isinstance(error, UnpaidError) and run.may_draw_again()):
                 run.count_abort(number, reason)
             continue
         run.committed()
@@ -69,7 +69,7 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
     desk, watch = run.desk, Stopwatch(run.desk.clock, run.desk.audience)
     with watch.lap("cohort"):
         if not session.shared:
-            _set_up(desk, session)
+            _set_up(desk, session, _needed(desk, session))
         run.charge(key, session)
         following = _following(run, before, key.round + 1)
     with watch.lap("training"):
@@ -96,7 +96,7 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
         desk.store.record_metrics(desk.run_id, before.number, None, judgement(told))
     exchanges = desk.exchange.asked - asked
     after = commit(desk, key, before, mean, trunk_sha256, told | {"exchanges": exchanges}, watch)
-    if following is not None and len(following.shared) >= following.terms.threshold:
+    if following is not None and len(following.shared) >= _needed(desk, following):
         run.ready = following
     _tell(desk, key.round, session, told, watch)
     return after
@@ -136,7 +136,7 @@ def judge_last_secure(run: SecureRun, last: Version) -> None:
     try:
         if session is None or session.terms.size != tally.SIZE:  # the run stopped early: a round was set up instead
             session = run.draw_from(desk.exchange.connected(), last.number + 1, 0)
-            _set_up(desk, session)
+            _set_up(desk, session, _needed(desk, session))
         stages.judge(desk, last, session)
         total = stages.unmask(desk, session, stages.confirm(desk, session, None))
     except Aborts as error:
@@ -168,12 +168,20 @@ def _values(run: SecureRun, version: Version, number: int) -> int:
     return int(np.count_nonzero(version.client.trained(factor)))
 
 
-def _set_up(desk: Desk, session: SecureSession) -> None:
-    """Raises SecureSumError where too few will take part."""
+def _needed(desk: Desk, session: SecureSession) -> int:
+    """How many clients a sum must be over to be of use: a judgement is, whatever the quorum."""
+    return max(desk.config.quorum, session.terms.threshold) if session.values else session.terms.threshold
+
+
+def _set_up(desk: Desk, session: SecureSession, needed: int) -> None:
+    """Raises SecureSumError where too few will take part: nobody trains for a sum that cannot be used."""
     try:
         stages.set_up(desk, session)
-        if len(session.shared) < session.terms.threshold:
-            raise SecureSumError(f"only {len(session.shared)} shared secrets; threshold {session.terms.threshold}")
+        if len(session.shared) < needed:
+            quorum = f", quorum {needed}" if needed > session.terms.threshold else ""
+            raise SecureSumError(
+                f"only {len(session.shared)} shared secrets; threshold {session.terms.threshold}{quorum}"
+            )
     except SecureSumError as error:
         raise (_RefusedError(str(error)) if session.refused else error) from error
 
@@ -191,8 +199,7 @@ def _following(run: SecureRun, before: Version, number: int) -> SecureSession | 
 
 
 def _require_quorum(desk: Desk, session: SecureSession, survivors: int) -> None:
-    wanted = max(desk.config.quorum, session.terms.threshold)
-    if survivors < wanted:
+    if survivors < _needed(desk, session):
         raise QuorumError(
             f"{survivors} of {len(session.cohort)} clients' masked updates came; quorum is {desk.config.quorum}, the "
             f"secure sum's threshold {session.terms.threshold}"

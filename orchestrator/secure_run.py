@@ -31,7 +31,7 @@ class SecureRun:
     """`spending` is None in a run without differential privacy. `ready` was set up beside the round before.
 
     `aborts` counts the aborted attempts at the present round, and `refused_since` is the clock's time of the first one
-    that the sites refused to set up, if the last one was such.
+    that the sites refused to set up, if the last one was such; `unpaid` counts the charges that left too few to pay.
     """
 
     desk: Desk
@@ -41,6 +41,7 @@ class SecureRun:
     ready: SecureSession | None = None
     aborts: int = 0
     refused_since: float | None = None
+    unpaid: int = 0
 
     def draw(self, number: int, values: int, *, first: bool = False) -> SecureSession:
         """A session for round `number`, once enough clients are connected and may take part; raises as new_session.
@@ -144,7 +145,15 @@ class SecureRun:
 
     def committed(self) -> None:
         """Begin to count anew."""
-        self.aborts, self.refused_since = 0, None
+        self.aborts, self.refused_since, self.unpaid = 0, None, 0
+
+    def may_draw_again(self) -> bool:
+        """After a charge that left too few: whether it can have taken another client out of the next draw.
+
+        One that priced a round for more clients than can pay may find the same ones affordable again and again.
+        """
+        self.unpaid += 1
+        return self.spending is not None and self.unpaid <= len(self.spending.units)
 
     def count_abort(self, number: int, reason: str) -> None:
         """Raise RoundError where one more attempt would be one too many."""

@@ -300,6 +300,15 @@ def test_a_site_that_wants_more_clients_refuses_and_says_so_in_the_reason(start:
         play_secure_round(played.run, played.version)
 
 
+def test_nobody_trains_where_too_few_for_the_quorum_share_secrets(start: Start) -> None:
+    played = start(quorum=4, secagg_aborts=1)
+    played.clients[4].dies = lambda asked, number: asked == "share"
+    with pytest.raises(RoundError, match="only 3 shared secrets; threshold 3, quorum 4; client 4: no shares"):
+        play_secure_round(played.run, played.version)
+    assert [row.status for row in played.rounds()] == ["aborted"] * 2
+    assert not any("train" in asked_of(message) for message in played.bench.grid.sent)
+
+
 def test_one_client_alone_is_no_sum(start: Start) -> None:
     played = start({1: 100}, quorum=1)
     with pytest.raises(QuorumError, match="1 of 1 connected clients can take part in a secure sum, 2 are needed"):

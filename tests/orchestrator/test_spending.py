@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aggregation.terms import Policy
 from contract.config import ConfigValue
-from contract.errors import BudgetError
+from contract.errors import BudgetError, RoundError
 from contract.identity import public_key_text
 from contract.privacy_records import Budget, Unit
 from orchestrator.membership import Membership
@@ -353,6 +355,30 @@ def test_too_few_who_can_pay_when_it_is_charged_are_not_asked_and_get_it_back(st
     assert not any("train" in asked_of(message) for message in charged.bench.grid.sent[asked:])
     assert charged.states(1)[2:] == [(2, 1, "RESERVED"), (2, 1, "VOID")]
     assert charged.ledger.verify() == []
+
+
+def test_a_site_that_always_refuses_where_all_are_needed_ends_the_run_and_nobody_pays(start: Start) -> None:
+    charged = start(quorum=5, node_wait_s=100.0)
+    charged.clients[5].policy = Policy(min_members=6)
+    with pytest.raises(RoundError, match="for 100 s no others came: only 4 shared secrets; threshold 4, quorum 5"):
+        charged.play()
+    assert not any("train" in asked_of(message) for message in charged.bench.grid.sent)
+    assert [charged.states(number) for number in range(1, 6)] == [[]] * 5
+
+
+def test_budgets_that_seem_to_suffice_and_never_do_end_the_run(start: Start) -> None:
+    charged = start(secagg_aborts=2)
+    reserve = charged.run.spending.ledger.reserve  # type: ignore[union-attr]
+
+    def two_too_poor(charges: Sequence[Charge], admit: Admit, **options: Any) -> list[Refusal]:
+        paid = [charge for charge in charges if charge.unit not in (charged.unit(4), charged.unit(5))]
+        return [*reserve(paid, admit, **options), *(Refusal(charged.unit(number), "no room") for number in (4, 5))]
+
+    charged.run.spending.ledger.reserve = two_too_poor  # type: ignore[union-attr,method-assign]
+    with pytest.raises(RoundError, match="3 clients are left to pay for the round, 4 are needed"):
+        charged.play()
+    assert not any("train" in asked_of(message) for message in charged.bench.grid.sent)
+    assert {state for *_, state in charged.states(1)} == {"RESERVED", "VOID"}
 
 
 def test_every_client_keeps_the_signed_head_that_the_run_ends_with(start: Start) -> None:
