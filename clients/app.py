@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 
 from clients.secure import SecureSite, open_secure_site, tellable, withheld
 from clients.site import Site, in_simulation, read_site
+from clients.starter import end_after_starter
 from clients.vault import Vault
 from clients.wire_log import WireLog
 from contract import collector, logs, traces
@@ -62,6 +63,7 @@ def secure_stage(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, *, training: bool | None) -> Message:
+    end_after_starter()
     masked = context.run_config.get("secagg", "on") != "off"
     failpoint("site.asked")
     with logs.about(**_about(message, context)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import fields
 from typing import Protocol, TypeVar
 
@@ -34,6 +34,7 @@ Answer = TypeVar("Answer")
 
 Silent = (ConnectionFailedError, DeadlineError)
 """What is made of a trunk that does not answer. The others go on without it, as long as nothing is missing."""
+_LOOK_S = 0.2
 
 
 class ConnectedTrunk(RunTrunk, Protocol):
@@ -137,6 +138,9 @@ class Replicas:
         silent: dict[str, TrunklineError] = {}
         asked = [(trunk.address, self._pool.submit(call, trunk)) for trunk in self._trunks]
         for address, answer in asked:
+            # Each call has its own limit; a wait without one would leave the signals unheard that Flower ends a run by.
+            while not wait([answer], _LOOK_S).done:
+                continue
             try:
                 said[address] = answer.result()
             except Silent as error:
