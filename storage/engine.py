@@ -21,7 +21,13 @@ from contract.failpoint import failpoint
 from storage.home import DATABASE_VARIABLE, network_filesystem
 
 BUSY_TIMEOUT_S = 30
-_CONNECT_TIMEOUT_S = 10
+STATEMENT_TIMEOUT_S = 600
+"""The longest that PostgreSQL works on one of our statements; all but an upgrade's take seconds."""
+# A server that lost its power sends nothing, not even an end: within half a minute the kernel gives it up for us.
+_SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+_CONNECTION = {"connect_timeout": 10, **_SILENCE}
+# What came with the connection is the user's own: `options` in the URL, or PGOPTIONS.
+_BOUND = "SELECT set_config(name, %s, %s) FROM pg_settings WHERE name = %s AND source <> 'client'"
 _WRITES = "trunkline_writes"
 _MOST_TRIES = 20
 _LONGEST_PAUSE_S = 0.25
@@ -34,6 +40,8 @@ _log = logging.getLogger("trunkline.storage")
 def make_engine(url: str) -> Engine:
     """An engine for `sqlite:///PATH` or `postgresql://...`; the file's directory is made, the file is not yet.
 
+    Limits of PostgreSQL's that the URL's query sets, on the connection or in its `options`, stay as it sets them.
+
     Raises ConfigError for another kind of URL or an absent driver, StorageError where the directory cannot be made.
     """
     parsed = _parse(url)
@@ -45,11 +53,11 @@ def make_engine(url: str) -> Engine:
             json_serializer=_finite_json,
             pool_pre_ping=True,
             pool_timeout=BUSY_TIMEOUT_S,
-            connect_args={"connect_timeout": _CONNECT_TIMEOUT_S},
+            connect_args={name: value for name, value in _CONNECTION.items() if name not in parsed.query},
         )
     except ModuleNotFoundError as error:
         raise ConfigError("PostgreSQL needs its driver: pip install 'trunkline[postgres]'") from error
-    event.listen(engine, "connect", _bound_postgres_locks)
+    event.listen(engine, "connect", _bound_postgres)
     return engine
 
 
@@ -74,6 +82,12 @@ def read_only(engine: Engine) -> Engine:
     """The same engine, on whose connections the database refuses to write, and lets no statement take for ever."""
     event.listen(engine, "connect", _refuse_writes)
     return engine
+
+
+def bound_statements(connection: Connection, limit_s: float) -> None:
+    """Let PostgreSQL work on no further statement of this transaction for longer; SQLite bounds its waits alone."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(_BOUND, (_milliseconds(limit_s), True, "statement_timeout"))
 
 
 def in_turn(engine: Engine, work: Callable[[Session], _Result]) -> _Result:
@@ -196,9 +210,10 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _bound_postgres_locks(connection: Any, record: Any) -> None:
+def _bound_postgres(connection: Any, record: Any) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_S}s'")
+        cursor.execute(_BOUND, (_milliseconds(BUSY_TIMEOUT_S), False, "lock_timeout"))
+        cursor.execute(_BOUND, (_milliseconds(STATEMENT_TIMEOUT_S), False, "statement_timeout"))
     connection.commit()
 
 
@@ -208,8 +223,12 @@ def _refuse_writes(connection: Any, record: Any) -> None:
         return
     with connection.cursor() as cursor:
         cursor.execute("SET default_transaction_read_only = on")
-        cursor.execute(f"SET statement_timeout = '{BUSY_TIMEOUT_S}s'")
+        cursor.execute(_BOUND, (_milliseconds(BUSY_TIMEOUT_S), False, "statement_timeout"))
     connection.commit()
+
+
+def _milliseconds(limit_s: float) -> str:
+    return f"{max(1, round(limit_s * 1000))}ms"  # 0 would be no limit
 
 
 def _finite_json(value: object) -> str:

@@ -19,7 +19,7 @@ from contract.durable_file import PARTIAL_PREFIX, settle_file
 from contract.errors import SchemaError, StorageError
 from contract.failpoint import failpoint
 from storage import audit_log, schema
-from storage.engine import for_writing, make_engine, shown, storage_errors
+from storage.engine import bound_statements, for_writing, make_engine, shown, storage_errors
 from storage.home import database_url, names_database
 from storage.records import Deed
 
@@ -27,6 +27,8 @@ from storage.records import Deed
 VERSION_TABLE = "trunkline_schema"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x7472756E6B
+_UPGRADE_LIMIT_S = 3600.0
+"""For each statement of an upgrade: one may write a large table anew."""
 
 SchemaState = Literal["absent", "older", "current", "newer"]
 
@@ -128,6 +130,7 @@ def upgrade(engine: Engine, operator: str | None = None) -> tuple[str | None, st
     """
     failpoint("sql.upgrade.before")
     with for_writing(engine).begin() as connection:
+        bound_statements(connection, _UPGRADE_LIMIT_S)
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         found = _revision(connection)  # again under the lock: another process may have been first

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from contract.errors import LeaseError, StorageError
 from contract.failpoint import failpoint
 from storage import audit_log, identities, leases, schema
-from storage.engine import for_writing, make_engine, opened_engine, storable, storage_errors
+from storage.engine import bound_statements, for_writing, make_engine, opened_engine, storable, storage_errors
 from storage.home import database_url
 from storage.ledger_settlement import settle_in
 from storage.reader import Reader
@@ -124,8 +124,9 @@ class Store(Reader):
         return self.get_run(run_id)
 
     def renew_lease(self, run_id: str) -> None:
-        """Hold a run that this store created or resumed for another while."""
+        """Hold a run that this store created or resumed for another while; tried for no longer than that."""
         with self._writing("renew_lease") as session:
+            bound_statements(session.connection(), leases.LEASE_S)
             leases.renew(self._driven_run(session, run_id), self._clock())
 
     def finish_run(

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, event, make_url, text
 from sqlalchemy.orm import Session
 
 from contract.errors import ConfigError, ConnectionFailedError, StorageError
 from storage import engine as engine_module
-from storage.engine import in_turn, make_engine
+from storage import revisions
+from storage.engine import bound_statements, in_turn, make_engine, read_only, storage_errors
 from storage.home import artifacts_dir, database_url, home_dir, network_filesystem
+from storage.revisions import upgrade
 from storage.store import open_store
 
 
@@ -189,4 +191,102 @@ def test_work_in_turn_is_serializable(database_url: str, monkeypatch: pytest.Mon
 
         in_turn(engine, work)
         other.dispose()
+    engine.dispose()
+
+
+def test_a_connection_to_postgresql_notices_a_server_that_fell_silent() -> None:
+    told = parameters("postgresql://u@127.0.0.1:1/db")
+    assert told["connect_timeout"] == 10
+    assert (told["keepalives_idle"], told["keepalives_interval"], told["keepalives_count"]) == (10, 5, 3)
+    assert told["tcp_user_timeout"] == 30_000, "in milliseconds"
+
+
+def test_what_the_url_says_of_a_connection_stays() -> None:
+    told = parameters("postgresql://u@127.0.0.1:1/db?connect_timeout=2&keepalives_idle=60&tcp_user_timeout=9000")
+    assert (told["connect_timeout"], told["keepalives_idle"], told["tcp_user_timeout"]) == ("2", "60", "9000")
+    assert told["keepalives_count"] == 3
+
+
+def parameters(url: str) -> dict[str, Any]:
+    """What the driver is told for a connection, which is not made."""
+    engine, found = make_engine(url), dict[str, Any]()
+
+    def refuse(dialect: object, record: object, arguments: object, told: dict[str, Any]) -> None:
+        found.update(told)
+        raise ConnectionRefusedError("no connection is made")
+
+    event.listen(engine, "do_connect", refuse)
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    return found
+
+
+def shows(connection: Connection, name: str) -> Any:
+    return connection.execute(text(f"SHOW {name}")).scalar()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_the_driver_takes_all_that_it_is_told(database_url: str) -> None:
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        used = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+    assert {name: used[name] for name in engine_module._CONNECTION} == {
+        name: str(value) for name, value in engine_module._CONNECTION.items()
+    }
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_postgresql_bounds_every_statement_and_every_wait_for_a_lock(database_url: str) -> None:
+    for engine, longest in ((make_engine(database_url), "10min"), (read_only(make_engine(database_url)), "30s")):
+        with engine.connect() as connection:
+            assert (shows(connection, "statement_timeout"), shows(connection, "lock_timeout")) == (longest, "30s")
+        engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_the_limits_in_a_urls_options_stay(database_url: str) -> None:
+    options = {"options": "-c statement_timeout=7s -c lock_timeout=3s"}
+    url = make_url(database_url).update_query_dict(options).render_as_string(hide_password=False)
+    for engine in (make_engine(url), read_only(make_engine(url))):
+        with engine.begin() as connection:
+            bound_statements(connection, 60)
+            assert (shows(connection, "statement_timeout"), shows(connection, "lock_timeout")) == ("7s", "3s")
+        engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_statement_that_hangs_ends_with_an_error_of_ours(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STATEMENT_TIMEOUT_S", 0.2)
+    engine = make_engine(database_url)
+    with pytest.raises(StorageError, match="canceling statement due to statement timeout"):
+        in_turn(engine, lambda session: session.execute(text("SELECT pg_sleep(240)")))
+    with storage_errors(engine), engine.connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1, "the connection is as good as before"
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_limit_for_one_transaction_ends_with_it(database_url: str) -> None:
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        with connection.begin():
+            bound_statements(connection, 0.0001)
+            assert shows(connection, "statement_timeout") == "1ms", "nought would be no limit"
+        assert shows(connection, "statement_timeout") == "10min"
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_upgrade_is_not_cut_off_where_other_statements_are(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, limits = make_engine(database_url), []
+
+    def note(config: object, revision: str) -> None:
+        limits.append(shows(config.attributes["connection"], "statement_timeout"))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(revisions.command, "upgrade", note)
+    upgrade(engine)
+    assert limits == ["1h"]
     engine.dispose()

@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from contract.errors import LeaseError, StorageError
+from storage import leases
 from storage.leases import LEASE_S
 from storage.ledger import open_ledger
 from storage.records import RoundCommit
-from storage.store import Store, open_store
+from storage.store import Store, _locked_run, open_store
 from tests.storage.ledger_cases import Key, admit_all, charge, unit
 
 SHA = "a" * 64
@@ -141,3 +142,15 @@ def test_the_former_driver_charges_nothing_and_says_nothing_more(
     assert ledger.reserve([charge(number=3)], admit_all, driver="8") == []
     later.add_event("r1", "said", "in time")
     ledger.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_renewal_waits_no_longer_than_it_is_worth(
+    former: Store, later: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_S", 0.2)
+    with later._writing("hold the run's row") as session:
+        _locked_run(session, "r1")
+        with pytest.raises(StorageError, match="statement timeout"):
+            former.renew_lease("r1")
+    former.renew_lease("r1")
