@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from contract.roster import Roster, read_roster, write_roster
 from orchestrator.deeds import note_done
 from storage.records import Deed, RosterRow
 from storage.store import Store
+
+LOCK_WAIT_S = 30.0
+"""How long who publishes waits for others who do, of whom each takes a moment."""
+_LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,9 @@ class Publication:
         """Write the database's roster as it stands, unless it is published already; raises as `check` and write_roster.
 
         Operators who publish at the same time take turns, so that none puts an older list over a newer one.
+        StorageError where this one's turn does not come within LOCK_WAIT_S seconds.
         """
-        with _alone_in(self.path.parent):
+        with _alone_at(self.path):
             row = store.roster()
             if row.version == 0:
                 raise ConfigError("nobody was ever enrolled, so there is no roster yet: `trunkline clients enroll`")
@@ -84,17 +90,30 @@ def _members(row: RosterRow) -> dict[str, bytes]:
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; it ends with the process, whatever becomes of it."""
+def _alone_at(path: Path) -> Iterator[None]:
+    """Hold the lock of the roster's directory; it ends with the process, whatever becomes of it."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
-        raise StorageError(f"cannot open {directory} for the roster: {error.strerror}") from error
+        raise StorageError(f"cannot open {path.parent} for the roster: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise StorageError(f"cannot lock {directory} for the roster: {error.strerror}") from error
+        _take_lock(descriptor, path)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take_lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"the roster {path} is not published: another process has held the lock of {path.parent} for "
+                    f"{LOCK_WAIT_S:g} s; stop it, or let it end, and publish again"
+                ) from None
+        except OSError as error:
+            raise StorageError(f"cannot lock {path.parent} for the roster: {error.strerror}") from error
+        time.sleep(_LOCK_POLL_S)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from datetime import UTC, datetime
@@ -331,6 +333,24 @@ def test_who_publishes_meanwhile_waits_and_leaves_the_newest_roster(
     store.close()
     assert waited == [True]
     assert (signed(place.path, signer).version, len(signed(place.path, signer).members)) == (2, 2)
+
+
+def test_who_publishes_waits_for_no_process_that_never_ends(
+    tmp_path: Path, signer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "LOCK_WAIT_S", 0.2)
+    data("enroll", "a", "--public-key", keygen(tmp_path / "a.key"))
+    roster = tmp_path / "roster"
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); "
+    argv = [sys.executable, "-c", hold + "sys.stdin.read()", str(tmp_path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        told = f"the roster {roster} is not published: another process has held the lock of {tmp_path} for 0.2 s"
+        refused(1, told, "roster", "--out", roster, "--signing-key", signer)
+        assert not roster.exists()
+        other.communicate()
+    assert data("roster", "--out", roster, "--signing-key", signer)["version"] == 1
 
 
 def test_a_publication_never_shows_its_key(tmp_path: Path, signer: Path) -> None:
