@@ -29,6 +29,7 @@ SUBMIT_LIMIT_S = 180.0
 LOOPBACK = "127.0.0.1"
 CONNECTION = "trunkline"
 UNKNOWN = "unknown"
+_LISTENER = "flwr-log"
 _UNAVAILABLE = "Connection to the SuperLink is unavailable"  # as `flwr` says it
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
@@ -43,7 +44,7 @@ class SuperLinkAddress:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A run that a SuperLink accepted. `stream` is the `flwr run --stream` that prints its log and ends with it."""
+    """A run that a SuperLink accepted. `stream` prints its log and ends with it: `flwr run --stream` to begin with."""
 
     flower_run_id: str
     stream: Daemon
@@ -148,10 +149,13 @@ def submit(
 
 
 def listen_again(supervisor: Supervisor, superlink: SuperLinkAddress, submission: Submission) -> Submission:
-    """The same run with a new stream of its log, which repeats what was said before."""
+    """The same run with a new stream of its log, which repeats what was said before; the former stream is ended."""
+    supervisor.end(submission.stream)
+    if submission.stream.name == _LISTENER:
+        submission.stream.log_path.unlink()  # or each stream would add all of the log to it once more
     argv = [_program(supervisor, "flwr"), "log", submission.flower_run_id, CONNECTION, "--stream"]
     home = str(_connection_home(supervisor, superlink))
-    return Submission(submission.flower_run_id, supervisor.start("flwr-log", argv, {"FLWR_HOME": home}))
+    return Submission(submission.flower_run_id, supervisor.start(_LISTENER, argv, {"FLWR_HOME": home}))
 
 
 def end_status(supervisor: Supervisor, superlink: SuperLinkAddress, flower_run_id: str) -> tuple[str, str]:

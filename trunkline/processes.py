@@ -46,7 +46,7 @@ class Daemon:
     name: str
     process: subprocess.Popen[bytes]
     log_path: Path
-    told_characters: int = 0
+    told_bytes: int = 0
 
     def alive(self) -> bool:
         """Whether it still runs. An ended process stays unreaped, so that its session's number is not used again."""
@@ -61,9 +61,12 @@ class Daemon:
 
     def new_lines(self) -> list[str]:
         """The whole lines that it printed since the last time it was asked."""
-        text = self.log_path.read_text(errors="replace")
-        told, self.told_characters = self.told_characters, text.rfind("\n") + 1
-        return text[told : self.told_characters].splitlines()
+        with self.log_path.open("rb") as log_file:
+            log_file.seek(self.told_bytes)
+            new = log_file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self.told_bytes += len(whole)
+        return whole.decode(errors="replace").splitlines()
 
     def last_words(self) -> str:
         """Why it ended, as far as it said: its `error: ` line, or else the last lines, as one line."""
@@ -122,6 +125,19 @@ class Supervisor:
         daemon = Daemon(name, process, log_path)
         self.daemons.append(daemon)
         return daemon
+
+    def end(self, daemon: Daemon) -> None:
+        """End one process, by SIGKILL after `grace_s` seconds, and forget it; its log stays.
+
+        What it started itself ends with everything else. DeadlineError where it outlives SIGKILL for `kill_s` seconds.
+        """
+        for ask, limit_s in ((daemon.process.terminate, self.grace_s), (daemon.process.kill, self.kill_s)):
+            ask()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.process.wait(limit_s)
+                self.daemons.remove(daemon)
+                return
+        raise DeadlineError(f"{daemon.name} did not end within {self.kill_s:g} s of being killed")
 
     def check(self, daemons: Iterable[Daemon] | None = None) -> None:
         """Raise RoundError with the end of its log if one of `daemons` (all, by default) is no longer running."""

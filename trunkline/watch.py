@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from contract.config import RunConfig
 from contract.errors import ConnectionFailedError, RoundError, TrunklineError
 from contract.output import talk
+from storage.leases import LEASE_S
 from storage.records import EndStatus, RunRow
 from storage.store import Store, open_store
 from trunkline.bundle import stage_app
 from trunkline.flower import UNKNOWN, Submission, SuperLinkAddress, end_status, listen_again, submit
-from trunkline.live import display, read_standing
+from trunkline.live import Standing, display, read_standing
 from trunkline.processes import Daemon
 from trunkline.workplace import Workplace
 
@@ -25,10 +26,16 @@ POLL_SHARE = 4.0
 LONGEST_POLL_S = 5.0
 # A SuperLink elsewhere may write to a database that this machine does not see; then its log is what there is to show.
 UNSEEN_AFTER_S = 10.0
+# A SuperLink whose machine is gone ends no stream. So it is asked for the run where nothing is told any more: neither
+# in SQL, where a driver's lease is renewed all the time, nor in the log, which is all that is seen of other runs.
+LEASE_SILENCE_S = 2 * LEASE_S
+LOG_SILENCE_S = 180.0
 COMPLETED = "finished:completed"
 RECONNECTIONS = 5
 RECONNECTION_WAIT_S = 5.0
 CRASH_LOG_WAIT_S = 10.0
+MOST_SHOWN = 100_000
+"""How many lines of a log are known again; one that has more is shown once more when it is listened to again."""
 _CRASH = re.compile(r"An exception occured!! (.*)")  # as Flower spells it
 
 
@@ -108,7 +115,9 @@ class _Watch:
     superlink: SuperLinkAddress
     submission: Submission
     needed: Sequence[Daemon]
-    shown: set[str] = field(default_factory=set)
+    shown: dict[int, None] = field(default_factory=dict)
+    heard: tuple[Standing | None, int] | None = None
+    heard_at_s: float = 0.0
 
     def until_ended(self) -> RunRow | None:
         """The run's row once it has ended, or None if Flower's run ended and SQL never knew of it."""
@@ -126,13 +135,22 @@ class _Watch:
                 self.workplace.supervisor.check(self.needed)
                 if standing is None and not self.needed and time.monotonic() - began > UNSEEN_AFTER_S:
                     self._show_log()
-                if not streaming and self._has_ended():
+                if (not streaming or self._is_silent(standing)) and self._has_ended():
                     self.end_row("failed", f"its ServerApp ended without a word: {self.submission.stream.last_words()}")
                     return self.store.run_by_flower_id(self.submission.flower_run_id)
                 time.sleep(pause)
 
+    def _is_silent(self, standing: Standing | None) -> bool:
+        """Whether neither SQL nor the log told anything new for a while; said once for each such while."""
+        heard, now_s = (standing, self.submission.stream.log_path.stat().st_size), time.monotonic()
+        leased = standing is not None and standing.run.lease_until is not None
+        silent = heard == self.heard and now_s - self.heard_at_s > (LEASE_SILENCE_S if leased else LOG_SILENCE_S)
+        if silent or heard != self.heard:
+            self.heard, self.heard_at_s = heard, now_s
+        return silent
+
     def _has_ended(self) -> bool:
-        """Whether the run is over, now that the stream of its log is: a lost connection is no end of a run.
+        """Whether the run is over, where the stream of its log is, or is silent: a lost connection is no end of a run.
 
         A run that goes on is listened to again. Raises ConnectionFailedError when its SuperLink stays out of reach.
         """
@@ -152,9 +170,12 @@ class _Watch:
     def _show_log(self) -> None:
         """A log that is listened to again begins at its beginning."""
         for line in self.submission.stream.new_lines():
-            if line not in self.shown:
+            known = hash(line)
+            if known not in self.shown:
                 talk(line)
-            self.shown.add(line)
+                self.shown[known] = None
+            if len(self.shown) > MOST_SHOWN:
+                del self.shown[next(iter(self.shown))]
 
     def tell_how_to_go_on(self) -> None:
         row = self.store.run_by_flower_id(self.submission.flower_run_id)

@@ -15,7 +15,7 @@ import pytest
 from contract.errors import DeadlineError, RoundError
 from trunkline.orphans import LOOK_S, Orphans
 from trunkline.ports import reserve_port
-from trunkline.processes import MARKER, Supervisor, _adopt_orphans
+from trunkline.processes import MARKER, Daemon, Supervisor, _adopt_orphans
 
 SLEEPER = "import time; time.sleep(120)"
 STUBBORN = (
@@ -91,6 +91,29 @@ def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
         daemon = supervisor.start("stubborn", python(STUBBORN))
         until(lambda: "up" in daemon.last_lines())
     assert daemon.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("code", [STUBBORN, "print('up', flush=True)"], ids=["stubborn", "ended"])
+def test_a_process_that_is_ended_is_reaped_and_forgotten_and_the_others_go_on(tmp_path: Path, code: str) -> None:
+    with Supervisor(tmp_path, grace_s=0.3) as supervisor:
+        kept, gone = supervisor.start("kept", python(SLEEPER)), supervisor.start("gone", python(code))
+        until(lambda: "up" in gone.last_lines())
+        supervisor.end(gone)
+        assert not psutil.pid_exists(gone.process.pid), "something is left, be it a zombie"
+        assert supervisor.daemons == [kept]
+        assert kept.alive()
+        assert gone.last_lines() == "up"
+
+
+def test_new_lines_are_whole_and_what_was_told_is_not_read_again(tmp_path: Path) -> None:
+    daemon = Daemon("talker", subprocess.Popen(python("")), tmp_path / "talker.log")
+    daemon.process.wait()
+    told, rest = "einß\nzwei\r\n".encode() + b"\xff\n", "dreiß".encode()
+    daemon.log_path.write_bytes(told + rest[:-1])  # in the middle of a letter
+    assert daemon.new_lines() == ["einß", "zwei", "\ufffd"]
+    assert daemon.new_lines() == []
+    daemon.log_path.write_bytes(b"?" * len(told) + rest + b"\n")
+    assert daemon.new_lines() == ["dreiß"], "whatever stands before it by now"
 
 
 def test_two_supervisors_do_not_touch_each_other(tmp_path: Path) -> None:
