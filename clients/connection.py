@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -91,6 +92,14 @@ class TrunkConnection:
         self._channel.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """When a wait must have ended, by the monotonic clock, and what is told of the trunk where it has not."""
+
+    at_s: float
+    told: str
+
+
 class FrameStream:
     """Frames out and in on one call. One thread may send while another receives; a stream that failed stays failed.
 
@@ -105,8 +114,8 @@ class FrameStream:
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_FRAMES)
         traceparent = traces.current()
         self._call: Any = method(self._frames(), metadata=((traces.HEADER, traceparent),) if traceparent else None)
-        self._deadline: float | None = None
-        self._expired = False
+        self._waits: Due | None = None  # what the thread that receives waits for
+        self._expired: Due | None = None
         self._failed: TrunklineError | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="trunk-watch", daemon=True).start()
@@ -119,11 +128,12 @@ class FrameStream:
         self._put(frame.SerializeToString())
         failpoint(f"site.{kind}.sent")
 
-    def send_chunks(self, frames: Iterable[bytes]) -> None:
-        """Queues serialised chunk frames."""
+    def send_chunks(self, frames: Iterable[bytes], size_bytes: int) -> None:
+        """Queues serialised chunk frames with `size_bytes` of one tensor, all of which must go in time."""
+        due = self._all_due(size_bytes, "take all of a tensor")
         for frame in frames:
             self._wire_log.sent("trunk", "chunk", len(frame), {"chunk.data": len(frame)})
-            self._put(frame)
+            self._put(frame, due)
 
     def receive(self, kind: str) -> Any:
         """The body of the next frame, which must be of `kind` and no chunk.
@@ -138,9 +148,17 @@ class FrameStream:
         failpoint(f"site.{kind}.received")
         return getattr(frame, kind)
 
-    def receive_chunk(self) -> memoryview:
-        """The data of the next frame, which must be a chunk. Raises as `receive` does."""
-        frame = self._next()
+    def receive_chunks(self, size_bytes: int, what: str) -> Iterator[memoryview]:
+        """The data of the next frames, which must be chunks, without an end: all of `what` must come in time.
+
+        Raises as `receive` does.
+        """
+        due = self._all_due(size_bytes, f"send all of {what}")
+        while True:
+            yield self._chunk(due)
+
+    def _chunk(self, due: Due) -> memoryview:
+        frame = self._next(due)
         data = wire.chunk_data(frame)
         if data is None:
             parsed: ServerFrame = wire.parse_server_frame(frame)
@@ -154,7 +172,7 @@ class FrameStream:
         if (call := self._call) is None:
             return
         self._hang_up()
-        self._deadline = time.monotonic() + self._timeout_s
+        self._waits = self._frame_due()
         try:
             next(call, None)
         except grpc.RpcError as error:  # the goodbye was answered: how the call ends is no matter
@@ -177,30 +195,48 @@ class FrameStream:
         self._ended.set()
         self._call = None
 
-    def _put(self, frame: bytes) -> None:
-        deadline = time.monotonic() + self._timeout_s
+    def _frame_due(self) -> Due:
+        return Due(time.monotonic() + self._timeout_s, f"did not answer within {self._timeout_s:g} s")
+
+    def _all_due(self, size_bytes: int, what: str) -> Due:
+        """For an announced tensor as a whole, or a byte now and then would renew each frame's own limit for ever.
+
+        It is told without its size, which is that of the site's batch.
+        """
+        limit_s = self._timeout_s + size_bytes / wire.SLOWEST_BYTES_S
+        return Due(
+            time.monotonic() + limit_s,
+            f"did not {what} in time: at least {wire.SLOWEST_BYTES_S >> 10} KiB/s must move",
+        )
+
+    def _put(self, frame: bytes, due: Due | None = None) -> None:
+        due = _sooner(self._frame_due(), due)
         while (call := self._call) is not None and not call.done():
-            try:
+            if time.monotonic() > due.at_s:
+                self._expired = due
+                break
+            with suppress(queue.Full):
                 return self._outgoing.put(frame, timeout=_WATCH_INTERVAL_S)
-            except queue.Full:
-                if time.monotonic() > deadline:
-                    self._expired = True
-                    break
         failed, call = self._failure(call), None  # which a traceback would keep
         raise failed
 
-    def _next(self) -> bytes:
+    def _next(self, due: Due | None = None) -> bytes:
         if (call := self._call) is None:
             raise self._failure()
-        self._deadline = time.monotonic() + self._timeout_s
         failed: TrunklineError | None = None
+        due = _sooner(self._frame_due(), due)
+        if time.monotonic() > due.at_s:  # which the watch may not see where each wait is short
+            self._expired = due
+            failed, call = self._failure(call), None
+            raise failed
+        self._waits = due
         try:
             frame: bytes = next(call)
         except (grpc.RpcError, StopIteration) as error:
             error.__traceback__ = None  # gRPC raises the call itself, which no traceback may keep: see `_let_go`
             failed = self._failure(call)
         finally:
-            self._deadline = None
+            self._waits = None
         if failed is not None:
             call = None
             raise failed
@@ -218,14 +254,14 @@ class FrameStream:
 
     def _watch(self) -> None:
         while not self._ended.wait(_WATCH_INTERVAL_S):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
-                self._expired = True
+            due = self._waits
+            if due is not None and time.monotonic() > due.at_s:
+                self._expired = due
                 self.cancel()
 
     def _failure(self, call: Any = None) -> TrunklineError:
         """The error that `call` ended with; what came first, if it is asked again."""
-        if self._failed is None and (call is not None or self._expired):
+        if self._failed is None and (call is not None or self._expired is not None):
             # What ended the call is asked before cancelling it, which would be the answer otherwise.
             self._failed = self._judged(call)
         self.cancel()
@@ -233,8 +269,8 @@ class FrameStream:
         return type(failed)(str(failed))  # an error's own traceback belongs to who met it
 
     def _judged(self, call: Any) -> TrunklineError:
-        if self._expired:
-            return DeadlineError(f"the trunk at {self._address} did not answer within {self._timeout_s:g} s")
+        if self._expired is not None:
+            return DeadlineError(f"the trunk at {self._address} {self._expired.told}")
         status = call.code() if call.done() else None
         if status in (None, grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
             return self._over()
@@ -247,6 +283,10 @@ class FrameStream:
 
     def _over(self) -> SessionError:
         return SessionError(f"the session with the trunk at {self._address} is over: start a new one")
+
+
+def _sooner(one: Due, other: Due | None) -> Due:
+    return one if other is None or one.at_s < other.at_s else other
 
 
 _STATUS_ERRORS: Mapping[grpc.StatusCode, type[TrunklineError]] = {

@@ -73,7 +73,8 @@ class RemoteTrunk:
     """One client's session. Safe to use from several threads: requests take turns on the stream.
 
     Every method raises the trunk's own error, rebuilt as its class, ConnectionFailedError when the stream is lost and
-    DeadlineError after `timeout_s` without a reply; the session is over after any error.
+    DeadlineError after `timeout_s` without a reply, or where a tensor takes longer than that and 64 KiB/s; the session
+    is over after any error.
     """
 
     def __init__(
@@ -352,7 +353,7 @@ class RemoteTrunk:
     def _send(self, frame: ClientFrame, data: memoryview) -> None:
         self._stream.send(frame)
         chunk_bytes = min(self.welcome.chunk_bytes or wire.CHUNK_BYTES, wire.CHUNK_BYTES)
-        self._stream.send_chunks(wire.chunk_frames(data, chunk_bytes))
+        self._stream.send_chunks(wire.chunk_frames(data, chunk_bytes), len(data))
 
     def _reply(self, kind: str) -> Any:
         """The reply to the request just sent, after those that are still due before it."""
@@ -412,8 +413,9 @@ class RemoteTrunk:
 
     def _collect(self, size_bytes: int, what: str) -> memoryview:
         assembler = codec.Assembler(size_bytes, what)
+        chunks = self._stream.receive_chunks(size_bytes, what)
         while not assembler.complete:
-            assembler.add(self._stream.receive_chunk())
+            assembler.add(next(chunks))
         return assembler.data()
 
     def _pending(

@@ -21,6 +21,8 @@ PROTOCOL = 2
 CHUNK_BYTES = 1 << 19
 """Two chunks of half a MiB cross a loopback a fourth faster than one of a MiB, and eight smaller ones slower again."""
 MAX_MESSAGE_BYTES = 4 << 20
+SLOWEST_BYTES_S = 1 << 16
+"""What a link must carry, 0.5 Mbit/s: a tensor that comes more slowly would hold who waits for it for hours."""
 LONGEST_GRACE_S = 86_400.0
 """What open sessions may be given before a drained trunk cuts them off."""
 ERROR_KEY = "trunkline-error"

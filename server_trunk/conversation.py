@@ -200,8 +200,9 @@ class Conversation:
 
     async def _deliver(self, out: Outgoing) -> None:
         """Sends the data of a reply whose frame was sent."""
-        while data := await out.next(self._disk):
-            await self._stream.write_data(data)
+        async with self._stream.in_time(out.size, "a reply", "go"):
+            while data := await out.next(self._disk):
+                await self._stream.write_data(data)
         self._unsent.remove(out)
 
     def _made(self, future: asyncio.Future[Outgoing]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 
@@ -13,12 +13,10 @@ from contract import trunk_pb2 as pb
 from contract.codec import Assembler
 from contract.errors import DeadlineError, FrameError, FrameTooLargeError
 from contract.failpoint import failpoint
-from contract.wire import chunk_data, chunk_frames, parse_client_frame
+from contract.wire import SLOWEST_BYTES_S, chunk_data, chunk_frames, parse_client_frame
 from server_trunk.memory import Spilled
 from server_trunk.worker import Worker
 
-SLOWEST_BYTES_S = 1 << 16
-"""What a link must carry, 0.5 Mbit/s: a tensor that comes more slowly would hold the room of others for hours."""
 _SLACK_S = 30.0
 _HELLO_BYTES = 1 << 20  # some ten thousand LoRA targets by their full names
 
@@ -72,7 +70,7 @@ class FrameStream:
         when it takes too long.
         """
         assembler = Assembler(size_bytes, what)
-        async with self._in_time(size_bytes, what):
+        async with self.in_time(size_bytes, what, "come"):
             while not assembler.complete:
                 data = await self._read_chunk()
                 if data is None:
@@ -83,7 +81,7 @@ class FrameStream:
     async def put_data(self, size_bytes: int, what: str, kept: Spilled, disk: Worker) -> None:
         """As `read_data`, to the disk chunk by chunk: whoever sends it slowly holds no memory. Raises StorageError."""
         came = 0
-        async with self._in_time(size_bytes, what):
+        async with self.in_time(size_bytes, what, "come"):
             while came < size_bytes:
                 data = await self._read_chunk()
                 if data is None:
@@ -107,13 +105,14 @@ class FrameStream:
         return parsed.chunk.data if parsed.WhichOneof("body") == "chunk" else None
 
     @asynccontextmanager
-    async def _in_time(self, size_bytes: int, what: str) -> AsyncIterator[None]:
+    async def in_time(self, size_bytes: int, what: str, must: Literal["come", "go"]) -> AsyncIterator[None]:
+        """All of `what` comes, or goes, within the block. Raises DeadlineError where that takes too long."""
         limit_s = longest_s(size_bytes)
         try:
             async with asyncio.timeout(limit_s):
                 yield
         except TimeoutError:
-            raise DeadlineError(f"{what}: its {size_bytes} bytes did not come within {limit_s:.0f} s") from None
+            raise DeadlineError(f"{what}: its {size_bytes} bytes did not {must} within {limit_s:.0f} s") from None
 
     async def write(self, frame: pb.ServerFrame) -> None:
         kind = frame.WhichOneof("body")

@@ -25,9 +25,9 @@ from contract.errors import (
     ModelError,
     StorageError,
 )
-from contract.wire import CHUNK_BYTES
+from contract.wire import CHUNK_BYTES, SLOWEST_BYTES_S
 from server_trunk.contributions import Contributions
-from server_trunk.stream import SLOWEST_BYTES_S, longest_s
+from server_trunk.stream import longest_s
 from server_trunk.worker import Worker
 from storage.artifacts import Receiving
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModel
 
 import clients
-from clients.connection import TrunkConnection
+from clients.connection import FrameStream, TrunkConnection
+from clients.wire_log import WireLog
 from contract import wire
 from contract.errors import AgreementError, ConfigError, ConnectionFailedError, DeadlineError, SessionError
 from contract.records import RoundKey
@@ -112,6 +116,66 @@ def test_a_trunk_that_does_not_answer_ends_the_session_in_time(llama_dir: Path, 
             model(**batch().inputs())
     finally:
         os.kill(other_trunk.process.pid, signal.SIGCONT)
+
+
+class SlowCall:
+    """A call whose trunk sends, and takes, a chunk of one byte each `every_s`, for as long as anybody likes."""
+
+    def __init__(self, every_s: float) -> None:
+        self.every_s = every_s
+        self.over = threading.Event()
+        self.taken: list[bytes] = []
+
+    def __call__(self, frames: Iterator[bytes], metadata: object) -> SlowCall:
+        threading.Thread(target=self._take, args=(frames,), daemon=True).start()
+        return self
+
+    def _take(self, frames: Iterator[bytes]) -> None:
+        for frame in frames:
+            self.taken.append(frame)
+            if self.over.wait(self.every_s):
+                return
+
+    def __next__(self) -> bytes:
+        time.sleep(self.every_s)
+        return wire.chunk_frame(memoryview(b"x"))
+
+    def done(self) -> bool:
+        return self.over.is_set()
+
+    def cancel(self) -> None:
+        self.over.set()
+
+
+def slow_stream(call: SlowCall, timeout_s: float) -> FrameStream:
+    method: Any = call
+    return FrameStream(method, "slow:1", timeout_s, WireLog())
+
+
+def test_a_tensor_that_comes_a_byte_now_and_then_is_given_up_as_a_whole() -> None:
+    call = SlowCall(0.02)
+    chunks = slow_stream(call, timeout_s=0.3).receive_chunks(100, "the hidden states")
+    with pytest.raises(DeadlineError) as caught:
+        list(islice(chunks, 100))
+    assert str(caught.value) == (
+        "the trunk at slow:1 did not send all of the hidden states in time: at least 64 KiB/s must move"
+    )
+    assert call.done()
+
+
+def test_a_tensor_that_is_taken_a_byte_now_and_then_is_given_up_as_a_whole() -> None:
+    call = SlowCall(0.02)
+    stream = slow_stream(call, timeout_s=0.3)
+    with pytest.raises(DeadlineError, match="did not take all of a tensor in time: at least 64 KiB/s must move"):
+        stream.send_chunks(wire.chunk_frames(memoryview(bytes(100)), 1), 100)
+    assert call.done()
+    assert len(call.taken) < 100
+
+
+def test_a_tensor_may_take_the_longer_the_larger_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "SLOWEST_BYTES_S", 4)
+    chunks = slow_stream(SlowCall(0.02), timeout_s=0.3).receive_chunks(40, "the hidden states")
+    assert b"".join(next(chunks) for _ in range(40)) == b"x" * 40
 
 
 def test_a_trunk_that_dies_ends_the_session_and_nothing_reconnects(llama_dir: Path, other_trunk: TrunkProcess) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -194,6 +195,24 @@ def test_a_tensor_that_comes_too_slowly_is_given_up(
     refused = session.ending()
     assert refused.error is errors.DeadlineError
     assert refused.line == "forward.hidden: its 512 bytes did not come within 0 s"
+
+
+def test_a_reply_that_is_taken_too_slowly_is_given_up(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_SLACK_S", 0.3)
+    monkeypatch.setattr("server_trunk.outgoing.CHUNK_BYTES", 1024)
+    client = WireClient(start_trunk(max_pending=8).address)
+    slow = client.session(client.hello(lora))
+    for _ in range(400):
+        slow.send(read_adapter=pb.ReadAdapter())
+    slow.hang_up()
+    for _ in range(40):
+        next(slow.call)
+        time.sleep(0.05)
+    refused = slow.ending()
+    assert refused.error is errors.DeadlineError
+    assert re.fullmatch(r"a reply: its \d+ bytes did not go within \d s", refused.line)
 
 
 def test_a_slow_tensor_on_its_way_to_the_disk_keeps_nobody_else_from_it(

@@ -96,7 +96,7 @@ class DeafTrunk:
         if frame.HasField("forward"):
             self.headers.append(frame.forward.hidden)
 
-    def send_chunks(self, frames: Iterable[bytes]) -> None:
+    def send_chunks(self, frames: Iterable[bytes], size_bytes: int) -> None:
         for frame in frames:
             data = chunk_data(frame)
             assert data is not None
