@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from contract.errors import CapacityError, SessionError, StorageError
+from contract.errors import CapacityError, SessionError
 from server_trunk.graph_meter import PassKind
 from server_trunk.lane import Backward, Forward, Graph, Lane
 from server_trunk.memory import Hold
@@ -308,8 +308,18 @@ class Scheduler:
             outcomes = await worker.run(_work, lane, threads, [job for _, job in batch])
         except Exception as error:  # noqa: BLE001 (told to everybody in the pass)
             outcomes = [error] * len(batch)
+        try:  # a lane that is not given back, whatever fails here, would never compute again
+            self._tell(batch, outcomes, began_s)
+            await self._make_room(worker)
+        except Exception:
+            logger.exception("what follows a pass could not be done")
+        finally:
+            self.running_bytes -= needed
+            self._free.append((lane, worker))
+            self._dispatch()
+
+    def _tell(self, batch: Sequence[tuple[Seat, Job]], outcomes: Sequence[Any], began_s: float) -> None:
         now_s = self._clock()
-        self._report(batch, began_s, now_s)
         for (seat, job), outcome in zip(batch, outcomes, strict=True):
             self._settle(seat, now_s)
             if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
@@ -320,10 +330,7 @@ class Scheduler:
                 job.done.set_exception(outcome)
             else:
                 job.done.set_result(outcome)
-        await self._make_room(worker)
-        self.running_bytes -= needed
-        self._free.append((lane, worker))
-        self._dispatch()
+        self._report(batch, began_s, now_s)
 
     def _report(self, batch: Sequence[tuple[Seat, Job]], began_s: float, now_s: float) -> None:
         told = [job for seat, job in batch if not seat.quiet]
@@ -335,10 +342,13 @@ class Scheduler:
     def _settle(self, seat: Seat, now_s: float) -> None:
         seat.running = False
         seat.active_s = now_s
-        if seat.left:
-            self._forget(seat)
-        elif not seat.adapter.evicted:
-            self.residents.used(seat)
+        try:
+            if seat.left:
+                self._forget(seat)
+            elif not seat.adapter.evicted:
+                self.residents.used(seat)
+        except Exception:  # which the other sessions of its pass have nothing to do with
+            logger.exception("a session's place could not be put in order")
 
     async def _make_room(self, worker: Worker) -> None:
         """Put idle sessions' adapters aside, now: behind the work that waits they would be in memory all the while."""
@@ -348,8 +358,8 @@ class Scheduler:
         for seat in idle:
             try:
                 await worker.run(self.residents.put_aside, seat.adapter)
-            except StorageError as error:
-                logger.warning("an idle session's adapter stays in memory: %s", error)
+            except Exception as error:  # noqa: BLE001 (a full disk, no memory for a copy: the lane has others to serve)
+                logger.warning("an idle session's adapter stays in memory: %s: %s", type(error).__name__, error)
             self._settle(seat, seat.active_s)
 
     def _forget(self, seat: Seat) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from server_trunk.health import Health
 from server_trunk.heap import Heap
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill, choose_budget, parse_size
+from server_trunk.periodic import PeriodicTask
 from server_trunk.port import check_listen, require_free, transport_options
 from server_trunk.probe import DEFAULT_BATCH_TOKENS, Findings, probe
 from server_trunk.ranks import HEARTBEAT_S, Member, Ranks
@@ -54,6 +56,7 @@ _HANG_UP_S = 2.0
 _TORCHRUN_GRACE_S = 20.0
 """torchrun kills its processes 30 s after it told them to end."""
 _DRAIN_POLL_S = 0.05
+_SWEEP_S = 5.0
 _TRIM_S = 0.25
 _RELIEF_POLL_S = 0.5
 _FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
@@ -193,11 +196,13 @@ class TrunkServer:
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
-        self._sweeper = asyncio.create_task(self._sweep())
-        self._reliever = asyncio.create_task(self._relieve())
         # Of a GPU's budget this process's own memory is no part.
         heap = Heap(psutil.Process().memory_info().rss + budget if engine.device == "cpu" else sys.maxsize)
-        self._trimmer = asyncio.create_task(self._trim(heap))
+        self._periodic = (
+            PeriodicTask("the sweep of old graphs", min(_SWEEP_S, options.pending_ttl_s / 4), self._sweep),
+            PeriodicTask("making room for who waits", _RELIEF_POLL_S, self._servicer.relieve),
+            PeriodicTask("giving back free memory", _TRIM_S, partial(self._disk.run, heap.trim)),
+        )
         self._sharded = [lane for lane in engine.lanes if isinstance(lane, ShardedLane)]
         self._beating = asyncio.create_task(self._beat())
         return address, f"{engine.summary()} {found.summary()}"
@@ -237,8 +242,8 @@ class TrunkServer:
 
     async def stop(self) -> None:
         """Cut off what is open with UNAVAILABLE and give the threads back."""
-        for task in (self._sweeper, self._reliever, self._trimmer, self._beating):
-            task.cancel()
+        for one in (*self._periodic, self._beating):
+            one.cancel()
         self._servicer.hang_up()
         await self._server.stop(_HANG_UP_S)
         await self._scheduler.close()
@@ -302,17 +307,9 @@ class TrunkServer:
         return replace(found, lanes=len(engine.lanes)) if options.lanes else found
 
     async def _sweep(self) -> None:
-        interval_s = min(5.0, self._options.pending_ttl_s / 4)
-        while True:
-            await asyncio.sleep(interval_s)
-            freed = self._table.sweep()
-            if freed:
-                logger.info("freed %d graphs that waited too long for their backward", freed)
-
-    async def _relieve(self) -> None:
-        while True:
-            await asyncio.sleep(_RELIEF_POLL_S)
-            await self._servicer.relieve()
+        freed = self._table.sweep()
+        if freed:
+            logger.info("freed %d graphs that waited too long for their backward", freed)
 
     async def _beat(self) -> None:
         """Lets the other processes of this trunk know, while nobody computes, that they are still wanted."""
@@ -324,11 +321,6 @@ class TrunkServer:
             except ConnectionFailedError as error:
                 logger.error("%s", error)
                 return
-
-    async def _trim(self, heap: Heap) -> None:
-        while True:
-            await asyncio.sleep(_TRIM_S)
-            await self._disk.run(heap.trim)
 
 
 def follow(options: ServeOptions, member: Member) -> None:
