@@ -6,6 +6,7 @@
     STATE/candidates/RUN/ROUND/ATTEMPT/KEY.json   {adapter_sha256, trained_tokens}; KEY names base and survivors;
                                                   with {clients} beside them where they are part of a round's average
 
+What of it is kept for how long stands in `leftovers`.
 Each JSON file is written last and by rename, so that what it names is there. Not safe to use from several threads.
 """
 
@@ -15,7 +16,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from contract.adapter_mean import AdapterMean
 from contract.durable_file import remove_partials, replace_file
 from contract.errors import AgreementError, FrameError, SessionError, StorageError, UpdateError
 from contract.records import RoundKey
+from server_trunk.leftovers import Leftovers
 from storage.artifacts import ArtifactStore
 
 logger = logging.getLogger("trunkline.server_trunk")
@@ -90,15 +91,17 @@ class Contributions:
         self._rounds = state_dir / "rounds"
         self._candidates = state_dir / "candidates"
         self.adapters = ArtifactStore(state_dir / "artifacts")
+        self._leftovers = Leftovers(self._rounds, self._candidates, self.adapters)
 
     def sweep(self) -> None:
-        """Remove what a killed trunk left half written. Raises StorageError."""
+        """Remove what a killed trunk left half written, and what has not been used for a month. Raises StorageError."""
         try:
             found = remove_partials(self._state_dir, _PARTIAL_S)
         except OSError as error:
             raise StorageError(f"state-dir {self._state_dir} cannot be swept: {error.strerror}") from error
         if found:
             logger.info("removed %d files that an earlier trunk had half written", found)
+        self._leftovers.remove_old()
 
     def require_adapter(self, sha256: str) -> None:
         """Raise SessionError unless the adapter was put or committed here, FrameError when it is no SHA-256."""
@@ -120,13 +123,13 @@ class Contributions:
     def commit(self, key: RoundKey, base_sha256: str, survivors: Collection[str]) -> Candidate:
         """Average the adapters of exactly `survivors` by their trained tokens, in float64.
 
-        The same key, base and survivors give the same answer again, also after a restart. Contributions of the run's
-        earlier rounds are removed. Raises FrameError (no survivors, one twice), SessionError (one without a
-        contribution, an unknown base), AgreementError (one that started from another base or has another shape),
-        UpdateError (no trained tokens), StorageError, IntegrityError.
+        The same key, base and survivors give the same answer again, also after a restart, until the run commits the
+        round after the next. What its earlier rounds left is removed. Raises FrameError (no survivors, one twice),
+        SessionError (one without a contribution, an unknown base), AgreementError (one that started from another base
+        or has another shape), UpdateError (no trained tokens), StorageError, IntegrityError.
         """
         names = _each_once(survivors)
-        return self._kept(key, [base_sha256, names], Candidate, lambda: self._average(key, base_sha256, names))
+        return self._kept(key, base_sha256, [names], Candidate, lambda: self._average(key, base_sha256, names))
 
     def commit_part(self, key: RoundKey, base_sha256: str, survivors: Collection[str]) -> PartialCandidate:
         """As `commit`, but over those of `survivors` that contributed here: other trunks have the others.
@@ -136,12 +139,14 @@ class Contributions:
         """
         names = _each_once(survivors)
         return self._kept(
-            key, [base_sha256, names, "partial"], PartialCandidate, lambda: self._average_here(key, base_sha256, names)
+            key, base_sha256, [names, "partial"], PartialCandidate, lambda: self._average_here(key, base_sha256, names)
         )
 
-    def _kept(self, key: RoundKey, terms: list[Any], answer: type[Answer], make: Callable[[], Answer]) -> Answer:
-        """What `make` answered when it was first called for these terms; earlier rounds' contributions are removed."""
-        digest = hashlib.sha256(json.dumps(terms).encode()).hexdigest()
+    def _kept(
+        self, key: RoundKey, base_sha256: str, terms: list[Any], answer: type[Answer], make: Callable[[], Answer]
+    ) -> Answer:
+        """What `make` answered when it was first called for this; what the run's earlier rounds left is removed."""
+        digest = hashlib.sha256(json.dumps([base_sha256, *terms]).encode()).hexdigest()
         record = self._attempt(self._candidates, key) / f"{digest}.json"
         if record.is_file():
             candidate = _read(record, answer)
@@ -150,7 +155,7 @@ class Contributions:
             if isinstance(candidate, PartialCandidate) and not candidate.clients:
                 return candidate  # leaves nothing: a survivor contributed before anybody could name it
             _write_json(record, asdict(candidate))
-        self._remove_before(key)
+        self._leftovers.remove_before(key, base_sha256)
         return candidate
 
     def _average(self, key: RoundKey, base_sha256: str, names: list[str]) -> Candidate:
@@ -195,11 +200,6 @@ class Contributions:
     def _trained(self, key: RoundKey) -> ArtifactStore:
         return ArtifactStore(self._rounds / key.run / str(key.round) / "artifacts")
 
-    def _remove_before(self, key: RoundKey) -> None:
-        for folder in (self._rounds / key.run).glob("*"):
-            if folder.name.isdigit() and int(folder.name) < key.round:
-                shutil.rmtree(folder, onerror=_log_leftover)
-
 
 def _label(key: RoundKey) -> str:
     return f"run {key.run} round {key.round} attempt {key.attempt}"
@@ -211,10 +211,6 @@ def _each_once(survivors: Collection[str]) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise FrameError(f"survivors has {len(names)} names, {len(set(names))} of them different; it needs each once")
     return names
-
-
-def _log_leftover(function: object, path: str, details: object) -> None:
-    logger.warning("an old round's contribution could not be removed: %s", path)
 
 
 def _read(path: Path, record: type[Record]) -> Record:

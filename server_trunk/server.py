@@ -58,6 +58,7 @@ _TORCHRUN_GRACE_S = 20.0
 _DRAIN_POLL_S = 0.05
 _SWEEP_S = 5.0
 _TRIM_S = 0.25
+_DAY_S = 86_400.0
 _RELIEF_POLL_S = 0.5
 _FOR_PASSES, _FOR_WAITING, _FOR_ADAPTERS = 0.5, 0.3, 0.2
 _FOR_CACHES = 0.1  # of _FOR_WAITING, what sample caches may take
@@ -202,6 +203,7 @@ class TrunkServer:
             PeriodicTask("the sweep of old graphs", min(_SWEEP_S, options.pending_ttl_s / 4), self._sweep),
             PeriodicTask("making room for who waits", _RELIEF_POLL_S, self._servicer.relieve),
             PeriodicTask("giving back free memory", _TRIM_S, partial(self._disk.run, heap.trim)),
+            PeriodicTask("the sweep of the state directory", _DAY_S, partial(self._disk.run, contributions.sweep)),
         )
         self._sharded = [lane for lane in engine.lanes if isinstance(lane, ShardedLane)]
         self._beating = asyncio.create_task(self._beat())

@@ -190,6 +190,7 @@ class AdapterTransfers:
             raise AgreementError(
                 f"adapter {sha256} has {size_bytes} bytes; one of the session's LoRA has {most_bytes} at most"
             )
+        self._contributions.adapters.use(sha256)
         return from_bytes(self._contributions.adapters.get(sha256))
 
 

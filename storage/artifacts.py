@@ -58,6 +58,30 @@ class ArtifactStore:
             raise IntegrityError(f"artifact {path} hashes to {found}: it was changed or cut short after it was written")
         return data
 
+    def use(self, sha256: str) -> None:
+        """Note that it is used now. Raises StorageError when it is not here."""
+        path = self.path(sha256)
+        try:
+            os.utime(path)
+        except OSError as error:
+            raise StorageError(f"cannot note the use of artifact {path}: {error.strerror}") from error
+
+    def unused(self, since_s: float) -> list[str]:
+        """The hashes of those that were neither put nor used since `since_s`, by the clock. Raises StorageError."""
+        try:
+            found = sorted(self._root.glob("*.safetensors"))
+            return [path.stem for path in found if _SHA256.fullmatch(path.stem) and path.stat().st_mtime < since_s]
+        except OSError as error:
+            raise StorageError(f"{self._root} cannot be read: {error.strerror}") from error
+
+    def remove(self, sha256: str) -> None:
+        """Have it here no more; it need not have been. Raises StorageError."""
+        path = self.path(sha256)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be removed: {error.strerror}") from error
+
     def has(self, sha256: str) -> bool:
         """Whether a file of this name is here; `get` alone says whether it is whole."""
         return self.path(sha256).is_file()

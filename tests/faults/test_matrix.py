@@ -60,6 +60,7 @@ def test_every_write_and_every_message_of_a_round_is_in_the_trunks_matrix(around
     names = {place.split("#")[0] for place in around.whole("trunk-plain", "sqlite").places}
     assert {"file.write", "file.rename", "file.written", "spill.write", "spill.written"} <= names
     assert {"evict.write", "evict.written"} <= names
+    assert {"leftovers.remove", "leftovers.unnamed", "leftovers.removed"} <= names
     for call in ("describe", "put_adapter", "commit_round", "get_adapter"):
         assert {f"serve.{call}", f"serve.{call}.reply"} <= names
     for kind in ("forward", "backward", "step", "close"):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import threading
 from pathlib import Path
 
@@ -98,3 +99,27 @@ def test_a_directory_that_nothing_can_come_into_is_named(tmp_path: Path) -> None
     (tmp_path / "artifacts").write_text("a file")
     with pytest.raises(StorageError, match="cannot write to .*artifacts"):
         ArtifactStore(tmp_path / "artifacts").begin()
+
+
+def test_what_was_put_or_used_since_is_not_unused(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    old, put, used = (store.put(data) for data in (b"old", b"put", b"used"))
+    for sha256 in (old, put, used):
+        os.utime(store.path(sha256), (1000, 1000))
+    (tmp_path / "notes.safetensors").write_text("somebody's own")
+    assert store.unused(1000.0) == []
+    assert store.unused(1001.0) == sorted((old, put, used))
+    store.put(b"put")
+    store.use(used)
+    assert store.unused(1001.0) == [old]
+    with pytest.raises(StorageError, match=f"cannot note the use of artifact .*{'0' * 64}"):
+        store.use("0" * 64)
+
+
+def test_what_is_removed_is_here_no_more_and_may_be_removed_again(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    sha256 = store.put(DATA)
+    for _ in range(2):
+        store.remove(sha256)
+        assert not store.has(sha256)
+    assert ArtifactStore(tmp_path / "none").unused(1e12) == []
