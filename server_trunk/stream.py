@@ -106,8 +106,11 @@ class FrameStream:
 
     @asynccontextmanager
     async def in_time(self, size_bytes: int, what: str, must: Literal["come", "go"]) -> AsyncIterator[None]:
-        """All of `what` comes, or goes, within the block. Raises DeadlineError where that takes too long."""
-        limit_s = longest_s(size_bytes)
+        """All of `what` comes, or goes, within the block. Raises DeadlineError where that takes too long.
+
+        What a client has begun to send is there; but it takes nothing while it computes, for the idle time at most.
+        """
+        limit_s = longest_s(size_bytes) + (self._idle_timeout_s if must == "go" else 0.0)
         try:
             async with asyncio.timeout(limit_s):
                 yield

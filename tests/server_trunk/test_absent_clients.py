@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -200,9 +202,10 @@ def test_a_tensor_that_comes_too_slowly_is_given_up(
 def test_a_reply_that_is_taken_too_slowly_is_given_up(
     start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_SLACK_S", 0.3)
+    # A second for all of a reply, and more than that for a frame: gRPC asks for more in large pieces.
+    monkeypatch.setattr(stream, "longest_s", lambda size_bytes: -29.0)
     monkeypatch.setattr("server_trunk.outgoing.CHUNK_BYTES", 1024)
-    client = WireClient(start_trunk(max_pending=8).address)
+    client = WireClient(start_trunk(max_pending=8, idle_timeout_s=30.0).address)
     slow = client.session(client.hello(lora))
     for _ in range(400):
         slow.send(read_adapter=pb.ReadAdapter())
@@ -212,7 +215,21 @@ def test_a_reply_that_is_taken_too_slowly_is_given_up(
         time.sleep(0.05)
     refused = slow.ending()
     assert refused.error is errors.DeadlineError
-    assert re.fullmatch(r"a reply: its \d+ bytes did not go within \d s", refused.line)
+    assert re.fullmatch(r"a reply: its \d+ bytes did not go within 1 s", refused.line)
+
+
+def test_a_client_may_take_nothing_for_the_idle_time_while_it_computes_but_not_send_so_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def takes_long(must: Literal["come", "go"]) -> None:
+        frames = stream.FrameStream(cast(Any, SimpleNamespace(peer=str)), idle_timeout_s=60.0, frame_bytes=1024)
+        async with frames.in_time(512, "a tensor", must):
+            await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(stream, "longest_s", lambda size_bytes: 0.01)
+    asyncio.run(takes_long("go"))
+    with pytest.raises(errors.DeadlineError, match="a tensor: its 512 bytes did not come within 0 s"):
+        asyncio.run(takes_long("come"))
 
 
 def test_a_slow_tensor_on_its_way_to_the_disk_keeps_nobody_else_from_it(
