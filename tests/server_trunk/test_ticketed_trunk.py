@@ -30,6 +30,7 @@ from tests.server_trunk.wire_client import Refused, WireClient, WireSession
 
 KEY = RoundKey("a-run", 3, 1)
 HIDDEN_BTD = torch.ones(2, 4, HIDDEN)
+LIMIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,13 @@ class Ticketed:
 
     def taken(self) -> int:
         return int(self.orchestrator.call("Describe", pb.DescribeRequest()).open_sessions)
+
+    def until_empty(self) -> None:
+        """A session whose client hung up is there for another moment."""
+        until = time.monotonic() + LIMIT_S
+        while self.taken():
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -195,6 +203,7 @@ def test_sessions_steps_and_bytes_end_where_the_ticket_says(ticketed: Ticketed) 
     two = signed_ticket(ticketed.ticket(max_sessions=2), SIGNER)
     for _ in range(2):
         ticketed.open(two).hang_up()
+    ticketed.until_empty()
     ticketed.refused("allows 2 sessions, and has had them", two)
 
     stepping = ticketed.open(signed_ticket(ticketed.ticket(ticket_id="1" * 32, max_steps=2), SIGNER))
