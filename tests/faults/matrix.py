@@ -19,10 +19,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import TextIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sqlalchemy import create_engine, make_url, text
 
@@ -262,6 +263,22 @@ def surroundings() -> Iterator[Surroundings]:
             trunk.stop()
 
 
+class _Both(TextIOBase):
+    """What is written goes to each of two files; what the killed processes print themselves goes to neither."""
+
+    def __init__(self, one: TextIO, other: TextIO) -> None:
+        self._files = (one, other)
+
+    def write(self, text: str) -> int:
+        for file in self._files:
+            file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
@@ -272,13 +289,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=0, help="how many kills, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the sample; printed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many runs at the same time")
+    parser.add_argument("--log", type=Path, help="a new file that gets all lines, too, as a release keeps them")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=available_engines())
     parser.add_argument("--scenario", nargs="+", choices=tuple(SCENARIOS), default=tuple(SCENARIOS))
     options = parser.parse_args(argv)
-    with surroundings() as around:
+    if options.log is not None and options.log.exists():
+        parser.error(f"--log {options.log}: it is there already, and a log that was kept is not written over")
+    with ExitStack() as stack:
+        if options.log is not None:
+            kept = stack.enter_context(options.log.open("x", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(_Both(sys.stdout, kept)))
+        around = stack.enter_context(surroundings())
         found = play(around, options.engine, options.scenario, options.sample, options.seed, options.jobs)
-    for fault in found:
-        _say(f"fault: {fault}")
+        for fault in found:
+            _say(f"fault: {fault}")
     return 1 if found else 0
 
 
