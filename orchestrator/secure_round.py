@@ -183,7 +183,8 @@ def _set_up(desk: Desk, session: SecureSession, needed: int) -> None:
                 f"only {len(session.shared)} shared secrets; threshold {session.terms.threshold}{quorum}"
             )
     except SecureSumError as error:
-        raise (_RefusedError(str(error)) if session.refused else error) from error
+        never = len(session.cohort) - len(session.refusers) < needed
+        raise (_RefusedError(str(error)) if never else error) from error
 
 
 def _following(run: SecureRun, before: Version, number: int) -> SecureSession | None:

@@ -24,8 +24,8 @@ log = logging.getLogger("trunkline.orchestrator")
 class SecureSession:
     """`members` gives each node of the cohort its member id; `shared` are the nodes that may upload, in any order.
 
-    `failures` holds, by node, why it fell out; `refused`: whether one would not take part in what it was asked;
-    `undelivered` are the nodes that the order to train provably never left for.
+    `failures` holds, by node, why it fell out; `refusers` are those that would not take part in what they were asked,
+    `undelivered` those that the order to train provably never left for.
     """
 
     terms: Terms
@@ -34,7 +34,7 @@ class SecureSession:
     members: Mapping[str, str]
     shared: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
-    refused: bool = False
+    refusers: set[str] = field(default_factory=set)
     undelivered: set[str] = field(default_factory=set)
 
     @property
@@ -75,7 +75,8 @@ class SecureSession:
             return self.failed(answer.node_id, f"no {name}: {answer.failure}")
         data = getattr(answer.reply, name)
         if not data:
-            self.refused = self.refused or bool(answer.reply.refusal)
+            if answer.reply.refusal:
+                self.refusers.add(answer.node_id)
             return self.failed(answer.node_id, f"no {name}: {answer.reply.refusal or 'the reply holds none'}")
         try:
             accept(self.members[answer.node_id], data)

@@ -1,9 +1,10 @@
-"""What of a trunk's state directory nobody can ask for any more: removed once a later round's average is durable.
+"""What of a trunk's state directory an honest run asks for no more: removed once a later round's average is durable.
 
 A run's commit of round N names the version before it, which SQL holds then: a resumed run begins from that one or from
 round N's, and its orchestrator puts that again. So there stay N's and N-1's candidates, N's contributions, and what any
-other run's records name. A first version is drawn from a seed, so that a run which has no record yet may share it: it
-goes with age alone, as do the last rounds of runs that ended.
+other run's records name. A commit removes no adapter but averages that the trunk itself made for that run: what else a
+record names is the client's word, and another run may need it. The others, first versions and those that were put among
+them, go once no record names them and no session has started from them for two days, which is longer than any round.
 
 Adapters go first and the records that name them last, so that what a kill leaves is found by the next commit.
 """
@@ -14,7 +15,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from contract.errors import StorageError
@@ -25,7 +26,9 @@ from storage.artifacts import ArtifactStore
 logger = logging.getLogger("trunkline.server_trunk")
 
 KEPT_S = 30 * 86_400.0
-"""How long what no later commit removes is kept after its last use."""
+"""How long the records of a run's last rounds are kept, and the adapters with them."""
+UNNAMED_S = 2 * 86_400.0
+"""How long an adapter that no record names is kept after its last use. Who resumes a run puts its adapter again."""
 
 
 class Leftovers:
@@ -41,48 +44,49 @@ class Leftovers:
 
         What cannot be removed is logged: the commit itself is done.
         """
-        rounds = _rounds_before(self._rounds / key.run, key.round)
-        candidates = _rounds_before(self._candidates / key.run, key.round - 1)
-        if not rounds and not candidates:
-            return
-        failpoint("leftovers.remove")
         try:
-            later = (folder for folder in rounds if folder.name != "1")
-            gone = _names(candidates, "adapter_sha256") | _names(later, "base_sha256")
-            for sha256 in sorted(gone - self._named(besides={*rounds, *candidates}) - {base_sha256}):
+            rounds = _rounds_before(self._rounds / key.run, key.round)
+            candidates = _rounds_before(self._candidates / key.run, key.round - 1)
+            if rounds or candidates:
+                self._remove(rounds, candidates, base_sha256)
+        except (StorageError, OSError) as error:
+            logger.warning("what run %s's earlier rounds left stays until it is old: %s", key.run, error)
+
+    def _remove(self, rounds: Collection[Path], candidates: Collection[Path], base_sha256: str) -> None:
+        failpoint("leftovers.remove")
+        if gone := _names(candidates, "adapter_sha256") - {base_sha256}:
+            for sha256 in sorted(gone - self._named(besides={*rounds, *candidates})):
                 self._adapters.remove(sha256)
-        except StorageError as error:
-            logger.warning("adapters of run %s's earlier rounds stay until they are old: %s", key.run, error)
         failpoint("leftovers.unnamed")
         for folder in (*candidates, *rounds):
             _remove(folder)
         failpoint("leftovers.removed")
 
     def remove_old(self) -> None:
-        """Remove runs of which nothing was written for KEPT_S, and adapters that nothing names nor used for as long.
+        """Remove runs of which nothing was written for KEPT_S, and adapters that nothing names nor used for UNNAMED_S.
 
         What cannot be removed is logged.
         """
-        since_s = time.time() - KEPT_S
+        now_s = time.time()
         runs, gone = 0, 0
         try:
             for name in self._runs():
-                if self._written_s(name) < since_s:
+                if self._written_s(name) < now_s - KEPT_S:
                     failpoint("leftovers.remove")
                     _remove(self._candidates / name)
                     _remove(self._rounds / name)
                     runs += 1
-            unused = self._adapters.unused(since_s)
+            unused = self._adapters.unused(now_s - UNNAMED_S)
             named = self._named() if unused else set()
             for sha256 in (one for one in unused if one not in named):
                 failpoint("leftovers.remove")
                 self._adapters.remove(sha256)
                 gone += 1
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             logger.warning("old runs and adapters stay: %s", error)
         if runs or gone:
-            told = "removed the records of %d runs, and %d adapters, that were not used for %.0f days"
-            logger.info(told, runs, gone, KEPT_S / 86_400)
+            told = "removed the records of %d runs, unused for %.0f days, and %d adapters, for %.0f days"
+            logger.info(told, runs, KEPT_S / 86_400, gone, UNNAMED_S / 86_400)
 
     def _named(self, besides: Iterable[Path] = ()) -> set[str]:
         """The adapters that records name, but for the rounds `besides`. Raises StorageError."""

@@ -26,8 +26,12 @@ STATEMENT_TIMEOUT_S = 600
 # A server that lost its power sends nothing, not even an end: within half a minute the kernel gives it up for us.
 _SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 _CONNECTION = {"connect_timeout": 10, **_SILENCE}
-# What came with the connection is the user's own: `options` in the URL, or PGOPTIONS.
-_BOUND = "SELECT set_config(name, %s, %s) FROM pg_settings WHERE name = %s AND source <> 'client'"
+# What came with the connection is the user's own (`options` in the URL, or PGOPTIONS), what a role or a database has is
+# its administrator's.
+_BOUND = (
+    "SELECT set_config(name, %s, %s) FROM pg_settings WHERE name = %s "
+    "AND source NOT IN ('client', 'user', 'database', 'database user')"
+)
 _WRITES = "trunkline_writes"
 _MOST_TRIES = 20
 _LONGEST_PAUSE_S = 0.25

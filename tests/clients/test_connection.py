@@ -174,7 +174,7 @@ def test_a_tensor_that_is_taken_a_byte_now_and_then_is_given_up_as_a_whole() -> 
 
 def test_a_tensor_may_take_the_longer_the_larger_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "SLOWEST_BYTES_S", 4)
-    chunks = slow_stream(SlowCall(0.02), timeout_s=0.3).receive_chunks(40, "the hidden states")
+    chunks = slow_stream(SlowCall(0.06), timeout_s=2.0).receive_chunks(40, "the hidden states")
     assert b"".join(next(chunks) for _ in range(40)) == b"x" * 40
 
 

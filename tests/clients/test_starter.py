@@ -18,15 +18,17 @@ WAITS = """
 import signal, sys, threading
 from pathlib import Path
 from clients.starter import end_after_starter
-told = Path(sys.argv[1])
+def tell(what):
+    Path(sys.argv[1] + ".new").write_text(what)
+    Path(sys.argv[1] + ".new").rename(sys.argv[1])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 end_after_starter(float(sys.argv[2]))
-told.write_text("waits")
+tell("waits")
 while True:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        told.write_text("interrupted")
+        tell("interrupted")
         if sys.argv[3] == "heeds":
             break
 """
@@ -35,12 +37,12 @@ STARTS = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flus
 
 def started(told: Path, *arguments: str) -> tuple[psutil.Process, subprocess.Popen[str]]:
     """A process in a wait without a limit, and the one that started it."""
-    argv = [sys.executable, "-c", STARTS, sys.executable, "-c", WAITS, str(told), "0.1", *arguments]
+    argv = [sys.executable, "-c", STARTS, sys.executable, "-c", WAITS, str(told), "3", *arguments]
     starter = subprocess.Popen(argv, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     waiting = psutil.Process(int(starter.stdout.readline()))
     until = time.monotonic() + LIMIT_S
-    while not (told.exists() and told.read_text()):
+    while not told.exists():
         assert time.monotonic() < until
         time.sleep(0.05)
     return waiting, starter

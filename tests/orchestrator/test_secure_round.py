@@ -309,6 +309,15 @@ def test_nobody_trains_where_too_few_for_the_quorum_share_secrets(start: Start) 
     assert not any("train" in asked_of(message) for message in played.bench.grid.sent)
 
 
+def test_a_site_that_always_refuses_and_one_that_is_lost_for_a_moment_cost_an_attempt(start: Start) -> None:
+    played = start(dict.fromkeys(range(1, 8), 50), quorum=6, secagg_aborts=1)
+    played.clients[7].policy = Policy(min_members=8)
+    played.clients[4].dies = _once("share")
+    played.play()
+    assert [row.status for row in played.rounds()] == ["aborted", "committed"]
+    assert played.survivors(1) == [1, 2, 3, 4, 5, 6]
+
+
 def test_one_client_alone_is_no_sum(start: Start) -> None:
     played = start({1: 100}, quorum=1)
     with pytest.raises(QuorumError, match="1 of 1 connected clients can take part in a secure sum, 2 are needed"):

@@ -256,6 +256,17 @@ def test_the_limits_in_a_urls_options_stay(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_the_limits_that_an_administrator_gave_the_database_stay(database_url: str) -> None:
+    engine = make_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER DATABASE \"{make_url(database_url).database}\" SET statement_timeout = '5s'"))
+    engine.dispose()
+    with engine.connect() as connection:
+        assert (shows(connection, "statement_timeout"), shows(connection, "lock_timeout")) == ("5s", "30s")
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_statement_that_hangs_ends_with_an_error_of_ours(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "STATEMENT_TIMEOUT_S", 0.2)
     engine = make_engine(database_url)
