@@ -16,12 +16,12 @@ from pathlib import Path
 
 from contract.durable_file import PARTIAL_PREFIX, replace_file
 from contract.errors import SecureSumError, StorageError
+from contract.file_lock import take_lock
 
 _LARGEST_BYTES = 64 << 20
 _ID_BYTES = 32
 LOCK_WAIT_S = 5.0
 """How long a process waits for the one before it, which may still be about to end."""
-_LOCK_POLL_S = 0.05
 
 
 class Vault:
@@ -127,19 +127,15 @@ class Vault:
             raise StorageError(f"{path}: cannot be opened: {error.strerror}") from error
 
     def _take_lock(self, descriptor: int) -> None:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise SecureSumError(
-                        f"another process works in the state-dir {self._directory}: two SuperNodes must not share one, "
-                        "nor one identity-key; stop the other, or let it end"
-                    ) from None
-            except OSError as error:
-                raise StorageError(f"the state-dir {self._directory} cannot be locked: {error.strerror}") from error
-            time.sleep(_LOCK_POLL_S)
+        try:
+            had = take_lock(descriptor, LOCK_WAIT_S)
+        except OSError as error:
+            raise StorageError(f"the state-dir {self._directory} cannot be locked: {error.strerror}") from error
+        if not had:
+            raise SecureSumError(
+                f"another process works in the state-dir {self._directory}: two SuperNodes must not share one, "
+                "nor one identity-key; stop the other, or let it end"
+            )
 
     def _path(self, session_id: bytes) -> Path:
         if len(session_id) != _ID_BYTES:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from contract.errors import ConfigError, IntegrityError, StorageError
+from contract.file_lock import take_lock
 from contract.identity import decode_public_key, read_private_key
 from contract.roster import Roster, read_roster, write_roster
 from orchestrator.deeds import note_done
@@ -22,7 +21,6 @@ from storage.store import Store
 
 LOCK_WAIT_S = 30.0
 """How long who publishes waits for others who do, of whom each takes a moment."""
-_LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +102,12 @@ def _alone_at(path: Path) -> Iterator[None]:
 
 
 def _take_lock(descriptor: int, path: Path) -> None:
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise StorageError(
-                    f"the roster {path} is not published: another process has held the lock of {path.parent} for "
-                    f"{LOCK_WAIT_S:g} s; stop it, or let it end, and publish again"
-                ) from None
-        except OSError as error:
-            raise StorageError(f"cannot lock {path.parent} for the roster: {error.strerror}") from error
-        time.sleep(_LOCK_POLL_S)
+    try:
+        had = take_lock(descriptor, LOCK_WAIT_S)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path.parent} for the roster: {error.strerror}") from error
+    if not had:
+        raise StorageError(
+            f"the roster {path} is not published: another process has held the lock of {path.parent} for "
+            f"{LOCK_WAIT_S:g} s; stop it, or let it end, and publish again"
+        )

@@ -69,7 +69,7 @@ def _play(run: SecureRun, before: Version, key: RoundKey, session: SecureSession
     desk, watch = run.desk, Stopwatch(run.desk.clock, run.desk.audience)
     with watch.lap("cohort"):
         if not session.shared:
-            _set_up(desk, session, _needed(desk, session))
+            _set_up(desk, session)
         run.charge(key, session)
         following = _following(run, before, key.round + 1)
     with watch.lap("training"):
@@ -136,7 +136,7 @@ def judge_last_secure(run: SecureRun, last: Version) -> None:
     try:
         if session is None or session.terms.size != tally.SIZE:  # the run stopped early: a round was set up instead
             session = run.draw_from(desk.exchange.connected(), last.number + 1, 0)
-            _set_up(desk, session, _needed(desk, session))
+            _set_up(desk, session)
         stages.judge(desk, last, session)
         total = stages.unmask(desk, session, stages.confirm(desk, session, None))
     except Aborts as error:
@@ -173,8 +173,9 @@ def _needed(desk: Desk, session: SecureSession) -> int:
     return max(desk.config.quorum, session.terms.threshold) if session.values else session.terms.threshold
 
 
-def _set_up(desk: Desk, session: SecureSession, needed: int) -> None:
+def _set_up(desk: Desk, session: SecureSession) -> None:
     """Raises SecureSumError where too few will take part: nobody trains for a sum that cannot be used."""
+    needed = _needed(desk, session)
     try:
         stages.set_up(desk, session)
         if len(session.shared) < needed:

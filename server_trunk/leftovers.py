@@ -48,11 +48,11 @@ class Leftovers:
             rounds = _rounds_before(self._rounds / key.run, key.round)
             candidates = _rounds_before(self._candidates / key.run, key.round - 1)
             if rounds or candidates:
-                self._remove(rounds, candidates, base_sha256)
+                self._remove_rounds(rounds, candidates, base_sha256)
         except (StorageError, OSError) as error:
             logger.warning("what run %s's earlier rounds left stays until it is old: %s", key.run, error)
 
-    def _remove(self, rounds: Collection[Path], candidates: Collection[Path], base_sha256: str) -> None:
+    def _remove_rounds(self, rounds: Collection[Path], candidates: Collection[Path], base_sha256: str) -> None:
         failpoint("leftovers.remove")
         if gone := _names(candidates, "adapter_sha256") - {base_sha256}:
             for sha256 in sorted(gone - self._named(besides={*rounds, *candidates})):
