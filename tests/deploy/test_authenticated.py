@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,19 +46,23 @@ def script(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.kill()
     process.wait()
     for left in family(tmp_path):
-        left.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
-def family(place: Path) -> list[psutil.Process]:
-    """Who was started by the script whose directory lies in `place`."""
-    found = []
+def family(place: Path) -> dict[psutil.Process, str]:
+    """Who was started by the script whose directory lies in `place`, and as what.
+
+    Each command line is read once: the script's short commands end between two reads.
+    """
+    found = {}
     for process in psutil.process_iter():
         try:
             told = " ".join(process.cmdline())
         except psutil.Error:
             continue
         if f"{place}/trunkline-auth." in told:
-            found.append(process)
+            found[process] = told
     return found
 
 
@@ -73,7 +78,7 @@ def test_ended_early_it_leaves_no_process(
     script: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
 ) -> None:
     def serves() -> bool:
-        return script.poll() is not None or any("flower-superexec" in " ".join(p.cmdline()) for p in family(tmp_path))
+        return script.poll() is not None or any("flower-superexec" in told for told in family(tmp_path).values())
 
     until(serves, tmp_path)
     assert script.poll() is None, (tmp_path / "said").read_text()[-3000:]
@@ -82,7 +87,7 @@ def test_ended_early_it_leaves_no_process(
     else:
         script.send_signal(number)
     code = script.wait(LIMIT_S)
-    until(lambda: family(tmp_path) == [], tmp_path)
+    until(lambda: not family(tmp_path), tmp_path)
     if number == signal.SIGINT:
         assert code == 130, (tmp_path / "said").read_text()[-3000:]
         assert list(tmp_path.glob("trunkline-auth.*")) == []
