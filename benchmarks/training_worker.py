@@ -20,6 +20,7 @@ import clients
 from benchmarks.naive_client import accumulate_naively, open_naive_model
 from benchmarks.processes import Order, Side
 from benchmarks.workload import SHAPES, Workload, accumulate, one_by_one
+from clients.heap import keep_freed
 
 Train = Callable[[Workload, torch.optim.Optimizer, int, int], float]
 
@@ -44,6 +45,7 @@ def open_trainee(side: Side, address: str, codec: str, model_dir: str, workload:
 
         return Trainee(model, _adamw(model, workload), naive, layers.close)
     if side == "split":
+        keep_freed()  # as a site's ClientApp does
         model = clients.load_split_model(
             model_dir,
             address,

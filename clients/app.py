@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.heap import keep_freed
 from clients.secure import SecureSite, open_secure_site, tellable, withheld
 from clients.site import Site, in_simulation, read_site
 from clients.starter import end_after_starter
@@ -112,6 +113,7 @@ def _work(message: Message, context: Context, *, training: bool) -> RecordDict:
     if not site.simulated:  # where it is only said, and once is enough
         _refuse_unpriced(config, site)
     os.environ.update(waiting(os.environ))
+    keep_freed()
     if config.secagg == "off":
         site.require_clear_allowed()
         with collector.paused():
