@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -157,10 +157,10 @@ class Backward:
 class Gang:
     """The graph of a pass that several sessions share: one backward serves all, or those that are there in time.
 
-    It lives as long as one of its members does.
+    It lives as long as one of its members does. The event loop asks for its members while a lane may part them from it.
     """
 
-    __slots__ = ("__weakref__", "due_s", "input_RTD", "output_RTD", "rows", "segments")
+    __slots__ = ("__weakref__", "_changing", "due_s", "input_RTD", "output_RTD", "rows", "segments")
 
     def __init__(
         self,
@@ -174,29 +174,38 @@ class Gang:
         self.output_RTD = output_RTD
         self.segments = segments
         self.rows: weakref.WeakKeyDictionary[Graph, slice] = weakref.WeakKeyDictionary(rows)
+        self._changing = threading.Lock()
         self.due_s = 0.0
         """When those members that wait for their backward wait no longer for the others."""
 
     @property
     def members(self) -> list[Graph]:
-        return list(self.rows)
+        with self._changing:
+            return list(self.rows)
 
     def worth_it(self, present: Iterable[Graph | None]) -> bool:
         """Whether one backward for those present, with zeros for the others, beats each computing its forward again."""
         there = {graph for graph in present if graph is not None}
-        sizes = {graph: int(part.stop - part.start) for graph, part in self.rows.items()}
+        with self._changing:
+            sizes = {graph: int(part.stop - part.start) for graph, part in self.rows.items()}
         return 2 * sum(size for graph, size in sizes.items() if graph in there) >= sum(sizes.values())
+
+    def keep_only(self, present: Collection[Graph | None]) -> None:
+        """Its backward begins, for those present. It uses the graph up: who comes beside must not find it."""
+        for graph in self.members:
+            if graph not in present:
+                self.part_from(graph)
 
     def part_from(self, graph: Graph) -> None:
         """`graph` computes its forward again; the others stay."""
-        self.rows.pop(graph, None)
+        with self._changing:
+            self.rows.pop(graph, None)
         graph.gang = None
 
     def release(self) -> None:
         """Every member that is left computes its forward again when its backward comes."""
         for graph in self.members:
-            graph.gang = None
-        self.rows.clear()
+            self.part_from(graph)
 
 
 @contextmanager

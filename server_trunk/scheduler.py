@@ -201,7 +201,7 @@ class Scheduler:
                     continue
                 if not gang.worth_it(one.jobs[0].graph for one in present):
                     gang.part_from(first.graph)
-                    present = [seat]
+                    gang, present = None, [seat]
             else:
                 present = self._with_others(seat, waiting) if first.kind == "forward" else [seat]
             batch = [(one, one.jobs[0]) for one in present]
@@ -209,6 +209,8 @@ class Scheduler:
                 return []  # it is their turn all the same: the next pass to end looks again
             for one in present:
                 one.jobs.popleft()
+            if gang is not None:
+                gang.keep_only([job.graph for _, job in batch])
             return batch
         self._wake_at(soonest)
         return []

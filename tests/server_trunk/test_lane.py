@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraModel
 from contract.adapter import resolve_lora
 from contract.records import Trainable
 from server_trunk.engine import Engine
-from server_trunk.lane import Backward, Forward, Graph
+from server_trunk.lane import Backward, Forward, Gang, Graph
 from server_trunk.session_adapter import SessionAdapter
 from tests.contract.families import attention, save_model
 from tests.server_trunk.conftest import CUT, HIDDEN, trunk_only
@@ -40,6 +41,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[family, dtype], root / family
 
     return engine
+
+
+@pytest.fixture
+def switches_often() -> Iterator[None]:
+    """Threads that give way all the time, so that what must not meet does."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def session(engine: Engine, directory: Path, seed: int, trained: Trainable = "AB", **lora: Any) -> SessionAdapter:
@@ -184,6 +194,20 @@ def test_who_comes_after_its_gang_computes_again_and_gets_the_same(engines: Any)
         if grad is not None
     ]
     assert_close(expected, got)
+
+
+def test_a_gang_can_be_asked_while_a_lane_parts_members_from_it(switches_often: None) -> None:
+    asked = request(cast(SessionAdapter, None), 1, 2, 0)
+    for _ in range(20):
+        graphs = [Graph(asked, asked.hidden_BTD) for _ in range(300)]
+        gang = Gang(asked.hidden_BTD, asked.hidden_BTD, [], {graph: slice(0, 1) for graph in graphs})
+        with ThreadPoolExecutor(1) as lane:
+            parted = lane.submit(lambda: [gang.part_from(graph) for graph in graphs])  # noqa: B023 (waited for)
+            while not parted.done():
+                assert gang.worth_it(graphs)
+                assert len(gang.members) <= len(graphs)
+            parted.result()
+        assert gang.members == []
 
 
 def test_a_gang_is_gone_with_its_last_member(engines: Any) -> None:

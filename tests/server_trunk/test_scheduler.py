@@ -255,13 +255,13 @@ def test_deterministic_sessions_and_methods_that_cannot_batch_have_a_pass_of_the
 
 async def ganged(bench: Bench, names: str) -> tuple[list[Seat], list[Graph]]:
     """Sessions whose forwards shared a pass."""
-    first = bench.seat("first")
+    first = [bench.seat("first") for _ in bench.lanes]
     seats = [bench.seat(name) for name in names]
     bench.hold()
-    waits = [bench.forward(first), *(bench.forward(seat) for seat in seats)]
+    waits = [bench.forward(seat) for seat in (*first, *seats)]
     await begun(bench)
     bench.let_go()
-    _, *graphs = await asyncio.gather(*waits)
+    graphs = (await asyncio.gather(*waits))[len(first) :]
     assert graphs[0].gang is not None
     assert len(graphs[0].gang.members) == len(names)
     return seats, graphs
@@ -292,6 +292,29 @@ def test_a_straggler_holds_nobody_up_beyond_the_time_of_a_forward(there: int, pa
         )
 
     assert [names for kind, names in run(play).passes if kind == "backward"] == passes
+
+
+@pytest.mark.parametrize(("names", "there"), [("ab", 1), ("abc", 2)])
+def test_a_straggler_that_comes_beside_the_gangs_backward_finds_no_gang(names: str, there: int) -> None:
+    """Two lanes in one graph at once: one finds it used up, and what the other adds up may be lost."""
+
+    async def play(bench: Bench) -> None:
+        seats, graphs = await ganged(bench, names)
+        graphs[0].gang.due_s = 0.05  # type: ignore[union-attr]
+        bench.hold()
+        waits = [bench.backward(seat, graph) for seat, graph in zip(seats[:there], graphs[:there], strict=True)]
+        bench.now_s = 0.05
+        while not seats[0].running:
+            await begun(bench)
+        assert all(graph.gang is not None for graph in graphs[:there])
+        waits += [bench.backward(seat, graph) for seat, graph in zip(seats[there:], graphs[there:], strict=True)]
+        assert all(graph.gang is None for graph in graphs[there:])
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    bench = run(play, lanes=2)
+    backwards = sorted(len(told) for kind, told in bench.passes if kind == "backward")
+    assert backwards == sorted([there] + [1] * (len(names) - there))
 
 
 def test_a_gang_whose_straggler_leaves_waits_no_longer() -> None:
