@@ -12,14 +12,14 @@ import os
 from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-_MOST_FREE_BYTES = 256 << 20
+_MOST_FREE_BYTES = 64 << 20
 _MAPPED_FROM_BYTES = 32 << 20
 """Larger tensors are mapped apart, and given back when they are freed; where glibc's own rule would end, too."""
 _OPERATORS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed(environment: Mapping[str, str] = os.environ) -> None:
-    """Have this process keep up to 256 MiB that it freed. Nothing where `environment` already says how, or no glibc."""
+    """Have this process keep up to 64 MiB that it freed. Nothing where `environment` already says how, or no glibc."""
     if environment.keys() & set(_OPERATORS):
         return
     try:
