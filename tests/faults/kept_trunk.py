@@ -15,7 +15,7 @@ from contract import failpoint
 from contract.records import CutLayers
 from server_trunk import server as serving
 from server_trunk.server import ServeOptions, TrunkServer
-from tests.faults.forking import FORKING, LIMIT_S, was_killed
+from tests.faults.forking import FORKING, LIMIT_S, begun, ended, was_killed
 
 _CRAMPED_BYTES = 300_000
 _CRAMPED_WAITING, _CRAMPED_ADAPTERS = 0.05, 0.0001
@@ -38,8 +38,7 @@ class KeptTrunk:
 
     def _started(self, order: str) -> Any:
         here, there = FORKING.Pipe(duplex=False)
-        process = FORKING.Process(target=_serve, args=(there, self._options, order, self._cramped))
-        process.start()
+        process = begun(_serve, there, self._options, order, self._cramped)
         there.close()
         if not here.poll(LIMIT_S) or not here.recv():
             raise RuntimeError("a trunk did not come up")
@@ -47,8 +46,8 @@ class KeptTrunk:
 
     def _keep(self) -> None:
         while True:
-            self._process.join()
-            if self._ending or not was_killed(self._process.exitcode):
+            code = ended(self._process, None)
+            if self._ending or not was_killed(code):
                 return
             self.deaths += 1
             self._process = self._started("")

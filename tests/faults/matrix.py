@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from sqlalchemy import create_engine, make_url, text
 
-from tests.faults.forking import FORKING, ended, was_killed
+from tests.faults.forking import begun, ended, was_killed
 from tests.faults.kept_trunk import KeptTrunk, kept_trunk
 from tests.faults.life import REFUSED, Place, live
 from tests.faults.real_site import DEATHS
@@ -216,9 +216,7 @@ def _say_size(cases: Sequence[Case]) -> None:
 
 def _lived(place: Place, order: str, generation: int) -> int:
     """The exit code of one life in a process of its own."""
-    process = FORKING.Process(target=live, args=(place, order, generation))
-    process.start()
-    return ended(process)
+    return ended(begun(live, place, order, generation))
 
 
 @contextmanager

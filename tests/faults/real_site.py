@@ -19,7 +19,7 @@ from contract.config import RunConfig
 from contract.failpoint import failpoint as come_by
 from contract.secure_records import order_from, reply_from
 from tests.clients.sites import Site, write_texts
-from tests.faults.forking import FORKING, LIMIT_S, ended, was_killed
+from tests.faults.forking import FORKING, LIMIT_S, begun, ended, was_killed
 from tests.orchestrator.conftest import inside_a_flower_task
 from tests.orchestrator.fakes import Content
 
@@ -74,8 +74,7 @@ class RealSite:
     def _apart(self, message: Message, order: str) -> Content | None:
         """What a process of its own answered; None where it was killed before."""
         here, there = FORKING.Pipe(duplex=False)
-        process = FORKING.Process(target=_answer, args=(there, message, self.site, self.config, order))
-        process.start()
+        process = begun(_answer, there, message, self.site, self.config, order)
         there.close()
         try:
             if not here.poll(LIMIT_S):

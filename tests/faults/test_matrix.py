@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.faults.forking import begun, ended
 from tests.faults.matrix import Case, Surroundings, available_engines, faults_of, play, play_whole, surroundings
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.state import half_written
@@ -44,6 +47,12 @@ def test_two_runs_of_one_deterministic_scenario_are_equal(around: Surroundings) 
     case = Case("secure", "sqlite", "sql.commit_round.after#99")
     (fault,) = faults_of(around, case, first)
     assert "killed 0 times" in fault, "a kill that never came is no success"
+
+
+def test_threads_side_by_side_hear_the_exit_code_of_each_of_their_processes() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda code: ended(begun(sys.exit, code)), range(100)))
+    assert codes == list(range(100))
 
 
 def test_every_durable_write_and_every_message_of_a_round_is_in_the_orchestrators_matrix(around: Surroundings) -> None:
