@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from contract.adapter import adapter_parameters, add_lora, initial_adapter, peft
 from contract.errors import AgreementError, ConfigError, FrameError
 from contract.records import LoraSpec, Trainable
 from server_trunk.session_adapter import Layout, SessionAdapter
+from server_trunk.torch_globals import drawing, keep_versions
 
 _SLOTS = 16
 _MAX_ALPHA = 1e6  # far above any use, and every product with it is a float32
@@ -45,6 +46,11 @@ class AdapterSlots:
         self._device = torch.device(device) if device else next(model.parameters()).device
         self._model = model
         self._modules = dict(model.named_modules())
+        self._shapes = {
+            name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        """As the model has them: a parameter that a pass parametrizes is not there meanwhile."""
+        keep_versions()
         self._hidden_size = int(model.config.hidden_size)
         self._peft = add_lora(model, _NO_TARGETS, "none")
         self._made = 0
@@ -61,9 +67,7 @@ class AdapterSlots:
             raise FrameError("lora names a target twice")
         unknown = [name for name in spec.target_modules if not isinstance(self._modules.get(name), (nn.Linear, Conv1D))]
         for name in spec.target_parameters:
-            module = self._modules.get(name.rpartition(".")[0])
-            parameter = None if module is None else module._parameters.get(name.rpartition(".")[2])
-            if parameter is None or parameter.dim() not in (2, 3):
+            if len(self._shapes.get(name, ())) not in (2, 3):
                 unknown.append(name)
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -90,11 +94,7 @@ class AdapterSlots:
 
     def _values_of(self, spec: LoraSpec, name: str) -> int:
         module = self._modules.get(name)
-        if module is None:
-            owner, _, parameter = name.rpartition(".")
-            shape = tuple(self._modules[owner]._parameters[parameter].shape)
-        else:
-            shape = tuple(module.weight.shape)
+        shape = self._shapes[name] if module is None else tuple(module.weight.shape)
         factors: int = spec.rank_pattern.get(name, spec.rank) * math.prod(shape[:-2]) * sum(shape[-2:])
         return factors + (max(shape) if spec.use_dora else 0)
 
@@ -159,7 +159,7 @@ class AdapterSlots:
         try:
             # On no device: what it would hold is never computed with, but for DoRA's magnitudes. Not by PEFT's
             # low_cpu_mem_usage, which patches nn.Module, so that the tensors which another lane binds were gone.
-            with peft_refusals(), nullcontext() if spec.use_dora else torch.device("meta"):
+            with peft_refusals(), drawing(0, self._device.type) if spec.use_dora else torch.device("meta"):
                 self._peft.add_adapter(name, peft_config(spec, self._modules))
         except ConfigError:
             if name in self._peft.peft_config:

@@ -141,11 +141,12 @@ class Conversation:
         """
         pending, unsent = self._session.pending, list(self._unsent)
         resting = pending.at_rest()
+        coming = [out.graph for out in unsent if out.graph is not None]  # pending, maybe, by the time that it is done
 
         def work() -> None:
             for out in unsent:
                 out.put_aside(self._spill)
-            for graph in resting.values():
+            for graph in (*coming, *resting.values()):
                 put_aside(graph, self._spill)
 
         done = self._scheduler.other(self._seat, work)

@@ -27,6 +27,7 @@ from server_trunk.adapters import AdapterSlots
 from server_trunk.graph_meter import GraphMeter, PassKind
 from server_trunk.grouped_lora import GroupedLora, Segment, Share
 from server_trunk.session_adapter import SessionAdapter
+from server_trunk.torch_globals import drawing, parametrizing
 
 AUTOCAST: Mapping[str, torch.dtype | None] = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,7 +108,6 @@ class Manner:
 
 
 _CALLING = threading.local()
-_DRAWING = threading.Lock()
 _TRIED_LENGTH = 64
 
 
@@ -117,12 +117,14 @@ class Graph:
     With neither, the backward computes the forward a second time.
     """
 
-    __slots__ = ("__weakref__", "dtype", "forward", "gang", "input_BTD", "output_BTD", "shape")
+    __slots__ = ("__weakref__", "dtype", "forward", "gang", "generation", "input_BTD", "output_BTD", "shape")
 
     def __init__(self, forward: Forward, output_BTD: Tensor) -> None:
         self.forward = forward
         self.shape = tuple(output_BTD.shape)
         self.dtype = dtype_name(output_BTD.dtype)
+        self.generation = 0
+        """Of the adapter's tensors, to which a graph of its own leads, and to no later ones."""
         self.input_BTD: Tensor | None = None
         self.output_BTD: Tensor | None = None
         self.gang: Gang | None = None
@@ -180,14 +182,14 @@ class Gang:
 
     @property
     def members(self) -> list[Graph]:
-        with self._changing:
-            return list(self.rows)
+        with self._changing:  # a copy first: what is collected meanwhile leaves the mapping, too
+            return [graph for at in list(self.rows.keyrefs()) if (graph := at()) is not None]
 
     def worth_it(self, present: Iterable[Graph | None]) -> bool:
         """Whether one backward for those present, with zeros for the others, beats each computing its forward again."""
         there = {graph for graph in present if graph is not None}
-        with self._changing:
-            sizes = {graph: int(part.stop - part.start) for graph, part in self.rows.items()}
+        rows = {graph: self.rows.get(graph, slice(0, 0)) for graph in self.members}
+        sizes = {graph: int(part.stop - part.start) for graph, part in rows.items()}
         return 2 * sum(size for graph, size in sizes.items() if graph in there) >= sum(sizes.values())
 
     def keep_only(self, present: Collection[Graph | None]) -> None:
@@ -217,14 +219,6 @@ def memory_bounds() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise CapacityError("the trunk has no memory left for this microbatch; use a smaller one") from error
         raise
-
-
-@contextmanager
-def drawing(seed: int, device: str) -> Iterator[None]:
-    """Within, dropout draws what follows from `seed`, one thread at a time: PyTorch has one generator for all."""
-    with _DRAWING, torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 class Lane:
@@ -287,6 +281,7 @@ class Lane:
         graph = Graph(asked, output_BTD)
         if keep:
             graph.input_BTD, graph.output_BTD = input_BTD, output_BTD
+            graph.generation = asked.adapter.generation
         return output_BTD.detach(), graph
 
     def _pass(self, asked: Forward, keep: bool) -> tuple[Tensor, Tensor]:
@@ -296,7 +291,10 @@ class Lane:
             None if value is None else value.to(self.device) for value in (asked.mask_BT, asked.position_ids)
         )
         known = not keep or self._meter.knows(asked.kind)
-        with nullcontext() if known else self._meter.measuring(asked.kind, asked.tokens):
+        with (
+            parametrizing() if asked.adapter.layout.spec.target_parameters else nullcontext(),
+            nullcontext() if known else self._meter.measuring(asked.kind, asked.tokens),
+        ):
             return input_BTD, self._run(asked.manner, keep, input_BTD, mask_BT, position_ids)
 
     def _run(
@@ -371,7 +369,7 @@ class Lane:
 
     def _backward_alone(self, asked: Backward) -> tuple[Tensor | None, float]:
         graph, adapter = asked.graph, asked.adapter
-        if graph.output_BTD is None:
+        if graph.output_BTD is None or graph.generation != adapter.generation:
             graph.input_BTD, graph.output_BTD = self._pass(graph.forward, keep=True)
             self.recomputes += 1
         if asked.reset:
@@ -402,10 +400,13 @@ class Lane:
             for index, adapter in enumerate(adapters)
         }
         gang.release()
-        answers: list[tuple[Tensor | None, float]] = []
-        for one in asked:
+        for one in asked:  # what may find no memory, before anything is added: who failed half-way is done once more
             if one.reset:
                 one.adapter.reset_gradient()
+            if one.adapter in gradients:
+                one.adapter.accumulator()
+        answers: list[tuple[Tensor | None, float]] = []
+        for one in asked:
             if one.adapter in gradients:
                 one.adapter.accumulator().add_(gradients[one.adapter])
             input_grad_BTD = None

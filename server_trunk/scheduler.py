@@ -322,8 +322,9 @@ class Scheduler:
 
     def _tell(self, batch: Sequence[tuple[Seat, Job]], outcomes: Sequence[Any], began_s: float) -> None:
         now_s = self._clock()
-        for (seat, job), outcome in zip(batch, outcomes, strict=True):
+        for seat, _ in batch:
             self._settle(seat, now_s)
+        for (_, job), outcome in zip(batch, outcomes, strict=True):
             if job.kind == "forward" and job.graph is not None and job.graph.gang is not None:
                 job.graph.gang.due_s = now_s + (now_s - began_s)
             if job.done.done():

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
 from contract.adapter import resolve_lora
+from contract.errors import CapacityError
 from contract.records import Trainable
 from server_trunk.engine import Engine
 from server_trunk.lane import Backward, Forward, Gang, Graph
@@ -341,3 +342,44 @@ def test_a_lane_that_takes_up_a_structure_disturbs_none_that_computes(
         finally:
             computed.set()
         assert torch.equal(beside.result(20)[0][0], alone_BTD)
+
+
+def test_a_graph_whose_adapter_went_to_disk_meanwhile_is_computed_again(engines: Any, tmp_path: Path) -> None:
+    """Its graph leads to tensors that are the session's no longer: their gradients would be lost without a word."""
+    engine, directory = engines()
+    lane, adapter = engine.lanes[0], session(engine, directory, 1)
+    asked = request(adapter, 2, 6, 1)
+    (expected,) = served(engine, [asked], together=False)
+    adapter.reset_gradient()
+    ((_, graph),) = lane.forward([asked])
+    adapter.evict(tmp_path)
+    adapter.restore()
+    ((_, norm),) = lane.backward([ask(asked, graph)])
+    assert norm == pytest.approx(float(expected["norm"]), rel=1e-6)
+
+
+def test_a_member_for_whom_there_is_no_memory_counts_nobody_twice(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, directory = engines()
+    lane, adapters = engine.lanes[0], [session(engine, directory, seed) for seed in range(2)]
+    asked = [request(adapter, 2, 6, seed) for seed, adapter in enumerate(adapters)]
+    expected = [one["norm"] for one in served(engine, asked, together=True)]
+    plain, tries = SessionAdapter.accumulator, []
+
+    def accumulator(adapter: SessionAdapter) -> torch.Tensor:
+        if adapter is adapters[1] and not tries:
+            tries.append(1)
+            raise CapacityError("no memory")
+        return plain(adapter)
+
+    monkeypatch.setattr(SessionAdapter, "accumulator", accumulator)
+    for adapter in adapters:
+        adapter.reset_gradient()
+    backwards = [
+        replace(ask(one, graph), reset=False) for one, (_, graph) in zip(asked, lane.forward(asked), strict=True)
+    ]
+    with pytest.raises(CapacityError):
+        lane.backward(backwards)
+    again = [lane.backward([one])[0][1] for one in backwards]
+    assert again == pytest.approx([float(norm) for norm in expected], rel=1e-5)
