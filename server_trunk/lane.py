@@ -188,8 +188,7 @@ class Gang:
     def worth_it(self, present: Iterable[Graph | None]) -> bool:
         """Whether one backward for those present, with zeros for the others, beats each computing its forward again."""
         there = {graph for graph in present if graph is not None}
-        rows = {graph: self.rows.get(graph, slice(0, 0)) for graph in self.members}
-        sizes = {graph: int(part.stop - part.start) for graph, part in rows.items()}
+        sizes = {graph: graph.shape[0] for graph in self.members}
         return 2 * sum(size for graph, size in sizes.items() if graph in there) >= sum(sizes.values())
 
     def keep_only(self, present: Collection[Graph | None]) -> None:
