@@ -13,6 +13,7 @@ A byte holds an even channel's level in its low half and the next one's in its h
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,13 +61,17 @@ def place_bytes(length: int, hidden_size: int) -> int:
 
 
 class SampleCache:
-    """What one end keeps of a session's samples; never more than `limit_bytes`."""
+    """What one end keeps of a session's samples; never more than `limit_bytes`.
+
+    Requests may be admitted while earlier ones are still decoded, in another thread.
+    """
 
     def __init__(self, limit_bytes: int, hidden_size: int) -> None:
         self._limit_bytes = limit_bytes
         self._hidden_size = hidden_size
         self._lengths: dict[int, int] = {}
         self._kept: dict[tuple[Cut, int], Tensor] = {}  # bfloat16 [length, D]
+        self._changing = threading.Lock()
 
     def admit(self, samples: Samples, lengths: Sequence[int]) -> None:
         """Free and take the places of one forward, whose rows have that many positions without padding.
@@ -91,14 +96,15 @@ class SampleCache:
             raise FrameError(
                 f"forward.samples: {taken} bytes would be kept; the session's limit is {self._limit_bytes}"
             )
-        self._lengths = after
-        for cut, place in itertools.product(_CUTS, forgotten):
-            self._kept.pop((cut, place), None)
+        with self._changing:
+            self._lengths = after
+            for cut, place in itertools.product(_CUTS, forgotten):
+                self._kept.pop((cut, place), None)
 
     def encode(
         self, cut: Cut, tensor_BTD: Tensor, mask_BT: Tensor | None, samples: Samples
     ) -> tuple[TensorHeader, memoryview]:
-        """As `codec.encode`, for rows that were admitted; what is sent is kept. Raises NonFiniteError."""
+        """As `codec.encode`, for rows that were admitted; what is sent is kept. Raises FrameError, NonFiniteError."""
         name = codec.dtype_name(tensor_BTD.dtype)
         values_BTD = tensor_BTD.detach().to("cpu", torch.float32)
         differing_BT, full_BT = _parts(values_BTD.shape, mask_BT, samples)
@@ -138,15 +144,23 @@ class SampleCache:
         return tensor_BTD.to(codec.DTYPES[header.dtype])
 
     def _before(self, cut: Cut, samples: Samples) -> Tensor:
-        """float32 [M, D]: what is kept of the rows that go as differences."""
+        """float32 [M, D]: what is kept of the rows that go as differences. Raises FrameError for what is gone."""
         rows = zip(samples.places, samples.differences, strict=True)
-        kept = [self._kept[cut, place] for place, difference in rows if difference]
+        kept = []
+        for place in (place for place, difference in rows if difference):
+            if (values_TD := self._kept.get((cut, place))) is None:
+                raise FrameError(f"forward.forgotten named place {place}, which an earlier forward still needed")
+            kept.append(values_TD)
         return torch.cat(kept).to(torch.float32) if kept else torch.empty(0, self._hidden_size)
 
     def _keep(self, cut: Cut, tensor_BTD: Tensor, sent_BT: Tensor, samples: Samples) -> None:
         for row, place in enumerate(samples.places):
-            if place:
-                self._kept[cut, place] = tensor_BTD[row][sent_BT[row]].to(_KEPT)
+            if not place:
+                continue
+            values_TD = tensor_BTD[row][sent_BT[row]].to(_KEPT)
+            with self._changing:  # a request that came meanwhile may have given the place up, and its room
+                if self._lengths.get(place) == len(values_TD):
+                    self._kept[cut, place] = values_TD
 
 
 def _check_counts(samples: Samples, rows: int) -> None:

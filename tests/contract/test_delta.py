@@ -137,6 +137,31 @@ def test_more_than_the_session_may_have_kept_is_refused() -> None:
     assert {place for _, place in ends.receiver._kept} == {2, 3}
 
 
+def test_a_place_that_is_given_up_while_its_row_is_still_decoded_stays_free() -> None:
+    sender, receiver = SampleCache(ROOM, HIDDEN), SampleCache(ROOM, HIDDEN)
+    for number in range(0, 30, 3):
+        mine = Samples((number + 1, number + 2, 0), (False, False, False))
+        freed = tuple(place for place in mine.places if place)
+        for end in (sender, receiver):
+            end.admit(mine, LENGTHS)
+        header, data = sender.encode("head", hidden(number), MASK, mine)
+        for end in (sender, receiver):
+            end.admit(Samples((0, 0, 0), (False, False, False), freed), LENGTHS)
+        receiver.decode("head", header, memoryview(bytearray(data)), MASK, mine)
+    assert receiver._kept == {}
+
+
+def test_a_difference_to_what_was_given_up_meanwhile_is_refused() -> None:
+    ends = Ends()
+    ends.cross(hidden(0), FIRST)
+    ends.receiver.admit(AGAIN, LENGTHS)
+    header, data = ends.sender.encode("head", hidden(1), MASK, AGAIN)
+    ends.receiver.admit(Samples((0, 0, 0), (False, False, False), (1, 2)), LENGTHS)
+    with pytest.raises(FrameError, match="forward.forgotten named place 1, which an earlier forward still needed"):
+        ends.receiver.decode("head", header, memoryview(bytearray(data)), MASK, AGAIN)
+    assert ends.receiver._kept == {}
+
+
 def test_a_size_that_is_another_is_refused_before_memory_is_taken() -> None:
     ends = Ends()
     ends.cross(hidden(0), FIRST)
