@@ -6,6 +6,9 @@ its size.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +96,23 @@ class FrameSession:
         self._call = call
         self._payload = payload
         self._microbatch = 0
+        self.longest_s = 0.0
+        """The longest that an answer of its steps was waited for, from before its request was sent."""
 
     async def step(self) -> None:
         """Forward, backward and an optimiser step, each waited for."""
-        await self.ask_forward()
-        await self.receive("forward")
+        with self._waited():
+            await self.ask_forward()
+            await self.receive("forward")
         backward = pb.Backward(microbatch=self._microbatch, grad=self._payload.header, want_input_grad=True)
         backward.reply_codec = _CODEC
-        await self.send(pb.ClientFrame(backward=backward))
-        await self._send_tensor()
-        await self.receive("backward")
-        await self.send(pb.ClientFrame(step=pb.Step(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, grad_scale=1.0)))
-        await self.receive("step")
+        with self._waited():
+            await self.send(pb.ClientFrame(backward=backward))
+            await self._send_tensor()
+            await self.receive("backward")
+        with self._waited():
+            await self.send(pb.ClientFrame(step=pb.Step(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, grad_scale=1.0)))
+            await self.receive("step")
 
     async def ask_forward(self, *, whole: bool = True) -> None:
         """Sends one microbatch, or only announces it."""
@@ -134,6 +142,12 @@ class FrameSession:
 
     def hang_up(self) -> None:
         self._call.cancel()
+
+    @contextmanager
+    def _waited(self) -> Iterator[None]:
+        began_s = time.perf_counter()
+        yield
+        self.longest_s = max(self.longest_s, time.perf_counter() - began_s)
 
     async def _send_tensor(self) -> None:
         for chunk in self._payload.chunks:

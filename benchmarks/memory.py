@@ -4,6 +4,7 @@ Each number of clients has a trunk process of its own. All clients open their se
 each; the second needs what the first left. `peak_mib` is the highest resident size in that window, read every 20 ms;
 `base_mib` what the trunk had before the first client; `adapters_mib` what all clients' adapters, gradients and AdamW
 moments would take together; `constant_mib` the rest of the peak, below zero where idle clients' state was evicted.
+`longest_answer_s` is the longest that a client waited for an answer: a client gives up after some minutes.
 `rss_ratio_256` is the peak of 256 clients over that of one. Peaks are not averaged: a trunk that is killed is dead.
 
 In the flood as many rude clients as honest ones send forwards whose backward never comes, do not read the answers, stop
@@ -75,11 +76,11 @@ def add_window(found: Report, payload: Payload, address: str, trunk: psutil.Proc
     base = trunk.memory_info().rss
     began_s = time.perf_counter()
     with _sampled(trunk) as peak:
-        done = asyncio.run(_window(address, payload, clients))
+        done, longest_s = asyncio.run(_window(address, payload, clients))
     adapters = clients * 4 * payload.adapter_bytes  # weights, gradients, and AdamW's two moments
     found.results.append(
         _row("window", clients, base, peak.rss_bytes, trunk.memory_info().rss, adapters, time.perf_counter() - began_s)
-        | {"unfinished": clients - done}
+        | {"longest_answer_s": longest_s, "unfinished": clients - done}
     )
     found.targets.append(Target.at_most(f"unfinished_{clients}", clients - done, 0))
     return peak.rss_bytes
@@ -112,8 +113,8 @@ def _row(part: str, clients: int, base: int, peak: int, after: int, adapters: in
     }
 
 
-async def _window(address: str, payload: Payload, clients: int) -> int:
-    """How many of `clients` took all their steps."""
+async def _window(address: str, payload: Payload, clients: int) -> tuple[int, float]:
+    """How many of `clients` took all their steps, and the longest that any of them waited for an answer."""
     client = FrameClient(address, payload)
     await client.start()
     try:
@@ -123,7 +124,8 @@ async def _window(address: str, payload: Payload, clients: int) -> int:
             for _ in range(STEPS):
                 await sessions[number].step()
 
-        return await _finished(steps(number) for number in range(clients))
+        done = await _finished(steps(number) for number in range(clients))
+        return done, max(session.longest_s for session in sessions)
     finally:
         await client.close()
 

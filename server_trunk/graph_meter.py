@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class PassKind(NamedTuple):
         return self._replace(length=self.length.bit_length())
 
 
+_NUMBERED = re.compile(r".*?\.\d+\.")
 _KINDS = 256
 """How many are remembered: a kind goes by what a session asks for, of which there is no end."""
 
@@ -37,6 +39,7 @@ class GraphMeter:
             part.untyped_storage().data_ptr() for parameter in model.parameters() for part in _parts(parameter)
         }
         self._values, self._squares = _most_values(model)
+        self._layer_values, self._layer_squares = _most_values_of_a_layer(model)
         self._per_token: dict[PassKind, float] = {}
 
     def estimate(self, kind: PassKind, tokens: int) -> int:
@@ -45,6 +48,11 @@ class GraphMeter:
         if measured is None:
             measured = 4.0 * (2 if kind.draws else 1) * (self._values + self._squares * kind.length)
         return int(tokens * measured)
+
+    def transient(self, kind: PassKind, tokens: int) -> int:
+        """Bytes that a forward without a graph holds at once, from above: those of one layer."""
+        values = self._layer_values + self._layer_squares * kind.length
+        return min(int(4.0 * tokens * values), self.estimate(kind, tokens))
 
     def knows(self, kind: PassKind) -> bool:
         return kind.bucket in self._per_token
@@ -81,12 +89,31 @@ def _most_values(model: PreTrainedModel) -> tuple[int, int]:
     Of the first: what goes into each matrix and comes out, which LoRA keeps in float32 whatever the weights are, and
     for each norm as much again. Of the second: eager attention's probabilities.
     """
-    config, values = model.config, 0
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
-    for parameter in model.parameters():
+    heads = _eager_heads(model)
+    return sum(_values_by_layer(model).values()), 3 * int(model.config.num_hidden_layers) * heads
+
+
+def _most_values_of_a_layer(model: PreTrainedModel) -> tuple[int, int]:
+    """The same of the largest of its layers alone."""
+    return max(_values_by_layer(model).values(), default=0), 3 * _eager_heads(model)
+
+
+def _values_by_layer(model: PreTrainedModel) -> dict[str, int]:
+    """By the name up to a layer's number; what is in no layer stands for itself."""
+    experts = int(getattr(model.config, "num_experts_per_tok", None) or 1)
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            values += 2 * len(parameter)
+            values = 2 * len(parameter)
         else:
-            values += sum(parameter.shape[-2:]) * (experts if parameter.dim() == 3 else 1)
-    eager = config._attn_implementation == "eager"
-    return values, 3 * int(config.num_hidden_layers) * int(config.num_attention_heads) if eager else 0
+            values = sum(parameter.shape[-2:]) * (experts if parameter.dim() == 3 else 1)
+        numbered = _NUMBERED.match(name)
+        layer = name if numbered is None else numbered[0]
+        found[layer] = found.get(layer, 0) + values
+    return found
+
+
+def _eager_heads(model: PreTrainedModel) -> int:
+    """Heads of a layer whose attention keeps a square of the length; 0 for any but eager attention."""
+    config = model.config
+    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0

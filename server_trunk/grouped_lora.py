@@ -1,7 +1,7 @@
 """LoRA of many sessions in one pass: the frozen layers see all rows at once, each row its own session's A and B.
 
 The idea is that of S-LoRA (Sheng et al. 2023, arXiv 2311.03285) and Punica (Chen et al. 2023, arXiv 2310.18547), here
-with gradients: rows are sorted by layout and length, sessions of one layout with equally many rows form a segment, and
+with gradients: rows are sorted by layout and number, sessions of one layout with equally many rows form a segment, and
 a segment's product is one batched matmul over its stacked A and B.
 """
 

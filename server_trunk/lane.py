@@ -71,6 +71,10 @@ class Forward:
         return self.hidden_BTD.shape[0]
 
     @property
+    def length(self) -> int:
+        return self.hidden_BTD.shape[1]
+
+    @property
     def tokens(self) -> int:
         """B * T."""
         return self.hidden_BTD.shape[0] * self.hidden_BTD.shape[1]
@@ -84,16 +88,19 @@ class Forward:
         return self.hidden_BTD.dtype, self.autocast_dtype, self.keeps_dtype, self.training, self.need_grad
 
     def shares_with(self, other: Forward) -> bool:
-        """Whether both can be rows of one pass: they run alike and draw nothing, and neither is padded by more than
-        a fourth."""
-        lengths: list[int] = [self.hidden_BTD.shape[1], other.hidden_BTD.shape[1]]
+        """Whether both can be rows of one pass: they run alike and draw nothing, and neither is padded by much."""
         return (
             not self.draws
             and self.position_ids is None
             and other.position_ids is None
             and self._modes == other._modes
-            and bool(4 * max(lengths) <= 5 * min(lengths))
+            and pads_little(self.length, other.length)
         )
+
+
+def pads_little(*lengths: int) -> bool:
+    """Whether rows as long as the longest of `lengths` pad none of them by more than a fourth."""
+    return 4 * max(lengths) <= 5 * min(lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,12 +152,9 @@ class Hold:
         self.keeps_graph = self.grow(size)
         return self.keeps_graph
 
-    def drop_graph(self, size: int) -> None:
-        """Give a graph's room back before it was made."""
-        if self.keeps_graph and not self._released:
-            self.keeps_graph = False
-            self.size -= size
-            self._budget.give_back(size)
+    def beside(self) -> Hold:
+        """A hold of nothing yet, of the same budget."""
+        return Hold(self._budget)
 
     def release(self) -> None:
         """Give everything back; once."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from contract.errors import CapacityError, SessionError
 from server_trunk.graph_meter import PassKind
-from server_trunk.lane import Backward, Forward, Graph, Lane
+from server_trunk.lane import Backward, Forward, Graph, Lane, pads_little
 from server_trunk.memory import Hold
+from server_trunk.passes import work
 from server_trunk.residents import Residents
 from server_trunk.seats import Job, Seat
 from server_trunk.session_adapter import SessionAdapter
@@ -55,6 +58,7 @@ class Scheduler:
         threads: int,
         batch_tokens: int,
         graph_bytes: Callable[[PassKind, int], int],
+        transient_bytes: Callable[[PassKind, int], int],
         pass_bytes: int,
         residents: Residents,
         clock: Callable[[], float] = time.monotonic,
@@ -62,14 +66,16 @@ class Scheduler:
     ) -> None:
         """`threads` are all of PyTorch's; `batch_tokens` is B * T above which a pass takes in no more sessions.
 
-        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens; all that run at once may hold
-        `pass_bytes`. `observe` is told of each pass once it is done.
+        `graph_bytes` estimates what the graph of a kind of pass holds for so many tokens, `transient_bytes` what a pass
+        without one holds while it runs; all that run at once may hold `pass_bytes`. `observe` is told of each pass once
+        it is done.
         """
         self._lanes = tuple(lanes)
         self._free = list(lanes)
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._graph_bytes = graph_bytes
+        self._transient_bytes = transient_bytes
         self.pass_bytes = pass_bytes
         self.running_bytes = 0
         self.residents = residents
@@ -116,7 +122,7 @@ class Scheduler:
 
         The graph is kept where `hold` finds room for it.
         """
-        needed = self._graph_bytes(shape.kind, tokens) if shape.need_grad else 0
+        needed = self._bytes_of(shape, tokens)
         if needed > self.pass_bytes:
             raise CapacityError(
                 f"a microbatch of {tokens} tokens needs about {needed} bytes at this trunk, whose memory-budget leaves "
@@ -135,12 +141,12 @@ class Scheduler:
     ) -> asyncio.Future[Any]:
         return self._queue(seat, Job("backward", tokens, prepare, finish, _future(), seat.adapter, graph=graph))
 
-    def other(self, seat: Seat, work: Callable[[], Any], *, within_s: float = 0.0) -> asyncio.Future[Any]:
+    def other(self, seat: Seat, do: Callable[[], Any], *, within_s: float = 0.0) -> asyncio.Future[Any]:
         """Anything else that must keep its place in the session's order: a step, or reading the adapter.
 
         It is begun before the session's next request, or `within_s`.
         """
-        job = Job("other", 0, work, lambda answer: answer, _future(), seat.adapter, due_s=self._clock() + within_s)
+        job = Job("other", 0, do, lambda answer: answer, _future(), seat.adapter, due_s=self._clock() + within_s)
         return self._queue(seat, job)
 
     async def close(self) -> None:
@@ -171,14 +177,14 @@ class Scheduler:
             for seat, _ in batch:
                 seat.running = True
             self._time = max(self._time, min(seat.served for seat, _ in batch))
-            self._decide_to_keep([job for _, job in batch])
+            room = self._room_for_graph([job for _, job in batch])
             self._turns += 1
             for seat, job in batch:
                 seat.served += max(job.tokens, 1)
                 seat.turn = self._turns
-            needed = self._needed(batch)
+            needed = self._needed([job for _, job in batch])
             self.running_bytes += needed
-            task = asyncio.create_task(self._drive(lane, worker, threads, batch, needed))
+            task = asyncio.create_task(self._drive(lane, worker, threads, batch, needed, room))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -205,7 +211,7 @@ class Scheduler:
             else:
                 present = self._with_others(seat, waiting) if first.kind == "forward" else [seat]
             batch = [(one, one.jobs[0]) for one in present]
-            if self.running_bytes and self.running_bytes + self._needed(batch) > self.pass_bytes:
+            if self.running_bytes and self.running_bytes + self._needed([job for _, job in batch]) > self.pass_bytes:
                 return []  # it is their turn all the same: the next pass to end looks again
             for one in present:
                 one.jobs.popleft()
@@ -215,10 +221,20 @@ class Scheduler:
         self._wake_at(soonest)
         return []
 
-    def _needed(self, batch: Sequence[tuple[Seat, Job]]) -> int:
-        """Bytes that a pass may hold while it runs: its graph's, which a backward may have to make again."""
-        shapes = [(job.shape or (job.graph and job.graph.forward), job.tokens) for _, job in batch]
-        return sum(self._graph_bytes(shape.kind, tokens) for shape, tokens in shapes if shape and shape.need_grad)
+    def _needed(self, jobs: Sequence[Job]) -> int:
+        """Bytes that a pass may hold while it runs: its graph's, which a backward may have to make again.
+
+        Where several share it their rows are padded to the longest, and their adapters are in it a second time.
+        """
+        shapes = [shape for job in jobs if (shape := job.shape or (job.graph and job.graph.forward))]
+        if not shapes:
+            return 0
+        tokens = sum(shape.rows for shape in shapes) * max(shape.length for shape in shapes)
+        stacked = 4 * sum(job.adapter.layout.values for job in jobs) if len(jobs) > 1 else 0
+        return max(self._bytes_of(shape, tokens) for shape in shapes) + stacked
+
+    def _bytes_of(self, shape: Forward, tokens: int) -> int:
+        return (self._graph_bytes if shape.need_grad else self._transient_bytes)(shape.kind, tokens)
 
     def _with_others(self, leader: Seat, waiting: Sequence[Seat]) -> list[Seat]:
         """The leader and those whose forwards fit into its pass: up to a free lane's even share of what waits."""
@@ -235,33 +251,36 @@ class Scheduler:
         ]
         in_all = sum(seat.jobs[0].tokens for seat in fitting)
         room = min(self._batch_tokens, max(-(-in_all // len(self._free)), leader.jobs[0].tokens))
-        taken, tokens = [leader], leader.jobs[0].tokens
+        taken, rows, lengths = [leader], shape.rows, {shape.length}
         for seat in fitting:
-            together = tokens + seat.jobs[0].tokens
-            if seat is leader or together > room:
+            if seat is leader or (other := seat.jobs[0].shape) is None or not pads_little(*lengths, other.length):
                 continue
-            if not shape.need_grad or self._graph_bytes(shape.kind, together) <= self.pass_bytes // len(self._lanes):
+            together = (rows + other.rows) * max(*lengths, other.length)
+            if together > room:
+                continue
+            if self._needed([one.jobs[0] for one in (*taken, seat)]) <= self.pass_bytes // len(self._lanes):
                 taken.append(seat)
-                tokens += seat.jobs[0].tokens
+                rows += other.rows
+                lengths.add(other.length)
         return taken
 
-    def _decide_to_keep(self, jobs: Sequence[Job]) -> None:
-        """A pass keeps its graph where there is room for all of it."""
-        sizes = []
-        for job in jobs:
-            if job.shape is None or job.hold is None or not job.shape.need_grad:
-                return
-            sizes.append(self._graph_bytes(job.shape.kind, job.tokens))
-        if self.residents.crowded:  # a kept graph would keep its adapter in memory too
-            for job in jobs:
-                job.keep = False
-            return
-        kept = [job.hold.keep_graph(size) for job, size in zip(jobs, sizes, strict=True) if job.hold is not None]
-        if not all(kept):
-            for job, size in zip(jobs, sizes, strict=True):
-                job.keep = False
-                if job.hold is not None:
-                    job.hold.drop_graph(size)
+    def _room_for_graph(self, jobs: Sequence[Job]) -> Hold | None:
+        """Whether a pass keeps its graph: where there is room for all of it.
+
+        A graph of its own takes its session's room. Answers the room of one that several share: it is held as long as
+        the graph is, which goes with the last of them, and so is no session's.
+        """
+        holds = [job.hold for job in jobs if job.hold is not None]
+        shapes = [job.shape for job in jobs if job.shape is not None and job.shape.need_grad]
+        if len(holds) < len(jobs) or len(shapes) < len(jobs):
+            return None
+        size = self._needed(jobs)
+        room = None if len(jobs) == 1 else holds[0].beside()
+        # A kept graph would keep its adapter in memory too.
+        keep = not self.residents.crowded and (holds[0].keep_graph(size) if room is None else room.grow(size))
+        for job, hold in zip(jobs, holds, strict=True):
+            job.keep = hold.keeps_graph = keep
+        return room
 
     def _wake_at(self, when_s: float) -> None:
         if self._alarm is not None:
@@ -303,14 +322,22 @@ class Scheduler:
     # ---- doing ---------------------------------------------------------------------------------------------------
 
     async def _drive(
-        self, lane: Lane, worker: Worker, threads: int, batch: list[tuple[Seat, Job]], needed: int
+        self,
+        lane: Lane,
+        worker: Worker,
+        threads: int,
+        batch: list[tuple[Seat, Job]],
+        needed: int,
+        room: Hold | None,
     ) -> None:
         began_s = self._clock()
         try:
-            outcomes = await worker.run(_work, lane, threads, [job for _, job in batch])
+            outcomes = await worker.run(work, lane, threads, [job for _, job in batch])
         except Exception as error:  # noqa: BLE001 (told to everybody in the pass)
             outcomes = [error] * len(batch)
         try:  # a lane that is not given back, whatever fails here, would never compute again
+            if room is not None:
+                _hold_for_gang(room, [job for _, job in batch])
             self._tell(batch, outcomes, began_s)
             await self._make_room(worker)
         except Exception:
@@ -373,52 +400,19 @@ class Scheduler:
         seat.adapter.release()
 
 
+def _hold_for_gang(room: Hold, jobs: Sequence[Job]) -> None:
+    """Give `room` back when the graph that `jobs` came to share is gone; at once where they share none."""
+    gang = next((gang for job in jobs if job.graph is not None and (gang := job.graph.gang) is not None), None)
+    if gang is None:
+        room.release()
+        return
+    weakref.finalize(gang, _release_on, asyncio.get_running_loop(), room).atexit = False
+
+
+def _release_on(loop: asyncio.AbstractEventLoop, room: Hold) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and with it whoever waited for room
+        loop.call_soon_threadsafe(room.release)
+
+
 def _future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
-
-
-def _work(lane: Lane, threads: int, jobs: Sequence[Job]) -> list[Any]:
-    """The outcome of each job, in order: what its `finish` made, or the exception that it ended with."""
-    lane.use_threads(threads)
-    outcomes: list[Any] = [None] * len(jobs)
-    ready: list[int] = []
-    asked: list[Any] = []
-    for index, job in enumerate(jobs):
-        try:
-            job.adapter.restore()
-            prepared = job.prepare()
-        except Exception as error:  # noqa: BLE001 (told to who asked)
-            outcomes[index] = error
-            continue
-        if job.kind == "other":
-            outcomes[index] = prepared
-        else:
-            ready.append(index)
-            asked.append(prepared)
-    answers = _pass(lane, jobs[0], asked) if asked else []
-    for index, answer in zip(ready, answers, strict=True):
-        job = jobs[index]
-        if job.kind == "forward" and not isinstance(answer, Exception):
-            job.graph = answer[1]
-        try:
-            outcomes[index] = answer if isinstance(answer, Exception) else job.finish(answer)
-        except Exception as error:  # noqa: BLE001 (told to who asked)
-            outcomes[index] = error
-    return outcomes
-
-
-def _pass(lane: Lane, like: Job, asked: Sequence[Any]) -> list[Any]:
-    """What the lane answers to each request; where it fails for all together, to one after the other."""
-    try:
-        if like.kind == "forward":
-            return list(lane.forward(asked, keep=like.keep))
-        return list(lane.backward(asked))
-    except Exception as error:  # noqa: BLE001 (told to who asked, and to nobody else)
-        if len(asked) == 1:
-            return [error]
-        why = "there is no memory for it" if isinstance(error, CapacityError) else f"it failed: {error}"
-        logger.warning("a pass of %d sessions is done one by one: %s", len(asked), why)
-    for one in asked:
-        if like.kind == "backward" and one.graph.gang is not None:
-            one.graph.gang.release()
-    return [answer for one in asked for answer in _pass(lane, like, [one])]

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from contract.durable_file import replace_file
 from contract.errors import ConfigError, ConnectionFailedError, ListenError, StorageError
 from contract.records import CutLayers
 from contract.tls import TlsFiles
@@ -102,6 +102,7 @@ class ServeOptions:
     ticket_signers: tuple[bytes, ...] = ()
     metrics: str = ""
     insecure_metrics: bool = False
+    client_metrics: bool = False
 
 
 class TrunkServer:
@@ -117,7 +118,7 @@ class TrunkServer:
             tickets=bool(options.ticket_signers),
         )
         self._credentials = None if options.tls is None else options.tls.server_credentials()
-        self.watch = Watch(options.metrics, insecure=options.insecure_metrics)
+        self.watch = Watch(options.metrics, insecure=options.insecure_metrics, name_clients=options.client_metrics)
         choose_device(options.device)
         self._member = Member.told(os.environ)
         if self._member.size > 1 and options.lanes > 1:
@@ -170,6 +171,7 @@ class TrunkServer:
             threads=engine.threads,
             batch_tokens=found.batch_tokens,
             graph_bytes=engine.meter.estimate,
+            transient_bytes=engine.meter.transient,
             pass_bytes=int(budget * _FOR_PASSES),
             residents=Residents(int(budget * _FOR_ADAPTERS), self._spill.folder, budget),
             observe=self.watch.passed,
@@ -400,13 +402,6 @@ def _require_announceable(path: Path) -> None:
 def _announce(path: Path, address: str) -> None:
     """Write `address` to `path`, whole or not at all. Raises StorageError."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trunk-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(address + "\n")
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, f"{address}\n".encode())
     except OSError as error:
         raise StorageError(f"announce-file {path} cannot be written: {error.strerror}") from error

@@ -136,6 +136,7 @@ class ShardedLane(Lane):
 
     def _backward_alone(self, asked: Backward) -> tuple[Tensor | None, float]:
         ((_, graph),) = self._together([asked.graph.forward], keep=True)
+        self.recomputes += 1
         if graph.gang is None:
             raise RuntimeError("a forward that keeps its graph has none")
         (answer,) = self._backward_together(graph.gang, [replace(asked, graph=graph)])

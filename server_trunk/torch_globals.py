@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 _DRAWING = threading.Lock()
 _PARAMETRIZING = threading.Lock()
+_PLAIN_SET = parametrize._maybe_set
 
 
 @contextmanager
@@ -37,11 +38,9 @@ def keep_versions() -> None:
 
     PyTorch sets the frozen weight to itself, after which no graph that a session keeps through it can go backward.
     """
-    plain = parametrize._maybe_set
+    parametrize._maybe_set = _set_to_another
 
-    def set_to_another(dest: Tensor, src: Tensor) -> None:
-        if dest is not src:
-            plain(dest, src)
 
-    if plain.__name__ != set_to_another.__name__:
-        parametrize._maybe_set = set_to_another
+def _set_to_another(dest: Tensor, src: Tensor) -> None:
+    if dest is not src:
+        _PLAIN_SET(dest, src)

@@ -1,0 +1,127 @@
+"""What passes and their graphs hold: kept while there is room, given back when they are gone, and refused beyond."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from contract.errors import CapacityError
+from tests.server_trunk.test_scheduler import Bench, begun, run
+
+
+def test_graphs_are_kept_while_there_is_room_and_a_pass_keeps_all_or_none() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abcd"]
+        bench.memory.try_take(650)
+        bench.hold()
+        waits = [bench.forward(seats[0])]  # 80 of the 350 that are left
+        await begun(bench)
+        waits += [bench.forward(seat, 16) for seat in seats[1:3]]  # 160 each
+        waits += [bench.forward(seats[3], 20)]
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    bench = run(play)
+    assert bench.lanes[0].kept == [True, False, True]
+    assert bench.memory.taken <= 1000
+
+
+def test_a_graph_that_several_share_takes_its_room_until_the_last_of_them_is_gone() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name, values=5) for name in "abc"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        waits = [bench.forward(seat) for seat in seats[1:]]
+        bench.let_go()
+        await first
+        graphs = list(await asyncio.gather(*waits))
+        waits.clear()
+        taken = [bench.memory.taken]
+        while graphs:
+            graphs.pop()
+            await begun(bench)
+            taken.append(bench.memory.taken)
+        assert taken == [280, 280, 80], "80 each, and the adapters of both once more: 2 * 5 values of 4 bytes"
+
+    assert run(play).lanes[0].kept == [True, True]
+
+
+def test_no_row_of_a_shared_pass_is_padded_by_more_than_a_fourth_and_padding_takes_room_too() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abcd"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        waits = [bench.forward(seat, tokens) for seat, tokens in zip(seats[1:], (10, 8, 12), strict=True)]
+        bench.let_go()
+        await asyncio.gather(first, *waits)
+        assert bench.memory.taken == 80 + 2 * 100 + 120
+
+    assert [sorted(who) for _, who in run(play).passes] == [["a"], ["b", "c"], ["d"]]
+
+
+def test_what_a_shared_graph_took_is_free_once_its_backward_is_done() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abc"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        waits = [bench.forward(seat) for seat in seats[1:]]
+        bench.let_go()
+        await first
+        graphs = await asyncio.gather(*waits)
+        assert bench.memory.taken == 80 + 160
+        bench.hold()
+        before = bench.scheduler.other(seats[0], lambda: bench.lanes[0].go.wait(10))
+        waits = [bench.backward(seat, graph) for seat, graph in zip(seats[1:], graphs, strict=True)]
+        bench.let_go()
+        await asyncio.gather(before, *waits)
+        await begun(bench)
+        assert bench.memory.taken == 80
+
+    assert [sorted(who) for _, who in run(play).passes] == [["a"], ["b", "c"], ["b", "c"]]
+
+
+def test_a_shared_pass_that_is_done_one_by_one_keeps_no_graph_and_takes_no_room() -> None:
+    async def play(bench: Bench) -> None:
+        bench.lanes[0].room = 1
+        seats = [bench.seat(name) for name in "abc"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        waits = [bench.forward(seat) for seat in seats[1:]]
+        bench.let_go()
+        await asyncio.gather(first, *waits)
+        await begun(bench)
+        assert bench.memory.taken == 80
+
+    assert run(play).lanes[0].kept == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("need_grad", "tokens", "size"), [(True, 51, 510), (False, 251, 502)])
+def test_a_microbatch_that_no_pass_could_hold_is_refused_at_once(need_grad: bool, tokens: int, size: int) -> None:
+    async def play(bench: Bench) -> None:
+        told = f"a microbatch of {tokens} tokens needs about {size} bytes .* leaves 500"
+        with pytest.raises(CapacityError, match=told):
+            bench.forward(bench.seat("a"), tokens, need_grad=need_grad)
+
+    run(play)
+
+
+@pytest.mark.parametrize(
+    ("need_grad", "tokens", "at_once"), [(True, 24, 2), (True, 26, 1), (False, 124, 2), (False, 126, 1)]
+)
+def test_passes_that_would_not_fit_into_memory_together_run_one_after_the_other(
+    need_grad: bool, tokens: int, at_once: int
+) -> None:
+    async def play(bench: Bench) -> None:
+        bench.hold()
+        waits = [bench.forward(bench.seat(name), tokens, need_grad=need_grad) for name in "ab"]
+        await begun(bench)
+        assert sum(seat.running for seat in bench.scheduler._seats) == at_once
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    assert sorted(who for _, (who,) in run(play, lanes=2, batch_tokens=1).passes) == ["a", "b"]
