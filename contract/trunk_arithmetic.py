@@ -55,7 +55,7 @@ class TrunkArithmetic:
             return ""
         if autocast_dtype:
             return f"the trunk at {address} computes in {autocast_dtype}, not as an un-split model does in float32"
-        return f"the trunk at {address} computes in the type of its weights: it found no gain in bfloat16"
+        return f"the trunk at {address} computes in the type of its weights: it knows of no gain in bfloat16"
 
 
 PLAIN = TrunkArithmetic()

@@ -37,8 +37,8 @@ class Listener:
     def moved(self, key: RoundKey, seen: RoundProgress, replies: int) -> None:
         """Where the open attempt stands."""
 
-    def participated(self, key: RoundKey, outcome: Outcome, reason: str | None) -> None:
-        """What one client did in the open attempt."""
+    def participated(self, key: RoundKey, node_id: str, outcome: Outcome, reason: str | None) -> None:
+        """What the client at one node did in the open attempt."""
 
     def committed(self, commit: RoundCommit) -> None:
         """The attempt is the run's newest version."""

@@ -50,7 +50,7 @@ def collect_updates(
     def record(node_id: str, status: Outcome, reason: str | None = None) -> None:
         metrics = got.metrics.get(node_id)
         desk.store.record_participation(key.run, key.round, key.attempt, node_id, status, reason, metrics)
-        desk.audience.tell(lambda one: one.participated(key, status, reason))
+        desk.audience.tell(lambda one: one.participated(key, node_id, status, reason))
         if reason is not None:
             got.failures[node_id] = reason
             log.warning("round %d: client %s %s: %s", key.round, node_id, status, reason)

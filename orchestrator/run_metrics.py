@@ -19,6 +19,8 @@ PREFIX = "trunkline_orchestrator_"
 PHASES = (WAITING, "cohort", "training", "confirming", "unmasking", "averaging", "storing", "judging")
 CALL_S = 900.0
 """Longer than any call of the run's thread takes, adapters on their way included, where the trunk answers."""
+MOST_NAMED_CLIENTS = 1024
+"""Of these is counted by client; what others do is counted together, under no name."""
 PROBE_S = 5.0
 """How long an answer about the trunk is good for."""
 
@@ -30,7 +32,10 @@ class RunMetrics(Listener):
 
     what = "metrics"
 
-    def __init__(self, run_id: str, rounds: int, lease_age_s: Callable[[], float]) -> None:
+    def __init__(
+        self, run_id: str, rounds: int, lease_age_s: Callable[[], float], *, name_clients: bool = False
+    ) -> None:
+        """Where `name_clients`, what clients did is told by client too."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -53,6 +58,11 @@ class RunMetrics(Listener):
         self._aborts = self._counter("attempts_aborted", "Attempts that came to nothing.")
         self._outcomes = self._counter("participations", "What clients did in attempts, by outcome.", "outcome")
         self._failures = self._counter("failures", "Clients that an attempt did without, by the kind of why.", "error")
+        self._named: set[str] = set()
+        self._by_client: Counter | None = None
+        if name_clients:
+            told = "What clients did in attempts, by client and outcome."
+            self._by_client = self._counter("client_participations", told, "client", "outcome")
         self._charges = self._counter("ledger_charges", "Charges that were reserved in the privacy ledger.")
         self._trained = self._counter("trained_tokens", "Tokens that committed rounds were trained on, where told.")
         self._work = {
@@ -98,8 +108,12 @@ class RunMetrics(Listener):
         self._counted = (key, seen)
         self._replies.set(replies)
 
-    def participated(self, key: RoundKey, outcome: Outcome, reason: str | None) -> None:
+    def participated(self, key: RoundKey, node_id: str, outcome: Outcome, reason: str | None) -> None:
         self._outcomes.labels(outcome).inc()
+        if self._by_client is not None:
+            named = node_id in self._named or len(self._named) < MOST_NAMED_CLIENTS
+            self._named.add(node_id if named else "")
+            self._by_client.labels(node_id if named else "", outcome).inc()
         if outcome != "trained":
             self._failures.labels(failure_kind(outcome, reason)).inc()
 

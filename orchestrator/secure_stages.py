@@ -57,7 +57,7 @@ def train(
     def record(node_id: str, status: Outcome, reason: str | None) -> None:
         recorded.add(node_id)
         desk.store.record_participation(key.run, key.round, key.attempt, node_id, status, reason)
-        desk.audience.tell(lambda one: one.participated(key, status, reason))
+        desk.audience.tell(lambda one: one.participated(key, node_id, status, reason))
 
     progress = ProgressDeadline(desk.clock, desk.config.round_timeout_s, lambda: desk.trunk.progress(key), report)
     deadline = TrainedDeadline(desk.clock, progress, trains, desk.config.secagg_stage_timeout_s)

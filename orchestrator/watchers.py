@@ -24,6 +24,7 @@ from storage.store import Store
 log = logging.getLogger("trunkline.orchestrator")
 
 METRICS, INSECURE_METRICS = "TRUNKLINE_METRICS", "TRUNKLINE_INSECURE_METRICS"
+CLIENT_METRICS = "TRUNKLINE_CLIENT_METRICS"
 MLFLOW = "MLFLOW_TRACKING_URI"
 
 
@@ -85,7 +86,8 @@ def _add_metrics(audience: Audience, run: Watched, held: ExitStack) -> Callable[
     from contract.scrape import Exporter
     from orchestrator.run_metrics import CALL_S, Health, RunMetrics
 
-    metrics = RunMetrics(run.run_id, run.config.num_rounds, run.lease.age_s)
+    named = os.environ.get(CLIENT_METRICS) == "1"
+    metrics = RunMetrics(run.run_id, run.config.num_rounds, run.lease.age_s, name_clients=named)
     stuck_s = CALL_S + run.config.trunk_wait_s
     health = Health(metrics.still_s, run.lease.fault, run.trunk.describe, stuck_s)
     try:

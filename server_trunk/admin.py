@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 
 from contract import trunk_pb2 as pb
+from contract.certificates import party_of
 from contract.errors import ConfigError
+from contract.tls import peer_certificate
 from contract.wire import LONGEST_GRACE_S, round_to_wire
 from server_trunk.servicer import Context, abort
 from server_trunk.sessions import SeenSession, SessionTable
@@ -53,7 +55,9 @@ class AdminServicer:
             refusal = ConfigError(f"grace_s is {grace_s}; it must be 0 to {LONGEST_GRACE_S:g} seconds")
             await abort(context, refusal)
         who = request.operator[:_OPERATOR_LETTERS] or "somebody"
-        logger.warning("%r has the trunk drained: %d sessions get %g s", who, self._table.taken, grace_s)
+        shown = peer_certificate(context.auth_context())
+        by = "" if shown is None else f", by the certificate of {party_of(shown, 'the caller').name}"
+        logger.warning("%r has the trunk drained%s: %d sessions get %g s", who, by, self._table.taken, grace_s)
         self._drain(grace_s)
         return pb.DrainReply(open_sessions=self._table.taken)
 

@@ -117,6 +117,13 @@ MetricsOption = Annotated[
 InsecureMetricsOption = Annotated[
     bool, typer.Option("--insecure-metrics", help="Allow --metrics an address that other machines reach, without TLS.")
 ]
+ClientMetricsOption = Annotated[
+    bool,
+    typer.Option(
+        "--client-metrics",
+        help="Tell in --metrics how much each client does, by its node id; whoever reads the port sees it.",
+    ),
+]
 
 
 @app.callback()
@@ -161,16 +168,16 @@ def serve(
     ticket_signer: TicketSignerOption = None,
     metrics: MetricsOption = "",
     insecure_metrics: InsecureMetricsOption = False,
+    client_metrics: ClientMetricsOption = False,
 ) -> None:
     """Serve the model's middle layers until SIGTERM or Ctrl-C.
 
     A model too large for one GPU is parted among several processes by its own tensor-parallel plan:
     torchrun --nproc-per-node 2 -m trunkline trunk serve --model MODEL
     """
-    os.environ.update(waiting(os.environ))
+    _prepare()
     with collector.paused():
         from server_trunk.server import ServeOptions
-    _speak()
     options = ServeOptions(
         model=model,
         cut=CutLayers(head_layers, tail_layers),
@@ -198,11 +205,13 @@ def serve(
         ticket_signers=ticket_signers(ticket_signer or []),
         metrics=metrics,
         insecure_metrics=insecure_metrics,
+        client_metrics=client_metrics,
     )
     _serve(options)
 
 
-def _speak() -> None:
+def _prepare() -> None:
+    os.environ.update(waiting(os.environ))
     from server_trunk.log import speak  # with gRPC, which only who serves needs
 
     speak()

@@ -121,6 +121,14 @@ class Engine:
                 f"{len(spec.target_parameters)} targets are no linear layers"
             )
 
+    def check_deterministic(self) -> None:
+        """Raise AgreementError where this trunk cannot promise the same bits twice."""
+        if self.device != "cpu":
+            raise AgreementError(
+                f"deterministic is asked for, and this trunk computes on {self.device}, where the same bits twice were "
+                "never tested: use --device cpu, or leave it out"
+            )
+
     def adapter_values(self, spec: LoraSpec) -> int:
         """How many values an adapter of a `spec` that was checked has at most."""
         return self.lanes[0].slots.values(spec)

@@ -5,7 +5,7 @@ Of quiet sessions, whose work is a function of rows that were drawn in secret, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import prometheus_client
@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from server_trunk.scheduler import PassSeen
+from server_trunk.sessions import Counters
 
 PREFIX = "trunkline_trunk_"
 KINDS = ("forward", "backward", "other")
@@ -25,15 +26,15 @@ _TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a trunk holds at one moment, and what its sessions have done since it started. `memory` is by kind."""
+    """What a trunk holds at one moment, and what its sessions have done since it started.
+
+    `memory` is by kind, `done` by client.
+    """
 
     open_sessions: int
     max_sessions: int
     pending_graphs: int
-    steps: int
-    tokens: int
-    received_bytes: int
-    sent_bytes: int
+    done: Mapping[str, Counters]
     memory: dict[str, tuple[int, int]]
     spill_bytes: int
     spill_limit_bytes: int
@@ -47,10 +48,12 @@ class Facts:
 class TrunkMetrics:
     """The registry of one trunk, and what its parts report to. Safe to read from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, name_clients: bool = False) -> None:
+        """Where `name_clients`, what sessions have done is told by client too."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self._name_clients = name_clients
         own = self.registry
         self._sessions = Counter(
             f"{PREFIX}sessions",
@@ -82,7 +85,7 @@ class TrunkMetrics:
 
     def attach(self, look: Callable[[], Facts]) -> None:
         """From now on each scrape asks `look` what the trunk holds; it may raise TimeoutError."""
-        self.registry.register(_Held(look))
+        self.registry.register(_Held(look, name_clients=self._name_clients))
 
     def passed(self, seen: PassSeen) -> None:
         """Count one pass. One in which a quiet session took part is not measured, for its size would tell of that."""
@@ -111,9 +114,19 @@ class TrunkMetrics:
         self._commits.inc()
 
 
+_DONE = {
+    "steps": "Optimiser steps of the sessions' adapters",
+    "tokens": "Rows times tokens of forwards that a backward follows",
+    "received_bytes": "Bytes of sessions' frames that came",
+    "sent_bytes": "Bytes of sessions' frames that were sent",
+}
+"""What is counted of sessions, by the name of its counter."""
+
+
 class _Held(Collector):
-    def __init__(self, look: Callable[[], Facts]) -> None:
+    def __init__(self, look: Callable[[], Facts], *, name_clients: bool) -> None:
         self._look = look
+        self._name_clients = name_clients
 
     def describe(self) -> Iterable[Metric]:
         return []  # so that registering asks nothing
@@ -124,10 +137,10 @@ class _Held(Collector):
         yield _gauge("sessions_open", "Sessions that have a place.", facts.open_sessions)
         yield _gauge("sessions_limit", "Places for sessions.", facts.max_sessions)
         yield _gauge("pending_graphs", "Forwards that wait for their backward.", facts.pending_graphs)
-        yield _counter("steps", "Optimiser steps of the sessions' adapters.", facts.steps)
-        yield _counter("tokens", "Rows times tokens of forwards that a backward follows.", facts.tokens)
-        yield _counter("received_bytes", "Bytes of sessions' frames that came.", facts.received_bytes)
-        yield _counter("sent_bytes", "Bytes of sessions' frames that were sent.", facts.sent_bytes)
+        for name, told in _DONE.items():
+            yield _counter(name, f"{told}.", sum(getattr(done, name) for done in facts.done.values()))
+        if self._name_clients:
+            yield from _by_client(facts.done)
         used = GaugeMetricFamily(f"{PREFIX}memory_bytes", "Memory that is taken, by what for.", labels=["kind"])
         limit = GaugeMetricFamily(f"{PREFIX}memory_limit_bytes", "Memory that may be taken.", labels=["kind"])
         for kind, (taken, most) in facts.memory.items():
@@ -141,6 +154,14 @@ class _Held(Collector):
         yield _counter("evictions", "Idle adapters that were put on disk.", facts.evictions)
         yield _counter("recomputes", "Forwards that were computed again for their backward.", facts.recomputes)
         yield _counter("expired_graphs", "Graphs that were freed for waiting too long.", facts.expired_graphs)
+
+
+def _by_client(done: Mapping[str, Counters]) -> Iterable[Metric]:
+    for name, told in _DONE.items():
+        family = CounterMetricFamily(f"{PREFIX}client_{name}", f"{told}, by client.", labels=["client"])
+        for client, counters in done.items():
+            family.add_metric([client], getattr(counters, name))
+        yield family
 
 
 def _gauge(name: str, told: str, value: float) -> GaugeMetricFamily:

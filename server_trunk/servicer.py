@@ -17,7 +17,14 @@ from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from contract.certificates import key_sha256
 from contract.codec import SESSION_CODECS
-from contract.errors import CapacityError, ConnectionFailedError, SessionError, StorageError, TrunklineError
+from contract.errors import (
+    CapacityError,
+    ConnectionFailedError,
+    DeadlineError,
+    SessionError,
+    StorageError,
+    TrunklineError,
+)
 from contract.failpoint import failpoint
 from contract.tls import peer_certificate
 from contract.version import VERSION
@@ -223,16 +230,27 @@ class TrunkServicer:
             raise SessionError(f"a {kind} frame came before hello; there is no session to use it in")
         opening = read_hello(frame.hello, self._agreement)
         self._engine.check_lora(opening.spec)
+        if opening.deterministic:
+            self._engine.check_deterministic()
         admission = None if self._tickets is None else _admission(self._tickets, frame.hello, opening, context)
         self._scheduler.require_room(self._engine.adapter_values(opening.spec))
         with self._table.place():
             use = None if self._tickets is None or admission is None else self._tickets.enter(admission)
-            adapter = await self._first_adapter(opening)
+            adapter = await self._first_adapter_in_time(opening)
             seat = self._scheduler.enter(adapter, deterministic=opening.deterministic, quiet=opening.quiet)
             try:
                 await self._converse(opening, seat, stream, seen, use)
             finally:
                 self._scheduler.leave(seat)
+
+    async def _first_adapter_in_time(self, opening: Opening) -> SessionAdapter:
+        """Raises DeadlineError where other hellos, each of a new structure, keep this one waiting for too long."""
+        patience_s = self._limits.idle_timeout_s
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._first_adapter(opening)
+        except TimeoutError:
+            raise DeadlineError(f"this hello did not get its turn within {patience_s:g} s: try again later") from None
 
     async def _first_adapter(self, opening: Opening) -> SessionAdapter:
         if isinstance(opening.start, int):

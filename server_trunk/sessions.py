@@ -1,6 +1,6 @@
 """Who is working with this trunk: admission, graphs that wait for their backward, and what each round has done.
 
-No torch and no gRPC: a graph and an adapter are whatever the engine made. Everything here is bounded. Not safe to use
+A graph and an adapter are whatever the engine made. Everything here is bounded. Not safe to use
 from several threads; the servicer's event loop owns it.
 """
 
@@ -25,6 +25,8 @@ Adapter = TypeVar("Adapter")
 
 _REMEMBERED_GRAPHS = 64
 _REMEMBERED_ROUNDS = 256
+MOST_NAMED_CLIENTS = 1024
+"""Of these is counted by client; what others do is counted together."""
 SIGN_OF_LIFE_S = 5.0
 """How often a quiet session shows that it goes on: more seldom than a round may be without progress."""
 
@@ -189,6 +191,7 @@ class Session(Generic[Adapter, Graph]):
     adapter: Adapter
     pending: PendingGraphs[Graph]
     totals: Counters  # of the round, shared by its sessions
+    account: Counters  # of the client, shared by its sessions
     clock: Clock
     dropout_key: str = ""
     quiet: bool = False
@@ -206,7 +209,9 @@ class Session(Generic[Adapter, Graph]):
         return int.from_bytes(hashlib.sha256(named).digest()[:7], "little")
 
     def count(self, *, steps: int = 0, tokens: int = 0, received_bytes: int = 0, sent_bytes: int = 0) -> None:
-        """Add to this session's counters and to its round's; of a quiet session those only learn that it goes on.
+        """Add to this session's counters, its round's and its client's.
+
+        Of a quiet session the round's only learn that it goes on, and the client's nothing.
 
         Raises TicketError where the session has a ticket that does not allow as much.
         """
@@ -216,6 +221,7 @@ class Session(Generic[Adapter, Graph]):
             self.ticket_use.spend(steps, received_bytes + sent_bytes)
         if not self.quiet:
             self.totals.add(steps, tokens, received_bytes, sent_bytes)
+            self.account.add(steps, tokens, received_bytes, sent_bytes)
         elif self.heard_s - self._showed_life >= SIGN_OF_LIFE_S:
             self._showed_life = self.heard_s
             self.totals.add(1, 0, 0, 0)
@@ -244,7 +250,7 @@ class SessionTable(Generic[Adapter, Graph]):
         self._taken = 0
         self._draining = False
         self.expired = 0  # graphs that waited too long, in all
-        self._ended = Counters()  # of the sessions that are gone and were not quiet
+        self._accounts: dict[str, Counters] = {}  # by client, of sessions that are not quiet
         self._open: set[Session[Adapter, Graph]] = set()
         self._rounds: OrderedDict[RoundKey, Counters] = OrderedDict()
 
@@ -262,12 +268,12 @@ class SessionTable(Generic[Adapter, Graph]):
     def pending_graphs(self) -> int:
         return sum(len(session.pending) for session in self._open)
 
-    def counted(self) -> Counters:
-        """What all sessions have done that were not quiet, open ones included."""
-        found = Counters()
-        for one in (self._ended, *(session.counters for session in self._open if not session.quiet)):
-            found.add(one.steps, one.tokens, one.received_bytes, one.sent_bytes)
-        return found
+    def counted(self) -> dict[str, Counters]:
+        """By client, what all sessions have done that were not quiet, open ones included.
+
+        Under no name what those did that named no client, or one more than are counted by name.
+        """
+        return {client: replace(account) for client, account in self._accounts.items()}
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -304,6 +310,8 @@ class SessionTable(Generic[Adapter, Graph]):
         """
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
+        account = Counters() if quiet else self._account(client_id)
+        account.sessions += 1
         pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
         session = Session(
             secrets.token_hex(8),
@@ -314,6 +322,7 @@ class SessionTable(Generic[Adapter, Graph]):
             adapter,
             pending=pending,
             totals=totals,
+            account=account,
             clock=self._clock,
             dropout_key="" if deterministic else client_id,
             quiet=quiet,
@@ -327,9 +336,6 @@ class SessionTable(Generic[Adapter, Graph]):
 
     def close(self, session: Session[Adapter, Graph]) -> None:
         """Forget a session and free its graphs."""
-        if session in self._open and not session.quiet:
-            done = session.counters
-            self._ended.add(done.steps, done.tokens, done.received_bytes, done.sent_bytes)
         self._open.discard(session)
         session.pending.close()
 
@@ -347,6 +353,10 @@ class SessionTable(Generic[Adapter, Graph]):
         """What the round's sessions have done so far, closed ones included; zeros for an unknown round."""
         totals = self._rounds.get(key, Counters())
         return RoundProgress(totals.sessions, totals.steps, totals.tokens, totals.received_bytes, totals.sent_bytes)
+
+    def _account(self, client_id: str) -> Counters:
+        named = client_id in self._accounts or len(self._accounts) < MOST_NAMED_CLIENTS
+        return self._accounts.setdefault(client_id if named else "", Counters())
 
     def _totals(self, key: RoundKey) -> Counters:
         totals = self._rounds.setdefault(key, Counters())

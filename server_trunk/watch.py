@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from contract import logs, traces
 from contract.addresses import is_loopback
-from contract.errors import ConnectionFailedError, TrunklineError
+from contract.errors import ConfigError, ConnectionFailedError, TrunklineError
 from contract.records import RoundKey
 from contract.scrape import Exporter, metrics_address
 from server_trunk.engine import Engine
@@ -49,16 +49,12 @@ class Parts:
 
     def facts(self) -> Facts:
         """To be called on the event loop."""
-        done, scheduler = self.table.counted(), self.scheduler
-        engine = self.engine
+        engine, scheduler = self.engine, self.scheduler
         return Facts(
             open_sessions=self.table.taken,
             max_sessions=self.table.max_sessions,
             pending_graphs=self.table.pending_graphs,
-            steps=done.steps,
-            tokens=done.tokens,
-            received_bytes=done.received_bytes,
-            sent_bytes=done.sent_bytes,
+            done=self.table.counted(),
             memory={
                 "waiting": (self.memory.taken, self.memory.limit),
                 "passes": (scheduler.running_bytes, scheduler.pass_bytes),
@@ -117,13 +113,18 @@ class SessionSeen:
 class Watch:
     """What watches one trunk. Of what is not asked for nothing runs, and nothing is counted."""
 
-    def __init__(self, listen: str = "", *, insecure: bool = False) -> None:
-        """`listen` is HOST:PORT for metrics, "" for none. Raises ConfigError where it cannot be one."""
+    def __init__(self, listen: str = "", *, insecure: bool = False, name_clients: bool = False) -> None:
+        """`listen` is HOST:PORT for metrics, "" for none; `name_clients` lets them tell which client did how much.
+
+        Raises ConfigError where `listen` cannot be an address, or clients are to be named without one.
+        """
+        if name_clients and not listen:
+            raise ConfigError("client-metrics is given without metrics, HOST:PORT, where they would be served")
         self._address = None
         self.metrics: TrunkMetrics | None = None
         if listen:
             self._address = metrics_address("metrics", listen, insecure=insecure, allowed_by="--insecure-metrics")
-            self.metrics = TrunkMetrics()
+            self.metrics = TrunkMetrics(name_clients=name_clients)
         self._tracer = traces.tracer("trunkline-trunk")
         self._exporter: Exporter | None = None
         self._parts: Parts | None = None

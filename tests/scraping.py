@@ -25,10 +25,11 @@ def ask(address: str, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def documented(prefix: str) -> dict[str, tuple[str, str]]:
-    """Type and meaning of each metric of docs/watching.md whose name begins so."""
+def documented(prefix: str, *, by_client: bool = False) -> dict[str, tuple[str, str]]:
+    """Type and meaning of each metric of docs/watching.md whose name begins so; those that name clients if asked."""
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]* \| ([^|]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: (kind, meaning) for name, kind, meaning in rows if name.startswith(prefix)}
+    ours = {name: (kind, meaning) for name, kind, meaning in rows if name.startswith(prefix)}
+    return {name: told for name, told in ours.items() if by_client or not name.startswith(f"{prefix}client_")}
 
 
 class Scrape:

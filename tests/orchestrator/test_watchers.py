@@ -17,9 +17,9 @@ from contract.errors import ConfigError, ConnectionFailedError, LeaseError
 from contract.records import RoundKey, RoundProgress
 from orchestrator.audience import Audience, Listener
 from orchestrator.lease import Lease
-from orchestrator.run_metrics import CALL_S, Health, failure_kind
+from orchestrator.run_metrics import CALL_S, Health, RunMetrics, failure_kind
 from orchestrator.trunk import ServedModel, Trunk
-from orchestrator.watchers import INSECURE_METRICS, METRICS
+from orchestrator.watchers import CLIENT_METRICS, INSECURE_METRICS, METRICS
 from storage.ledger import open_ledger
 from storage.records import RoundCommit
 from tests.orchestrator.conftest import Bench
@@ -97,6 +97,32 @@ def test_a_run_is_scraped_while_it_goes_and_its_numbers_are_those_of_sql(
     assert judged.described() == documented(PRE), "docs/watching.md"
     with pytest.raises(OSError, match="refused"):
         ask(looker.address, "/healthz")
+
+
+@pytest.mark.usefixtures("_served")
+def test_clients_are_named_where_that_is_asked_for(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CLIENT_METRICS, "1")
+    bench = make_bench({1: 100, 2: 60, 3: 20}, num_rounds=2).tell_shapes_ahead()
+    bench.grid.nodes[3] = FakeNode(lambda message: Error(1000, "BudgetError: spent"))
+    looker = Looker(bench, caplog)
+    bench.conduct()
+    judged, name = looker.scrapes[-1], f"{PRE}client_participations_total"
+    taken = [(row.node_id, row.status) for row in bench.store.participations(bench.store.get_run("last").run_id)]
+    assert {node_id for node_id, _ in taken} == {"1", "2", "3"}
+    for node_id, outcome in taken:
+        assert judged.value(name, client=node_id, outcome=outcome) == taken.count((node_id, outcome)) == 2
+    assert judged.described() == documented(PRE, by_client=True)
+
+
+def test_no_more_clients_are_named_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.run_metrics.MOST_NAMED_CLIENTS", 2)
+    metrics = RunMetrics("run", 1, lambda: 0.0, name_clients=True)
+    for node_id in ("1", "2", "3", "4", "1"):
+        metrics.participated(RoundKey("run", 1, 1), node_id, "trained", None)
+    (family,) = (one for one in metrics.registry.collect() if one.name == f"{PRE}client_participations")
+    assert {sample.labels["client"]: sample.value for sample in family.samples} == {"1": 2, "2": 1, "": 2}
 
 
 @pytest.mark.usefixtures("_served")

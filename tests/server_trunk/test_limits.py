@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -233,6 +234,37 @@ def test_between_new_structures_the_thread_is_left_to_passes_and_known_ones_open
         known.ending()
     assert trunk.server._table.taken == 1, "the new one waits, and the others came and went"
     new.call.cancel()
+
+
+def test_a_hello_waits_for_its_turn_no_longer_than_a_session_may_be_silent(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk: Any = start_trunk(idle_timeout_s=0.5)
+    client = WireClient(trunk.address)
+    monkeypatch.setattr(servicer, "_REST", 1e6)
+    client.session(client.hello(lora)).close()
+    other = pb.Lora()
+    other.CopyFrom(lora)
+    other.rank += 1
+    with pytest.raises(Refused) as caught:
+        client.session(client.hello(other))
+    assert caught.value.error is errors.DeadlineError
+    assert trunk.server._table.taken == 0
+
+
+def test_the_same_bits_twice_are_not_promised_on_a_gpu(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = WireClient(start_trunk().address)
+    monkeypatch.setattr("server_trunk.engine.Engine.check_deterministic", on_a_gpu(Engine.check_deterministic))
+    with pytest.raises(Refused) as caught:
+        client.session(client.hello(lora, deterministic=True))
+    assert caught.value.error is errors.AgreementError
+    assert "deterministic is asked for, and this trunk computes on cuda" in str(caught.value)
+
+
+def on_a_gpu(check: Callable[[Engine], None]) -> Callable[[Engine], None]:
+    return lambda engine: check(cast(Engine, SimpleNamespace(device="cuda")))
 
 
 def test_a_structure_takes_no_memory_of_its_own(model_dir: Path, lora: pb.Lora) -> None:

@@ -224,3 +224,20 @@ def test_a_graph_that_was_put_aside_keeps_its_place_and_takes_no_memory(
     assert session.pending.pop(7) == "graph"
     session.pending.settled(7)
     assert session.pending.reserved == 0
+
+
+def test_work_is_counted_by_client_and_no_more_of_them_are_named_than_fit(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server_trunk.sessions.MOST_NAMED_CLIENTS", 2)
+    table: SessionTable[str, str] = SessionTable(9, 2, 10.0, clock)
+    for client_id, quiet in (("1", False), ("2", True), ("3", False), ("4", False), ("5", False), ("1", False)):
+        session = table.open(client_id, KEY, "sha", "identity", "adapter", quiet=quiet)
+        session.count(steps=1, tokens=8)
+        if client_id != "5":  # what an open session has done counts too
+            table.close(session)
+    assert {client_id: (done.sessions, done.steps, done.tokens) for client_id, done in table.counted().items()} == {
+        "1": (2, 2, 16),
+        "3": (1, 1, 8),
+        "": (2, 2, 16),
+    }

@@ -109,6 +109,32 @@ def test_the_page_has_every_metric_with_its_type_and_its_meaning(start_trunk: St
     assert scrape(watched(start_trunk)).described() == documented(PRE)
 
 
+def test_clients_are_named_where_that_is_asked_for(
+    start_trunk: StartTrunk, lora: pb.Lora, stored: Callable[[WireClient], str]
+) -> None:
+    trunk = watched(start_trunk, client_metrics=True)
+    client = WireClient(trunk.address)
+    sha256 = stored(client)
+    for name, steps, quiet in (("north", 2, False), ("south", 1, False), ("north", 1, False), ("west", 1, True)):
+        round_id = pb.RoundId(run="watched", round=1, attempt=1)
+        hello = client.hello(lora, client_id=name, round=round_id, adapter_sha256=sha256, quiet=quiet)
+        session = client.session(hello)
+        for _ in range(steps):
+            session.backward(session.forward(HIDDEN_BTD))
+            session.step()
+        session.close()
+    until(lambda: scrape(trunk).value(f"{PRE}sessions_total", outcome="closed") == 5)
+    seen = scrape(trunk)
+    assert [seen.value(f"{PRE}client_steps_total", client=name) for name in ("north", "south")] == [3, 1]
+    assert [seen.value(f"{PRE}client_tokens_total", client=name) for name in ("north", "south")] == [3 * TOKENS, TOKENS]
+    names = {sample.labels["client"] for sample in seen.families[f"{PRE}client_steps"].samples}
+    assert names == {"1", "north", "south"}, "1 stored the adapter; none is the quiet session's"
+    for counted in ("steps", "tokens", "received_bytes", "sent_bytes"):
+        by_client = [seen.value(f"{PRE}client_{counted}_total", client=name) for name in names]
+        assert sum(by_client) == seen.value(f"{PRE}{counted}_total") > 0, counted
+    assert seen.described() == documented(PRE, by_client=True)
+
+
 def test_what_is_held_shows_while_it_is_held(start_trunk: StartTrunk, lora: pb.Lora) -> None:
     trunk = watched(start_trunk)
     client = WireClient(trunk.address)
@@ -231,6 +257,14 @@ def test_a_bad_address_is_told_before_the_model_is_loaded(value: str, told: str,
     result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path / "none"), "--metrics", value])
     assert result.exit_code == 2
     assert told in result.stderr
+    assert "is not a directory" not in result.stderr
+
+
+def test_clients_cannot_be_named_where_no_metrics_are_served(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path / "none"), "--client-metrics"])
+    assert result.exit_code == 2
+    told = "error: client-metrics is given without metrics, HOST:PORT, where they would be served\n"
+    assert result.stderr.endswith(told)
     assert "is not a directory" not in result.stderr
 
 
