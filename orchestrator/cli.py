@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from contract.output import OutputFormat, OutputOption, cli_errors, emit, requir
 from contract.watching import Look, watch
 from orchestrator.metrics import judged_losses
 from orchestrator.protection import told_run_privacy
-from orchestrator.run_view import rounds_data, run_data
+from orchestrator.run_view import rounds_data, run_data, told_silence
 from storage.home import adapter_dir
 from storage.reader import LAST, Reader
 from storage.records import Deed, RoundRow
@@ -32,10 +33,13 @@ config_app = typer.Typer(help="A run's settings.", no_args_is_help=True)
 RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, or its Flower run id.")]
 LastOption = Annotated[bool, typer.Option("--last", help="The newest run.")]
 
-RUN_COLUMNS = ("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "secagg", "created_at", "reason")
+RUN_COLUMNS = (
+    *("run_id", "status", "mode", "rounds", "held_out_loss", "best_round", "secagg", "created_at", "silent_since"),
+    "reason",
+)
 SHOW_COLUMNS = (
     *("run_id", "flower_run_id", "status", "reason", "mode", "rounds", "secagg", "held_out_losses", "best_round"),
-    *("privacy", "adapter", "model_fingerprint", "created_at", "ended_at"),
+    *("privacy", "adapter", "model_fingerprint", "created_at", "ended_at", "silent_since"),
 )
 ROUND_COLUMNS = (
     *("round", "attempt", "status", "phase", "clients", "threshold", "train_loss", "held_out_loss"),
@@ -77,15 +81,23 @@ def list_runs(
     """The newest runs."""
     with _reader() as reader:
 
-        def look() -> Look:
-            found = reader.list_runs(limit, status.value if status else None, since=in_utc(since))
-            return Look([run_data(reader, run) for run in found])
+        def found() -> list[dict[str, Any]]:
+            runs = reader.list_runs(limit, status.value if status else None, since=in_utc(since))
+            return [run_data(reader, run, datetime.now(UTC)) for run in runs]
 
         if watching:
-            watch(look, output, RUN_COLUMNS)
+            watch(lambda: Look(found()), output, RUN_COLUMNS)
             return
-        rows = look().data
+        rows = found()
     emit(rows, output, columns=RUN_COLUMNS)
+    _tell_silence(rows)
+
+
+def _tell_silence(rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if row["silent_since"] is not None:
+            told = told_silence(row["run_id"], row["silent_since"], datetime.now(UTC))
+            talk(f"run {row['run_id']}: {told}")
 
 
 @runs_app.command("show")
@@ -94,7 +106,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
     """One run: how it ended and why, and its losses. `-o json` tells its settings too."""
     with _reader() as reader:
         row = reader.get_run(named_run(run, last))
-        data = run_data(reader, row)
+        data = run_data(reader, row, datetime.now(UTC))
         data["held_out_losses"] = judged_losses(reader.metrics(row.run_id, over_clients=True))
         with _ledger() as ledger:
             data["privacy"] = "; ".join(told_run_privacy(row, ledger))
@@ -102,6 +114,7 @@ def show_run(run: RunArgument = None, last: LastOption = False, output: OutputOp
         data |= {"flower_run_id": row.flower_run_id, "model_fingerprint": row.model_fingerprint}
         data |= {"ended_at": row.ended_at, "config": row.config}
     emit(data, output, columns=SHOW_COLUMNS)
+    _tell_silence([data])
 
 
 @runs_app.command("stop")

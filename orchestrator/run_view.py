@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from orchestrator.metrics import best_version, judged_losses
 from orchestrator.protection import told_protection
+from storage.leases import silent_since
 from storage.reader import Reader
 from storage.records import MetricRow, ParticipationRow, RoundRow, RunRow
 
 
-def run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
-    """A run's row: how it stands and why, its rounds and losses."""
+def run_data(reader: Reader, run: RunRow, now: datetime) -> dict[str, Any]:
+    """A run's row at `now`: how it stands and why, its rounds and losses.
+
+    `silent_since` is when its orchestrator was last heard, where the run goes on and that is so long ago that it may be
+    dead.
+    """
     losses = judged_losses(reader.metrics(run.run_id, over_clients=True))
+    silent = silent_since(run.status, run.lease_until, now)
     return {
         "run_id": run.run_id,
         "status": run.status,
@@ -24,7 +31,14 @@ def run_data(reader: Reader, run: RunRow) -> dict[str, Any]:
         "best_round": best_version(losses),
         "secagg": told_protection(reader, run),
         "created_at": run.created_at.replace(microsecond=0),
+        "silent_since": silent and silent.replace(microsecond=0),
     }
+
+
+def told_silence(run_id: str, since: datetime, now: datetime) -> str:
+    """What a person is told of a run whose orchestrator was last heard at `since`."""
+    silent_s = (now - since).total_seconds()
+    return f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: trunkline runs resume {run_id}"
 
 
 def rounds_data(

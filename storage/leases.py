@@ -47,6 +47,9 @@ def require_resumable(run_id: str, status: RunStatus, lease_until: datetime | No
         )
 
 
-def heard_s_ago(lease_until: datetime | None, now: datetime) -> float:
-    """Seconds since a run's driver was last heard; 0 where no lease says anything."""
-    return 0.0 if lease_until is None else (now - lease_until).total_seconds() + LEASE_S
+def silent_since(status: RunStatus, lease_until: datetime | None, now: datetime) -> datetime | None:
+    """When the driver of a run that goes on was last heard, where that is so long ago that it may be dead."""
+    if status != "running" or lease_until is None:
+        return None
+    heard = lease_until - timedelta(seconds=LEASE_S)
+    return heard if (now - heard).total_seconds() > 2 * LEASE_S else None

@@ -10,7 +10,8 @@ from contract.errors import RoundError
 from contract.output import OutputFormat, OutputOption, cli_errors, talk
 from contract.watching import Look, watch
 from orchestrator.cli import LastOption, RunArgument, named_run, runs_app
-from storage.leases import LEASE_S, heard_s_ago
+from orchestrator.run_view import told_silence
+from storage.leases import silent_since
 from storage.reader import Reader
 from storage.records import RunRow
 from storage.store import open_reader, utc_now
@@ -79,10 +80,9 @@ def _silence_teller() -> Callable[[RunRow], None]:
 
     def tell(row: RunRow) -> None:
         nonlocal told
-        silent_s = heard_s_ago(row.lease_until, utc_now()) if row.status == "running" else 0.0
-        if silent_s > 2 * LEASE_S and not told:
-            how = f"trunkline runs resume {row.run_id}"
-            talk(f"its orchestrator was last heard {silent_s:.0f} s ago; if it is dead: {how}")
-        told = silent_s > 2 * LEASE_S
+        since = silent_since(row.status, row.lease_until, utc_now())
+        if since is not None and not told:
+            talk(told_silence(row.run_id, since, utc_now()))
+        told = since is not None
 
     return tell

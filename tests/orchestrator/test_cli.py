@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from orchestrator import verification
 from orchestrator.adapter_cli import app as adapter_app
 from orchestrator.cli import config_app, rounds_app, runs_app
 from orchestrator.export import export_adapter, joined
+from storage import schema
 from storage.artifacts import ArtifactStore
+from storage.leases import LEASE_S
 from tests.orchestrator.conftest import Bench, LiveTrunk, inside_a_flower_task, make_bench_at
 
 MakeBench = Callable[..., Bench]
@@ -71,6 +74,23 @@ def test_runs_are_listed_newest_first_with_how_they_ended(bench: Bench) -> None:
     assert data(runs_app, "list", "--status", "finished") == rows[1:]
     assert len(data(runs_app, "list", "--limit", "1")) == 1
     assert rows[1]["run_id"] in run(runs_app, "list").stdout
+
+
+def test_a_run_whose_orchestrator_was_killed_is_told_from_one_that_goes_on(bench: Bench) -> None:
+    heard = datetime.now(UTC) - timedelta(minutes=10)
+    run_id = data(runs_app, "show", "--last")["run_id"]
+    for ago, silent in ((heard, True), (datetime.now(UTC) - timedelta(seconds=30), False)):
+        with bench.store._writing("as if killed") as session:
+            row = session.get(schema.Run, run_id)
+            assert row is not None
+            row.status, row.ended_at, row.lease_until = "running", None, ago + timedelta(seconds=LEASE_S)
+        since = ago.replace(microsecond=0).isoformat() if silent else None
+        assert [data(runs_app, "list")[0]["silent_since"], data(runs_app, "show", run_id)["silent_since"]] == [
+            since
+        ] * 2
+        for told in (run(runs_app, "list"), run(runs_app, "show", run_id)):
+            line = f"run {run_id}: its orchestrator was last heard 60"
+            assert (line in told.stderr and f"trunkline runs resume {run_id}" in told.stderr) == silent
 
 
 def test_one_run_is_shown_by_its_id_its_flower_id_or_as_the_last(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from orchestrator.spending_view import (
     told_withheld,
 )
 from storage.home import adapter_dir
-from storage.leases import LEASE_S, heard_s_ago
+from storage.leases import silent_since
 from storage.reader import Reader
 from storage.records import Account, AdapterVersionRow, EventRow, ParticipationRow, RoundRow, RunRow
 from storage.view import View
@@ -110,7 +110,7 @@ def read_run(view: View, run: RunRow, now: datetime) -> RunFacts:
     return RunFacts(
         run=run,
         at=now,
-        summary=run_data(reader, run),
+        summary=run_data(reader, run, now),
         silent_s=silence(run, now),
         attempts=attempts,
         rounds=rounds_data(attempts, participations, metrics),
@@ -127,8 +127,8 @@ def read_run(view: View, run: RunRow, now: datetime) -> RunFacts:
 
 def silence(run: RunRow, now: datetime) -> float | None:
     """Seconds since the orchestrator of a run that goes on was heard, where they are so many that it may be dead."""
-    silent_s = heard_s_ago(run.lease_until, now)
-    return silent_s if run.status == "running" and silent_s > 2 * LEASE_S else None
+    since = silent_since(run.status, run.lease_until, now)
+    return None if since is None else (now - since).total_seconds()
 
 
 def settings_of(run: RunRow) -> list[Setting]:
@@ -187,4 +187,4 @@ class Standing:
 
 def read_runs(view: View, now: datetime) -> list[Standing]:
     """The newest MOST_RUNS runs, newest first."""
-    return [Standing(run_data(view.reader, run), silence(run, now)) for run in view.reader.list_runs(MOST_RUNS)]
+    return [Standing(run_data(view.reader, run, now), silence(run, now)) for run in view.reader.list_runs(MOST_RUNS)]
