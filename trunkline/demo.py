@@ -168,7 +168,7 @@ def _adapter(row: RunRow) -> Path:
 
 
 def _next_commands(adapter: Path) -> tuple[str, ...]:
-    """Three commands that can be pasted as they are, be this installation on the PATH or not."""
+    """Commands that can be pasted as they are, be this installation on the PATH or not."""
     own = scripts_dir() / "trunkline"
     found = shutil.which("trunkline")
     if not own.exists():
@@ -177,6 +177,7 @@ def _next_commands(adapter: Path) -> tuple[str, ...]:
         trunkline = "trunkline" if found and Path(found).samefile(own) else shlex.quote(str(own))
     return (
         f"{trunkline} rounds list --last",
+        f"{trunkline} runs report --last",
         f"{trunkline} adapter verify {shlex.quote(str(adapter))}",
         f"{trunkline} init my-run && {trunkline} run my-run --simulate 2",
     )

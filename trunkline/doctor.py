@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
-from contract.addresses import trunk_addresses
+from contract.addresses import split_address, trunk_addresses
 from contract.errors import TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from contract.records import CutLayers
 from contract.tls import VARIABLES, TlsFiles
 from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
-from storage.home import home_dir, network_filesystem
+from storage.home import home_dir, names_database, network_filesystem
 from trunkline.database_checks import check_database, check_database_clock, check_database_write
-from trunkline.finding import Finding, NotReadyError, SkippedError
+from trunkline.finding import DoubtfulError, Finding, NotReadyError, SkippedError
+from trunkline.flower import SuperLinkAddress
 from trunkline.model_checks import AskedModel, check_gpu_memory, check_model_memory
 from trunkline.port_checks import SUPERLINK_PORT, SUPERNODE_PORT, TRUNK_PORT, check_port
 from trunkline.ports import reserve_port
 from trunkline.programs import scripts_dir
+from trunkline.superlink_checks import check_superlink, check_superlink_clock
 from trunkline.tls_checks import check_tls
 from trunkline.trunk_checks import check_trunk_clock, check_trunk_version
 from trunkline.workplace import cores
@@ -62,6 +64,13 @@ def doctor(
     ca: TrunkCaOption = None,
     certificate: TrunkCertificateOption = None,
     key: TrunkKeyOption = None,
+    superlink: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Check that this SuperLink, or the gate before it, answers, too."),
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The SuperLink's CA, as for `flower-supernode`; none: no TLS.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Check that the trunk's part of this model, or this trunk part, fits here."),
@@ -73,8 +82,11 @@ def doctor(
 ) -> None:
     """Check this machine. Exits 1 if a check fails; one that only warns, or had nothing to look at, fails nothing."""
     addresses = () if trunk is None else trunk_addresses(trunk, "trunk")
+    if superlink is not None:
+        split_address("superlink", superlink)
     asked = None if model is None else AskedModel(model, CutLayers(head_layers, tail_layers), dtype.value)
-    findings = list(examine(addresses, asked, (ca, certificate, key)))
+    known = None if superlink is None else SuperLinkAddress(superlink, root_certificates)
+    findings = list(examine(addresses, asked, (ca, certificate, key), known))
     if output is OutputFormat.TABLE:
         for finding in findings:
             typer.echo(f"{finding.result}  {finding.check}: {finding.detail}")
@@ -90,6 +102,7 @@ def examine(
     addresses: Sequence[str] = (),
     model: AskedModel | None = None,
     tls_files: Sequence[Path | None] = (None, None, None),
+    superlink: SuperLinkAddress | None = None,
 ) -> Iterator[Finding]:
     """Every check in turn; each trunk's address adds some of its own. None takes longer than minutes.
 
@@ -122,6 +135,10 @@ def examine(
         for address in addresses:
             checks[f"trunk version {address}"] = functools.partial(check_trunk_version, address, tls)
             checks[f"trunk clock {address}"] = functools.partial(check_trunk_clock, address, tls)
+    if superlink is not None:
+        where = (superlink.address, superlink.root_certificates)
+        checks["superlink"] = functools.partial(check_superlink, *where)
+        checks["superlink clock"] = functools.partial(check_superlink_clock, *where)
     for name, check in checks.items():
         yield _finding(name, check)
 
@@ -221,7 +238,12 @@ def check_home() -> str:
     except OSError as error:
         raise NotReadyError(f"{home}: {error.strerror}", "set TRUNKLINE_HOME to a directory you may write to") from None
     network = network_filesystem(home)
-    return str(home) if network is None else f"{home}, on a network disk ({network}): SQLite is not safe there"
+    if network is not None and not names_database():
+        raise DoubtfulError(
+            f"{home}, on a network disk ({network}): SQLite is not safe there",
+            "point TRUNKLINE_HOME at a local disk, or TRUNKLINE_DATABASE_URL at PostgreSQL",
+        )
+    return str(home)
 
 
 def check_ports() -> str:

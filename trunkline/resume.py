@@ -54,7 +54,8 @@ def resume(
     """Go on with a run that failed, was stopped, or whose orchestrator, SuperLink or trunk was killed.
 
     Committed rounds stay as they are. The round that was open is played again as a fresh attempt, which privacy budgets
-    pay for again. The run keeps its settings; only where things are may change.
+    pay for again. The run keeps its settings; only where things are may change. A simulation starts a trunk of its own
+    unless --trunk names one.
     """
     who = operator_name(operator)
     with closing(open_reader()) as reader:

@@ -24,9 +24,11 @@ from contract.config import RunConfig
 from orchestrator.authority import create_authority, issue
 from tests.deploy.command_lines import PROGRAMS, ROOT
 from trunkline.bundle import stage_app
+from trunkline.finding import DoubtfulError, NotReadyError
 from trunkline.flower import flower_environment
 from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
+from trunkline.superlink_checks import check_superlink, check_superlink_clock
 
 LIMIT_S = 200.0
 CONTROL = "/v1/control/list-runs"
@@ -185,6 +187,16 @@ def test_no_spelling_of_another_path_gets_through(gated: Gated, path: str) -> No
     before = gated.asked_of_the_superlink(CONTROL)
     assert gated.ask(gated.gate, path) in (400, 403, 404)
     assert gated.asked_of_the_superlink(CONTROL) == before
+
+
+def test_the_doctor_tells_a_superlink_from_its_gate_and_what_vouches_for_both(gated: Gated, tmp_path: Path) -> None:
+    for address, what in ((gated.link, "a SuperLink"), (gated.gate, "a gate that hands on what sites ask")):
+        with pytest.raises(DoubtfulError, match=f"{address} is {what}, its certificate good for 1 days more"):
+            check_superlink(address, gated.ca)
+        assert f"the clock of {address} is" in check_superlink_clock(address, gated.ca)
+        other = create_authority(tmp_path / what[:6].strip(), datetime.now(UTC), 1).directory / "ca.pem"
+        with pytest.raises(NotReadyError, match=f"{address}: TLS came to nothing: "):
+            check_superlink(address, other)
 
 
 def test_without_the_gate_the_same_request_would_reach_who_starts_runs(gated: Gated) -> None:

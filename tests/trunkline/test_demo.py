@@ -30,5 +30,5 @@ def test_the_next_commands_can_be_pasted_as_they_are(
         "not installed": [sys.executable, "-m", "trunkline"],
     }[case]
     commands = [shlex.split(command) for command in demo._next_commands(tmp_path / "an adapter")]
-    assert [command[: len(expected)] for command in commands] == [expected] * 3
-    assert commands[1][len(expected) :] == ["adapter", "verify", str(tmp_path / "an adapter")]
+    assert [command[: len(expected)] for command in commands] == [expected] * 4
+    assert commands[2][len(expected) :] == ["adapter", "verify", str(tmp_path / "an adapter")]
