@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 FAULT_ARGS ?=
 HOSTILE_ARGS ?=
 SOAK_ARGS ?=
@@ -24,8 +25,8 @@ setup: ## Make .venv and install the pinned dependencies; quick when nothing cha
 demo: setup ## Fine-tune a small model over 4 simulated clients and a trunk server, on real text (under 4 minutes)
 	@exec $(PYTHON_IN_VENV) -m trunkline demo
 
-demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes
-	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
+demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes (4 minutes)
+	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy $(DEMO_ARGS)
 
 demo-authenticated: setup ## A deployment in which everybody proves who they are, and strangers are turned away (2 minutes)
 	@exec deploy/authenticated/run
@@ -39,7 +40,7 @@ test-flower: setup ## Run the tests through Flower's real programs, and of a tru
 test-killing: setup ## Kill sites of real deployments in the middle of a round (about 6 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m killing $(PYTEST_ARGS)
 
-faults: setup ## Kill orchestrator, trunk and site at every durable write and message (on PostgreSQL too, where it is)
+faults: setup ## Kill orchestrator, trunk and site at every durable write and message, on SQLite and on PostgreSQL
 	@exec env OMP_NUM_THREADS=1 scripts/with-postgres $(PYTHON_IN_VENV) -m tests.faults.matrix $(FAULT_ARGS)
 
 simulate: setup ## Play whole runs in virtual time, a weather of faults from each seed (SIMULATE_ARGS="--seeds 10000")
@@ -48,8 +49,9 @@ simulate: setup ## Play whole runs in virtual time, a weather of faults from eac
 hostile: setup ## Attack a live trunk while honest clients train, and fuzz 100,000 frames (some 20 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.hostile $(HOSTILE_ARGS)
 
-soak: setup ## Simulate runs of 20 clients for 30 minutes, killed at random and resumed; the trunk's memory must not grow
-	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.soak $(SOAK_ARGS)
+soak: setup ## Runs of 20 clients for 30 minutes, killed at random and resumed, then 10,000 seeds of `simulate` (75 minutes)
+	@env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.soak $(SOAK_ARGS)
+	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.simulation $(if $(SIMULATE_ARGS),$(SIMULATE_ARGS),--seeds 10000)
 
 screenshots: setup ## Make docs/dashboard.png and docs/report.png anew, from a real run (needs chromium, chromium-driver)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m screenshots tests/trunkline/pages/test_screenshots.py
