@@ -146,8 +146,10 @@ class FrameSession:
     @contextmanager
     def _waited(self) -> Iterator[None]:
         began_s = time.perf_counter()
-        yield
-        self.longest_s = max(self.longest_s, time.perf_counter() - began_s)
+        try:
+            yield
+        finally:
+            self.longest_s = max(self.longest_s, time.perf_counter() - began_s)
 
     async def _send_tensor(self) -> None:
         for chunk in self._payload.chunks:

@@ -11,6 +11,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from contract.errors import TrunklineError, error_named
+from contract.named_clients import NamedClients
 from contract.records import NOTHING_SEEN, RoundKey, RoundProgress
 from orchestrator.audience import WAITING, Listener
 from storage.records import Outcome, RoundCommit
@@ -19,8 +20,6 @@ PREFIX = "trunkline_orchestrator_"
 PHASES = (WAITING, "cohort", "training", "confirming", "unmasking", "averaging", "storing", "judging")
 CALL_S = 900.0
 """Longer than any call of the run's thread takes, adapters on their way included, where the trunk answers."""
-MOST_NAMED_CLIENTS = 1024
-"""Of these is counted by client; what others do is counted together, under no name."""
 PROBE_S = 5.0
 """How long an answer about the trunk is good for."""
 
@@ -58,7 +57,7 @@ class RunMetrics(Listener):
         self._aborts = self._counter("attempts_aborted", "Attempts that came to nothing.")
         self._outcomes = self._counter("participations", "What clients did in attempts, by outcome.", "outcome")
         self._failures = self._counter("failures", "Clients that an attempt did without, by the kind of why.", "error")
-        self._named: set[str] = set()
+        self._named = NamedClients()
         self._by_client: Counter | None = None
         if name_clients:
             told = "What clients did in attempts, by client and outcome."
@@ -111,9 +110,7 @@ class RunMetrics(Listener):
     def participated(self, key: RoundKey, node_id: str, outcome: Outcome, reason: str | None) -> None:
         self._outcomes.labels(outcome).inc()
         if self._by_client is not None:
-            named = node_id in self._named or len(self._named) < MOST_NAMED_CLIENTS
-            self._named.add(node_id if named else "")
-            self._by_client.labels(node_id if named else "", outcome).inc()
+            self._by_client.labels(self._named.name(node_id), outcome).inc()
         if outcome != "trained":
             self._failures.labels(failure_kind(outcome, reason)).inc()
 

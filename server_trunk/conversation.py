@@ -131,7 +131,7 @@ class Conversation:
 
     def waits_s(self) -> float:
         """How long what this session keeps in memory has waited for its client; 0 where it keeps nothing."""
-        made_s = min((out.made_s for out in self._unsent if out.hold.size), default=float("inf"))
+        made_s = min((out.made_s for out in self._unsent if out.hold.occupies), default=float("inf"))
         return max(time.monotonic() - made_s, self._session.pending.rested_s(), 0.0)
 
     async def put_aside(self) -> None:

@@ -50,7 +50,11 @@ class GraphMeter:
         return int(tokens * measured)
 
     def transient(self, kind: PassKind, tokens: int) -> int:
-        """Bytes that a forward without a graph holds at once, from above: those of one layer."""
+        """Bytes that a forward without a graph holds at once, about: what goes into one layer's matrices and comes out.
+
+        That is more than is ever there at once, but for squares of the length (the masks of padded rows), and for whole
+        weights where an adapter makes such (DoRA, experts).
+        """
         values = self._layer_values + self._layer_squares * kind.length
         return min(int(4.0 * tokens * values), self.estimate(kind, tokens))
 

@@ -135,6 +135,11 @@ class Hold:
         self._released = False
         self.keeps_graph = False
 
+    @property
+    def occupies(self) -> bool:
+        """Whether memory is taken on its account: its own, or with others that of a graph which they share."""
+        return bool(self.size) or self.keeps_graph
+
     def grow(self, size: int) -> bool:
         """Hold `size` bytes more, if they are free."""
         if self._released or not self._budget.try_take(size):

@@ -123,7 +123,7 @@ class Scheduler:
         The graph is kept where `hold` finds room for it.
         """
         needed = self._bytes_of(shape, tokens)
-        if needed > self.pass_bytes:
+        if shape.need_grad and needed > self.pass_bytes:
             raise CapacityError(
                 f"a microbatch of {tokens} tokens needs about {needed} bytes at this trunk, whose memory-budget leaves "
                 f"{self.pass_bytes} for a pass: use a smaller one"
@@ -252,15 +252,18 @@ class Scheduler:
         in_all = sum(seat.jobs[0].tokens for seat in fitting)
         room = min(self._batch_tokens, max(-(-in_all // len(self._free)), leader.jobs[0].tokens))
         taken, rows, lengths = [leader], shape.rows, {shape.length}
+        stacked = 4 * leader.adapter.layout.values
         for seat in fitting:
             if seat is leader or (other := seat.jobs[0].shape) is None or not pads_little(*lengths, other.length):
                 continue
             together = (rows + other.rows) * max(*lengths, other.length)
             if together > room:
                 continue
-            if self._needed([one.jobs[0] for one in (*taken, seat)]) <= self.pass_bytes // len(self._lanes):
+            adapters = stacked + 4 * seat.adapter.layout.values
+            needed = max(self._bytes_of(shape, together), self._bytes_of(other, together)) + adapters
+            if needed <= self.pass_bytes // len(self._lanes):
                 taken.append(seat)
-                rows += other.rows
+                rows, stacked = rows + other.rows, adapters
                 lengths.add(other.length)
         return taken
 
@@ -402,7 +405,12 @@ class Scheduler:
 
 def _hold_for_gang(room: Hold, jobs: Sequence[Job]) -> None:
     """Give `room` back when the graph that `jobs` came to share is gone; at once where they share none."""
-    gang = next((gang for job in jobs if job.graph is not None and (gang := job.graph.gang) is not None), None)
+    gang = None
+    for job in jobs:
+        if job.graph is not None and job.graph.gang is not None:
+            gang = job.graph.gang
+        elif job.hold is not None:
+            job.hold.keeps_graph = False
     if gang is None:
         room.release()
         return

@@ -17,14 +17,7 @@ from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from contract.certificates import key_sha256
 from contract.codec import SESSION_CODECS
-from contract.errors import (
-    CapacityError,
-    ConnectionFailedError,
-    DeadlineError,
-    SessionError,
-    StorageError,
-    TrunklineError,
-)
+from contract.errors import CapacityError, ConnectionFailedError, SessionError, StorageError, TrunklineError
 from contract.failpoint import failpoint
 from contract.tls import peer_certificate
 from contract.version import VERSION
@@ -49,6 +42,7 @@ from server_trunk.worker import Worker
 logger = logging.getLogger("trunkline.server_trunk")
 
 SERVICE = "trunkline.v1.Trunk"
+_OPENS_WITHIN_S = 120.0  # sooner than a client gives up, so that it is told why
 HELLO_TIMEOUT_S = 10.0  # no session is counted before its hello, but its call takes a place already
 _REASON_BYTES = 1000  # what a peer sent may be quoted, and a status must fit the HTTP/2 headers that carry it
 _CLOSES_AT_ONCE = 4
@@ -244,13 +238,14 @@ class TrunkServicer:
                 self._scheduler.leave(seat)
 
     async def _first_adapter_in_time(self, opening: Opening) -> SessionAdapter:
-        """Raises DeadlineError where other hellos, each of a new structure, keep this one waiting for too long."""
-        patience_s = self._limits.idle_timeout_s
+        """Raises CapacityError where other hellos, each of a new structure, keep this one waiting for too long."""
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(_OPENS_WITHIN_S):
                 return await self._first_adapter(opening)
         except TimeoutError:
-            raise DeadlineError(f"this hello did not get its turn within {patience_s:g} s: try again later") from None
+            raise CapacityError(
+                f"this hello did not get its turn within {_OPENS_WITHIN_S:g} s: the trunk is busy with others"
+            ) from None
 
     async def _first_adapter(self, opening: Opening) -> SessionAdapter:
         if isinstance(opening.start, int):

@@ -1,7 +1,7 @@
 """Who is working with this trunk: admission, graphs that wait for their backward, and what each round has done.
 
-A graph and an adapter are whatever the engine made. Everything here is bounded. Not safe to use
-from several threads; the servicer's event loop owns it.
+A graph and an adapter are whatever the engine made. Everything here is bounded. Not safe to use from several threads;
+the servicer's event loop owns it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
+from contract.named_clients import NamedClients
 from contract.records import RoundKey, RoundProgress
 from server_trunk.memory import Hold
 from server_trunk.tickets import TicketUse
@@ -25,8 +26,6 @@ Adapter = TypeVar("Adapter")
 
 _REMEMBERED_GRAPHS = 64
 _REMEMBERED_ROUNDS = 256
-MOST_NAMED_CLIENTS = 1024
-"""Of these is counted by client; what others do is counted together."""
 SIGN_OF_LIFE_S = 5.0
 """How often a quiet session shows that it goes on: more seldom than a round may be without progress."""
 
@@ -102,11 +101,12 @@ class PendingGraphs(Generic[Graph]):
 
     def at_rest(self) -> dict[int, Graph]:
         """By microbatch, the graphs that wait for their backward and take memory, the oldest first."""
-        return {microbatch: graph for microbatch, (_, graph) in self._graphs.items() if self._reserved[microbatch].size}
+        held = self._reserved
+        return {microbatch: graph for microbatch, (_, graph) in self._graphs.items() if held[microbatch].occupies}
 
     def rested_s(self) -> float:
         """How long the oldest of them has waited; 0 for none."""
-        since = next((since for number, (since, _) in self._graphs.items() if self._reserved[number].size), None)
+        since = next((since for number, (since, _) in self._graphs.items() if self._reserved[number].occupies), None)
         return 0.0 if since is None else self._clock() - since
 
     def put_aside(self, microbatch: int, graph: Graph) -> None:
@@ -251,6 +251,7 @@ class SessionTable(Generic[Adapter, Graph]):
         self._draining = False
         self.expired = 0  # graphs that waited too long, in all
         self._accounts: dict[str, Counters] = {}  # by client, of sessions that are not quiet
+        self._named = NamedClients()
         self._open: set[Session[Adapter, Graph]] = set()
         self._rounds: OrderedDict[RoundKey, Counters] = OrderedDict()
 
@@ -271,7 +272,7 @@ class SessionTable(Generic[Adapter, Graph]):
     def counted(self) -> dict[str, Counters]:
         """By client, what all sessions have done that were not quiet, open ones included.
 
-        Under no name what those did that named no client, or one more than are counted by name.
+        Under no name what those did that are of no round, or of one client more than are counted by name.
         """
         return {client: replace(account) for client, account in self._accounts.items()}
 
@@ -310,7 +311,7 @@ class SessionTable(Generic[Adapter, Graph]):
         """
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
-        account = Counters() if quiet else self._account(client_id)
+        account = Counters() if quiet else self._account("" if round_key is None else client_id)
         account.sessions += 1
         pending: PendingGraphs[Graph] = PendingGraphs(self._max_pending, self._pending_ttl_s, self._clock)
         session = Session(
@@ -355,8 +356,7 @@ class SessionTable(Generic[Adapter, Graph]):
         return RoundProgress(totals.sessions, totals.steps, totals.tokens, totals.received_bytes, totals.sent_bytes)
 
     def _account(self, client_id: str) -> Counters:
-        named = client_id in self._accounts or len(self._accounts) < MOST_NAMED_CLIENTS
-        return self._accounts.setdefault(client_id if named else "", Counters())
+        return self._accounts.setdefault(self._named.name(client_id), Counters())
 
     def _totals(self, key: RoundKey) -> Counters:
         totals = self._rounds.setdefault(key, Counters())

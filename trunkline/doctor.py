@@ -19,7 +19,7 @@ import psutil
 import typer
 
 from contract.addresses import split_address, trunk_addresses
-from contract.errors import TrunklineError
+from contract.errors import ConfigError, TrunklineError
 from contract.output import OutputFormat, OutputOption, cli_errors, emit
 from contract.records import CutLayers
 from contract.tls import VARIABLES, TlsFiles
@@ -84,6 +84,8 @@ def doctor(
     addresses = () if trunk is None else trunk_addresses(trunk, "trunk")
     if superlink is not None:
         split_address("superlink", superlink)
+    elif root_certificates is not None:
+        raise ConfigError("root-certificates is given without superlink, HOST:PORT, which they vouch for")
     asked = None if model is None else AskedModel(model, CutLayers(head_layers, tail_layers), dtype.value)
     known = None if superlink is None else SuperLinkAddress(superlink, root_certificates)
     findings = list(examine(addresses, asked, (ca, certificate, key), known))

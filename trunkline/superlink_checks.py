@@ -6,6 +6,7 @@ import http.client
 import ssl
 import time
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -56,9 +57,8 @@ def ask_superlink(address: str, root_certificates: Path | None) -> AskedSuperLin
         ) from None
     finally:
         connection.close()
-    skew_s = None
-    if (date := reply.getheader("date")) is not None:
-        skew_s = parsedate_to_datetime(date).timestamp() + _DATE_ERROR_S / 2 - (asked_s + answered_s) / 2
+    told_s = _moment_s(reply.getheader("date", ""))
+    skew_s = None if told_s is None else told_s + _DATE_ERROR_S / 2 - (asked_s + answered_s) / 2
     return AskedSuperLink(
         address, reply.status, _days_left(shown), skew_s, _DATE_ERROR_S / 2 + (answered_s - asked_s) / 2
     )
@@ -99,6 +99,15 @@ def _connection(host: str, port: int, root_certificates: Path | None) -> http.cl
     except (OSError, ssl.SSLError) as error:
         raise NotReadyError(f"{root_certificates}: {error}", "name a PEM file of the CA's certificate") from None
     return http.client.HTTPSConnection(host, port, timeout=ANSWER_S, context=trust)
+
+
+def _moment_s(date: str) -> float | None:
+    """Seconds since 1970 of an HTTP date; None for what is none."""
+    try:
+        told = parsedate_to_datetime(date)
+    except (ValueError, OverflowError):
+        return None
+    return (told if told.tzinfo is not None else told.replace(tzinfo=UTC)).timestamp()
 
 
 def _days_left(shown: object) -> float | None:

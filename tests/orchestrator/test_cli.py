@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,8 +90,8 @@ def test_a_run_whose_orchestrator_was_killed_is_told_from_one_that_goes_on(bench
             since
         ] * 2
         for told in (run(runs_app, "list"), run(runs_app, "show", run_id)):
-            line = f"run {run_id}: its orchestrator was last heard 60"
-            assert (line in told.stderr and f"trunkline runs resume {run_id}" in told.stderr) == silent
+            line = rf"run {run_id}: its orchestrator was last heard 6\d\d s ago; .* trunkline runs resume {run_id}"
+            assert bool(re.search(line, told.stderr)) == silent
 
 
 def test_one_run_is_shown_by_its_id_its_flower_id_or_as_the_last(bench: Bench) -> None:

@@ -117,7 +117,7 @@ def test_clients_are_named_where_that_is_asked_for(
 
 
 def test_no_more_clients_are_named_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.run_metrics.MOST_NAMED_CLIENTS", 2)
+    monkeypatch.setattr("contract.named_clients.MOST", 2)
     metrics = RunMetrics("run", 1, lambda: 0.0, name_clients=True)
     for node_id in ("1", "2", "3", "4", "1"):
         metrics.participated(RoundKey("run", 1, 1), node_id, "trained", None)

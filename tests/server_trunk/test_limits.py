@@ -236,19 +236,21 @@ def test_between_new_structures_the_thread_is_left_to_passes_and_known_ones_open
     new.call.cancel()
 
 
-def test_a_hello_waits_for_its_turn_no_longer_than_a_session_may_be_silent(
+def test_a_hello_does_not_wait_for_its_turn_for_ever(
     start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk: Any = start_trunk(idle_timeout_s=0.5)
+    trunk: Any = start_trunk()
     client = WireClient(trunk.address)
     monkeypatch.setattr(servicer, "_REST", 1e6)
+    monkeypatch.setattr(servicer, "_OPENS_WITHIN_S", 0.5)
     client.session(client.hello(lora)).close()
     other = pb.Lora()
     other.CopyFrom(lora)
     other.rank += 1
     with pytest.raises(Refused) as caught:
         client.session(client.hello(other))
-    assert caught.value.error is errors.DeadlineError
+    assert caught.value.error is errors.CapacityError
+    assert "this hello did not get its turn within 0.5 s" in caught.value.line
     assert trunk.server._table.taken == 0
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections.abc import Iterator
 
 import pytest
 
-from contract.errors import CapacityError
+from contract.errors import CapacityError, NonFiniteError
+from server_trunk.lane import Graph
+from server_trunk.memory import Hold
+from server_trunk.sessions import PendingGraphs
 from tests.server_trunk.test_scheduler import Bench, begun, run
 
 
@@ -46,6 +51,79 @@ def test_a_graph_that_several_share_takes_its_room_until_the_last_of_them_is_gon
         assert taken == [280, 280, 80], "80 each, and the adapters of both once more: 2 * 5 values of 4 bytes"
 
     assert run(play).lanes[0].kept == [True, True]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """What is only garbage to the collector of cycles stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_who_fails_in_a_shared_pass_keeps_nothing_of_the_others_in_memory() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abcd"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        waits = [bench.forward(seat) for seat in seats[1:3]]
+        waits.append(bench.forward(seats[3], error=NonFiniteError("nan")))
+        bench.let_go()
+        await first
+        graphs = list(await asyncio.gather(*waits, return_exceptions=True))
+        waits.clear()
+        assert [type(one) for one in graphs] == [Graph, Graph, NonFiniteError]
+        assert bench.memory.taken == 80 + 3 * 80
+        del graphs[:2]
+        await begun(bench)
+        assert bench.memory.taken == 80
+
+    assert run(play).lanes[0].kept == [True, True]
+
+
+def test_who_is_left_alone_of_a_shared_pass_keeps_no_graph() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abc"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        hold = Hold(bench.memory)
+        left = bench.forward(seats[1], hold=hold)
+        failed = bench.forward(seats[2], error=NonFiniteError("nan"))
+        bench.let_go()
+        await asyncio.gather(first, left, failed, return_exceptions=True)
+        assert (bench.memory.taken, hold.occupies) == (80, False)
+
+    assert run(play).lanes[0].kept == [True, False]
+
+
+def test_a_session_whose_only_memory_is_its_part_of_a_shared_graph_is_found_when_others_need_room() -> None:
+    async def play(bench: Bench) -> None:
+        seats = [bench.seat(name) for name in "abc"]
+        bench.hold()
+        first = bench.forward(seats[0])
+        await begun(bench)
+        holds = [Hold(bench.memory), Hold(bench.memory)]
+        waits = [bench.forward(seat, hold=hold) for seat, hold in zip(seats[1:], holds, strict=True)]
+        bench.let_go()
+        graphs = (await asyncio.gather(first, *waits))[1:]
+        pending: PendingGraphs[Graph] = PendingGraphs(2, 10.0, lambda: 0.0)
+        for number, (graph, hold) in enumerate(zip(graphs, holds, strict=True)):
+            pending.reserve(number, hold)
+            pending.add(number, graph)
+        assert [hold.size for hold in holds] == [0, 0]
+        assert list(pending.at_rest().values()) == list(graphs)
+        for number, graph in enumerate(graphs):
+            graph.drop()
+            pending.put_aside(number, graph)
+        assert pending.at_rest() == {}
+        await begun(bench)
+        assert bench.memory.taken == 80
+
+    run(play)
 
 
 def test_no_row_of_a_shared_pass_is_padded_by_more_than_a_fourth_and_padding_takes_room_too() -> None:
@@ -100,14 +178,24 @@ def test_a_shared_pass_that_is_done_one_by_one_keeps_no_graph_and_takes_no_room(
     assert run(play).lanes[0].kept == [True, True, False, False]
 
 
-@pytest.mark.parametrize(("need_grad", "tokens", "size"), [(True, 51, 510), (False, 251, 502)])
-def test_a_microbatch_that_no_pass_could_hold_is_refused_at_once(need_grad: bool, tokens: int, size: int) -> None:
+def test_a_microbatch_that_no_pass_could_hold_is_refused_at_once() -> None:
     async def play(bench: Bench) -> None:
-        told = f"a microbatch of {tokens} tokens needs about {size} bytes .* leaves 500"
-        with pytest.raises(CapacityError, match=told):
-            bench.forward(bench.seat("a"), tokens, need_grad=need_grad)
+        with pytest.raises(CapacityError, match="a microbatch of 51 tokens needs about 510 bytes .* leaves 500"):
+            bench.forward(bench.seat("a"), 51)
 
     run(play)
+
+
+def test_a_forward_without_a_gradient_that_is_larger_than_a_pass_may_be_runs_alone() -> None:
+    async def play(bench: Bench) -> None:
+        bench.hold()
+        waits = [bench.forward(bench.seat(name), 251, need_grad=False) for name in "ab"]
+        await begun(bench)
+        assert sum(seat.running for seat in bench.scheduler._seats) == 1
+        bench.let_go()
+        await asyncio.gather(*waits)
+
+    assert sorted(who for _, (who,) in run(play, lanes=2, batch_tokens=1).passes) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

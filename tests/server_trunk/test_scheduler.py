@@ -105,7 +105,13 @@ class Bench:
         return self.scheduler.enter(adapter, deterministic=deterministic)
 
     def forward(
-        self, seat: Seat, tokens: int = 8, error: Exception | None = None, *, need_grad: bool = True
+        self,
+        seat: Seat,
+        tokens: int = 8,
+        error: Exception | None = None,
+        *,
+        need_grad: bool = True,
+        hold: Hold | None = None,
     ) -> asyncio.Future[Graph]:
         asked = Forward(seat.adapter, torch.zeros(1, tokens, 2), None, None, need_grad=need_grad)
 
@@ -114,7 +120,7 @@ class Bench:
                 raise error
             return asked
 
-        return self.scheduler.forward(seat, tokens, asked, Hold(self.memory), prepare, lambda answer: answer[1])
+        return self.scheduler.forward(seat, tokens, asked, hold or Hold(self.memory), prepare, lambda answer: answer[1])
 
     def backward(self, seat: Seat, graph: Graph) -> asyncio.Future[None]:
         asked: Any = SimpleNamespace(adapter=seat.adapter, graph=graph)

@@ -229,7 +229,7 @@ def test_a_graph_that_was_put_aside_keeps_its_place_and_takes_no_memory(
 def test_work_is_counted_by_client_and_no_more_of_them_are_named_than_fit(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server_trunk.sessions.MOST_NAMED_CLIENTS", 2)
+    monkeypatch.setattr("contract.named_clients.MOST", 2)
     table: SessionTable[str, str] = SessionTable(9, 2, 10.0, clock)
     for client_id, quiet in (("1", False), ("2", True), ("3", False), ("4", False), ("5", False), ("1", False)):
         session = table.open(client_id, KEY, "sha", "identity", "adapter", quiet=quiet)

@@ -128,7 +128,7 @@ def test_clients_are_named_where_that_is_asked_for(
     assert [seen.value(f"{PRE}client_steps_total", client=name) for name in ("north", "south")] == [3, 1]
     assert [seen.value(f"{PRE}client_tokens_total", client=name) for name in ("north", "south")] == [3 * TOKENS, TOKENS]
     names = {sample.labels["client"] for sample in seen.families[f"{PRE}client_steps"].samples}
-    assert names == {"1", "north", "south"}, "1 stored the adapter; none is the quiet session's"
+    assert names == {"", "north", "south"}, "who stored the adapter is of no round, and none is the quiet session's"
     for counted in ("steps", "tokens", "received_bytes", "sent_bytes"):
         by_client = [seen.value(f"{PRE}client_{counted}_total", client=name) for name in names]
         assert sum(by_client) == seen.value(f"{PRE}{counted}_total") > 0, counted

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.authority import create_authority
 from trunkline.cli import app
 from trunkline.finding import DoubtfulError, NotReadyError, SkippedError
 from trunkline.superlink_checks import check_superlink, check_superlink_clock
@@ -64,9 +66,14 @@ def test_a_clock_that_is_far_off_is_told_and_one_that_is_not_told_is_not_judged(
         check_superlink_clock(serve(200, "Tue, 01 Sep 2026 00:00:00 GMT"), None)
     with pytest.raises(SkippedError, match="does not tell its time"):
         check_superlink_clock(serve(200, ""), None)
+    with pytest.raises(SkippedError, match="does not tell its time"):
+        check_superlink_clock(serve(200, "now"), None)
 
 
 def test_what_does_not_answer_or_speaks_no_tls_is_not_ready(serve: Serve, tmp_path: Path) -> None:
+    authority = create_authority(tmp_path / "authority", datetime.now(UTC), 1)
+    with pytest.raises(NotReadyError, match="TLS came to nothing: "):
+        check_superlink(serve(200), authority.directory / "ca.pem")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(NotReadyError, match=f"{address} does not answer in clear"):
@@ -82,6 +89,12 @@ def test_an_address_that_is_none_is_told_before_anything_is_checked() -> None:
     result = CliRunner().invoke(app, ["doctor", "--superlink", "garbage"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "error: superlink is 'garbage'; it must be HOST:PORT\n"
+
+
+def test_certificates_without_a_superlink_are_told(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--root-certificates", str(tmp_path / "ca.pem")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "root-certificates is given without superlink" in result.stderr
 
 
 def test_the_doctor_looks_at_the_superlink_that_it_is_given(serve: Serve) -> None:
