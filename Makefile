@@ -9,7 +9,6 @@ PYTEST_ARGS ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_AT_ONCE = $(PYTHON_IN_VENV) -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
-DEMO_ARGS ?=
 FAULT_ARGS ?=
 HOSTILE_ARGS ?=
 SOAK_ARGS ?=
@@ -26,7 +25,7 @@ demo: setup ## Fine-tune a small model over 4 simulated clients and a trunk serv
 	@exec $(PYTHON_IN_VENV) -m trunkline demo
 
 demo-deploy: setup ## The same through a real SuperLink and 4 SuperNodes (4 minutes)
-	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy $(DEMO_ARGS)
+	@exec $(PYTHON_IN_VENV) -m trunkline demo --deploy
 
 demo-authenticated: setup ## A deployment in which everybody proves who they are, and strangers are turned away (2 minutes)
 	@exec deploy/authenticated/run
@@ -49,7 +48,7 @@ simulate: setup ## Play whole runs in virtual time, a weather of faults from eac
 hostile: setup ## Attack a live trunk while honest clients train, and fuzz 100,000 frames (some 20 minutes on 2 cores)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.hostile $(HOSTILE_ARGS)
 
-soak: setup ## Runs of 20 clients for 30 minutes, killed at random and resumed, then 10,000 seeds of `simulate` (75 minutes)
+soak: setup ## Runs of 20 clients for 30 minutes, killed at random and resumed, then 10,000 seeds of `simulate` (80 minutes)
 	@env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.soak $(SOAK_ARGS)
 	@exec env OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m tests.simulation $(if $(SIMULATE_ARGS),$(SIMULATE_ARGS),--seeds 10000)
 

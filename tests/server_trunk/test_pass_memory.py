@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -15,17 +16,27 @@ from server_trunk.sessions import PendingGraphs
 from tests.server_trunk.test_scheduler import Bench, begun, run
 
 
+async def behind(bench: Bench, ask: Callable[[], Sequence[asyncio.Future[Any]]]) -> list[Any]:
+    """What comes of all that `ask` asks for while a pass of session a, whose graph stays at 80, has the lane."""
+    bench.hold()
+    first = bench.forward(bench.seat("a"))
+    await begun(bench)
+    waits = ask()
+    bench.let_go()
+    await first
+    outcomes = list(await asyncio.gather(*waits, return_exceptions=True))
+    await begun(bench)
+    return outcomes
+
+
 def test_graphs_are_kept_while_there_is_room_and_a_pass_keeps_all_or_none() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abcd"]
-        bench.memory.try_take(650)
-        bench.hold()
-        waits = [bench.forward(seats[0])]  # 80 of the 350 that are left
-        await begun(bench)
-        waits += [bench.forward(seat, 16) for seat in seats[1:3]]  # 160 each
-        waits += [bench.forward(seats[3], 20)]
-        bench.let_go()
-        await asyncio.gather(*waits)
+        seats = [bench.seat(name) for name in "bcd"]
+        bench.memory.try_take(650)  # of the 350 that are left a takes 80, b and c want 160 each
+        graphs = await behind(
+            bench, lambda: [bench.forward(seat, size) for seat, size in zip(seats, (16, 16, 20), strict=True)]
+        )
+        assert [type(one) for one in graphs] == [Graph] * 3
 
     bench = run(play)
     assert bench.lanes[0].kept == [True, False, True]
@@ -34,15 +45,8 @@ def test_graphs_are_kept_while_there_is_room_and_a_pass_keeps_all_or_none() -> N
 
 def test_a_graph_that_several_share_takes_its_room_until_the_last_of_them_is_gone() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name, values=5) for name in "abc"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        waits = [bench.forward(seat) for seat in seats[1:]]
-        bench.let_go()
-        await first
-        graphs = list(await asyncio.gather(*waits))
-        waits.clear()
+        seats = [bench.seat(name, values=5) for name in "bc"]
+        graphs = await behind(bench, lambda: [bench.forward(seat) for seat in seats])
         taken = [bench.memory.taken]
         while graphs:
             graphs.pop()
@@ -65,16 +69,11 @@ def uncollected() -> Iterator[None]:
 @pytest.mark.usefixtures("uncollected")
 def test_who_fails_in_a_shared_pass_keeps_nothing_of_the_others_in_memory() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abcd"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        waits = [bench.forward(seat) for seat in seats[1:3]]
-        waits.append(bench.forward(seats[3], error=NonFiniteError("nan")))
-        bench.let_go()
-        await first
-        graphs = list(await asyncio.gather(*waits, return_exceptions=True))
-        waits.clear()
+        seats = [bench.seat(name) for name in "bcd"]
+        errors = (None, None, NonFiniteError("nan"))
+        graphs = await behind(
+            bench, lambda: [bench.forward(seat, error=error) for seat, error in zip(seats, errors, strict=True)]
+        )
         assert [type(one) for one in graphs] == [Graph, Graph, NonFiniteError]
         assert bench.memory.taken == 80 + 3 * 80
         del graphs[:2]
@@ -86,15 +85,11 @@ def test_who_fails_in_a_shared_pass_keeps_nothing_of_the_others_in_memory() -> N
 
 def test_who_is_left_alone_of_a_shared_pass_keeps_no_graph() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abc"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        hold = Hold(bench.memory)
-        left = bench.forward(seats[1], hold=hold)
-        failed = bench.forward(seats[2], error=NonFiniteError("nan"))
-        bench.let_go()
-        await asyncio.gather(first, left, failed, return_exceptions=True)
+        left, fails, hold = bench.seat("b"), bench.seat("c"), Hold(bench.memory)
+        outcomes = await behind(
+            bench, lambda: [bench.forward(left, hold=hold), bench.forward(fails, error=NonFiniteError("nan"))]
+        )
+        assert [type(one) for one in outcomes] == [Graph, NonFiniteError]
         assert (bench.memory.taken, hold.occupies) == (80, False)
 
     assert run(play).lanes[0].kept == [True, False]
@@ -102,14 +97,10 @@ def test_who_is_left_alone_of_a_shared_pass_keeps_no_graph() -> None:
 
 def test_a_session_whose_only_memory_is_its_part_of_a_shared_graph_is_found_when_others_need_room() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abc"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        holds = [Hold(bench.memory), Hold(bench.memory)]
-        waits = [bench.forward(seat, hold=hold) for seat, hold in zip(seats[1:], holds, strict=True)]
-        bench.let_go()
-        graphs = (await asyncio.gather(first, *waits))[1:]
+        seats, holds = [bench.seat(name) for name in "bc"], [Hold(bench.memory), Hold(bench.memory)]
+        graphs = await behind(
+            bench, lambda: [bench.forward(seat, hold=hold) for seat, hold in zip(seats, holds, strict=True)]
+        )
         pending: PendingGraphs[Graph] = PendingGraphs(2, 10.0, lambda: 0.0)
         for number, (graph, hold) in enumerate(zip(graphs, holds, strict=True)):
             pending.reserve(number, hold)
@@ -128,13 +119,11 @@ def test_a_session_whose_only_memory_is_its_part_of_a_shared_graph_is_found_when
 
 def test_no_row_of_a_shared_pass_is_padded_by_more_than_a_fourth_and_padding_takes_room_too() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abcd"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        waits = [bench.forward(seat, tokens) for seat, tokens in zip(seats[1:], (10, 8, 12), strict=True)]
-        bench.let_go()
-        await asyncio.gather(first, *waits)
+        seats = [bench.seat(name) for name in "bcd"]
+        graphs = await behind(
+            bench, lambda: [bench.forward(seat, size) for seat, size in zip(seats, (10, 8, 12), strict=True)]
+        )
+        assert [type(one) for one in graphs] == [Graph] * 3
         assert bench.memory.taken == 80 + 2 * 100 + 120
 
     assert [sorted(who) for _, who in run(play).passes] == [["a"], ["b", "c"], ["d"]]
@@ -142,37 +131,24 @@ def test_no_row_of_a_shared_pass_is_padded_by_more_than_a_fourth_and_padding_tak
 
 def test_what_a_shared_graph_took_is_free_once_its_backward_is_done() -> None:
     async def play(bench: Bench) -> None:
-        seats = [bench.seat(name) for name in "abc"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        waits = [bench.forward(seat) for seat in seats[1:]]
-        bench.let_go()
-        await first
-        graphs = await asyncio.gather(*waits)
+        seats = [bench.seat(name) for name in "bc"]
+        graphs = await behind(bench, lambda: [bench.forward(seat) for seat in seats])
         assert bench.memory.taken == 80 + 160
-        bench.hold()
-        before = bench.scheduler.other(seats[0], lambda: bench.lanes[0].go.wait(10))
-        waits = [bench.backward(seat, graph) for seat, graph in zip(seats[1:], graphs, strict=True)]
-        bench.let_go()
-        await asyncio.gather(before, *waits)
-        await begun(bench)
-        assert bench.memory.taken == 80
+        done = await behind(
+            bench, lambda: [bench.backward(seat, graph) for seat, graph in zip(seats, graphs, strict=True)]
+        )
+        assert done == [None, None]
+        assert bench.memory.taken == 80 + 80, "of both passes that had the lane"
 
-    assert [sorted(who) for _, who in run(play).passes] == [["a"], ["b", "c"], ["b", "c"]]
+    assert [sorted(who) for _, who in run(play).passes] == [["a"], ["b", "c"], ["a"], ["b", "c"]]
 
 
 def test_a_shared_pass_that_is_done_one_by_one_keeps_no_graph_and_takes_no_room() -> None:
     async def play(bench: Bench) -> None:
         bench.lanes[0].room = 1
-        seats = [bench.seat(name) for name in "abc"]
-        bench.hold()
-        first = bench.forward(seats[0])
-        await begun(bench)
-        waits = [bench.forward(seat) for seat in seats[1:]]
-        bench.let_go()
-        await asyncio.gather(first, *waits)
-        await begun(bench)
+        seats = [bench.seat(name) for name in "bc"]
+        graphs = await behind(bench, lambda: [bench.forward(seat) for seat in seats])
+        assert [type(one) for one in graphs] == [Graph] * 2
         assert bench.memory.taken == 80
 
     assert run(play).lanes[0].kept == [True, True, False, False]
