@@ -5,7 +5,7 @@ descendants inherit. Stopping asks the processes to end, then kills whatever sti
 started process or shares its session: an orphan that was re-parented (Ray's and Flower's helpers are) has no way out.
 On Linux such orphans become this process's children, which reaps them (`trunkline.orphans`). The caller's Ctrl-C never
 reaches the children by itself, so the order of the stop is ours. Where this process is killed outright, a small one
-that it started (`trunkline.reaper`) stops what carries the marker.
+that it started (`trunkline.reaper`) kills what carries the marker.
 """
 
 from __future__ import annotations
@@ -174,13 +174,21 @@ class Supervisor:
             remaining = self._send_until_gone(signal.SIGTERM, self.grace_s, members)
             if remaining:
                 log.info("killing %d processes that did not end by themselves", len(remaining))
-                remaining = self._send_until_gone(signal.SIGKILL, self.kill_s, members)
-            if remaining:
-                log.error("processes %s could not be killed", sorted(process.pid for process in remaining))
+                remaining = self._kill(members)
             for daemon in self.daemons:
                 daemon.process.poll()
             for process in members - {*remaining}:
                 _reap(process.pid, limit_s=1.0)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole family at once: none of them lives to see another gone, and to act on it."""
+        self._kill(set())
+
+    def _kill(self, members: set[psutil.Process]) -> list[psutil.Process]:
+        remaining = self._send_until_gone(signal.SIGKILL, self.kill_s, members)
+        if remaining:
+            log.error("processes %s could not be killed", sorted(process.pid for process in remaining))
+        return remaining
 
     def _send_until_gone(
         self, number: signal.Signals, limit_s: float, members: set[psutil.Process]

@@ -164,6 +164,36 @@ with ending_signals_interrupt(), Supervisor(Path({str(tmp_path)!r})) as supervis
     until(lambda: marked(mark) == [], limit_s=20 if number == signal.SIGKILL else 1)
 
 
+def test_what_a_killed_supervisor_leaves_is_killed_at_once_and_not_asked_to_end(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    child = f"""
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda number, frame: Path({str(asked)!r}).touch())
+print("ready", flush=True)
+while True:
+    time.sleep(1)
+"""
+    code = f"""
+import time
+from pathlib import Path
+from trunkline.processes import Supervisor
+with Supervisor(Path({str(tmp_path)!r})) as supervisor:
+    child = supervisor.start("child", [{sys.executable!r}, "-c", {child!r}])
+    supervisor.wait_for(lambda: child.last_lines() == "ready", child, "the child", 30)
+    print(supervisor.mark, flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    mark = process.stdout.readline().strip()
+    assert len(marked(mark)) == 1
+    process.kill()
+    process.wait(20)
+    until(lambda: marked(mark) == [], limit_s=20)
+    assert not asked.exists()
+
+
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
     code = """
 import os, signal

@@ -97,7 +97,7 @@ def test_a_run_of_which_everything_was_killed_goes_on_and_comes_to_equal_adapter
     assert "1 of 3 rounds are committed; it goes on from there" in said
     assert json.loads(out)["data"]["rounds"] == 3
     assert adapters(home) == uninterrupted
-    assert attempts(home) == [(1, 1, "committed"), (2, 1, "aborted"), (2, 2, "committed"), (3, 1, "committed")]
+    assert attempts(home) == [(1, 1, "committed"), (2, 1, "aborted"), (2, 2, "committed"), (3, 1, "committed")], said
     assert of_home(home) == []
 
 
