@@ -17,6 +17,8 @@ Side = Literal["client", "trunk"]
 DELTA_CODEC = "int4-delta"
 """The one codec that is for activations alone, and needs what both ends keep."""
 MOST_TOKENS = 1 << 32
+OUTSIDE_ROUNDS = 0
+"""The attempt that a final judgement names: it is no attempt at a round."""
 SMALLEST_CLIP, LARGEST_CLIP = 2.0**-40, 2.0**40
 """What the fixed point of a round's sum can hold."""
 

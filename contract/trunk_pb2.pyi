@@ -406,6 +406,12 @@ class ProgressReply(_message.Message):
     sent_bytes: int
     def __init__(self, sessions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
 
+class EndBeforeReply(_message.Message):
+    __slots__ = ("sessions",)
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: int
+    def __init__(self, sessions: _Optional[int] = ...) -> None: ...
+
 class SessionsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

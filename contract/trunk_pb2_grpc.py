@@ -64,6 +64,11 @@ class TrunkStub:
                 request_serializer=contract_dot_trunk__pb2.RoundId.SerializeToString,
                 response_deserializer=contract_dot_trunk__pb2.ProgressReply.FromString,
                 _registered_method=True)
+        self.EndBefore = channel.unary_unary(
+                '/trunkline.v1.Trunk/EndBefore',
+                request_serializer=contract_dot_trunk__pb2.RoundId.SerializeToString,
+                response_deserializer=contract_dot_trunk__pb2.EndBeforeReply.FromString,
+                _registered_method=True)
 
 
 class TrunkServicer:
@@ -111,6 +116,14 @@ class TrunkServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EndBefore(self, request, context):
+        """The run's attempts before this one are over: ends their sessions, and takes no more of them. Idempotent. A commit
+        says as much of its own attempt and those before it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrunkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +156,11 @@ def add_TrunkServicer_to_server(servicer, server):
                     servicer.Progress,
                     request_deserializer=contract_dot_trunk__pb2.RoundId.FromString,
                     response_serializer=contract_dot_trunk__pb2.ProgressReply.SerializeToString,
+            ),
+            'EndBefore': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndBefore,
+                    request_deserializer=contract_dot_trunk__pb2.RoundId.FromString,
+                    response_serializer=contract_dot_trunk__pb2.EndBeforeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +325,33 @@ class Trunk:
             '/trunkline.v1.Trunk/Progress',
             contract_dot_trunk__pb2.RoundId.SerializeToString,
             contract_dot_trunk__pb2.ProgressReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndBefore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline.v1.Trunk/EndBefore',
+            contract_dot_trunk__pb2.RoundId.SerializeToString,
+            contract_dot_trunk__pb2.EndBeforeReply.FromString,
             options,
             channel_credentials,
             insecure,

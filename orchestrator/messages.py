@@ -26,8 +26,6 @@ from orchestrator.exchange import MESSAGE_TTL_S
 log = logging.getLogger("trunkline.orchestrator")
 
 TRAIN, JUDGE = "train.round", "evaluate.final"
-OUTSIDE_ROUNDS = 0
-"""The attempt that a final judgement names: it is no attempt at a round."""
 METRIC_NAMES = frozenset(
     {
         "eval_loss",

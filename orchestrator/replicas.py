@@ -45,6 +45,8 @@ class ConnectedTrunk(RunTrunk, Protocol):
 
     def describe(self) -> ServedModel: ...
 
+    def end_before(self, key: RoundKey) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -104,6 +106,10 @@ class Replicas:
         said, _ = self._asked(lambda trunk: trunk.progress(key))
         self._seen = (key, (self._seen[1] if self._seen[0] == key else {}) | said)
         return sum(self._seen[1].values(), NOTHING_SEEN)
+
+    def end_before(self, key: RoundKey) -> None:
+        """Tell every trunk that answers that the run's attempts before `key` are over."""
+        self._asked(lambda trunk: trunk.end_before(key))
 
     def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
         """Average the trunk parts of exactly `survivors`, wherever each contributed, and put the average everywhere.

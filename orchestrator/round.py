@@ -10,7 +10,7 @@ import numpy as np
 from aggregation.protocol import PlainSumServer
 from aggregation.ring import plan
 from contract.errors import QuorumError
-from contract.records import RoundKey
+from contract.records import OUTSIDE_ROUNDS, RoundKey
 from orchestrator.cohort import draw_cohort, wait_for_clients
 from orchestrator.collection import (
     Collected,
@@ -21,7 +21,7 @@ from orchestrator.collection import (
 )
 from orchestrator.commitment import Mean, average_trunk, commit
 from orchestrator.desk import Desk, Version
-from orchestrator.messages import OUTSIDE_ROUNDS, round_order
+from orchestrator.messages import round_order
 from orchestrator.metrics import judges, over_clients
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.telling import told_failures, told_losses

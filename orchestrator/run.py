@@ -35,6 +35,7 @@ from orchestrator.secure_run import SecureRun
 from orchestrator.spending import Spending
 from orchestrator.tickets import open_office
 from orchestrator.trunk import ServedModel, require_served
+from orchestrator.trunk_sessions import TrunkSessions
 from orchestrator.watchers import Watched, metrics_place, watching
 from storage.artifacts import ArtifactStore
 from storage.home import simulation_dir
@@ -90,10 +91,13 @@ def conduct(start: Start) -> Export:
             tickets = open_office(config, served, start.store, trunk.address)
             _take_up(start, run_id, config, served)
         lease = held.enter_context(start.lease(start.store, run_id))
+        sessions = TrunkSessions(trunk)
+        held.callback(sessions.end)
         directory = start.runs_dir / run_id
         watched = Watched(run_id, config, lease, trunk, start.store, start.ledger, directory)
         ending = held.enter_context(_end_recorded(start, run_id))
         audience, moves = held.enter_context(start.watch(watched))
+        audience.join(sessions)
 
         def check() -> None:
             moves()
@@ -114,6 +118,8 @@ def conduct(start: Start) -> Export:
         for line in told_coverage(config):
             log.info("privacy: %s", line)
         require_served(config, served, model_fingerprint(model_dir), trunk.address)
+        if config.resume_run:
+            sessions.take_over(start.store.rounds(run_id))
         version = newest_version(desk) or first_version(desk, model_dir)
         play, end = _player(desk, served.fingerprint, start)
         spent = None

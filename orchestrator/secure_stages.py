@@ -13,13 +13,13 @@ from flwr.app import Message
 
 from aggregation.ring import RingVector
 from contract.errors import SecureSumError, UpdateError
-from contract.records import RoundKey, RoundProgress
+from contract.records import OUTSIDE_ROUNDS, RoundKey, RoundProgress
 from contract.secure_records import SecureOrder
 from orchestrator.collection import report_progress
 from orchestrator.deadline import ProgressDeadline, TrainedDeadline
 from orchestrator.desk import Desk, Version
 from orchestrator.exchange import Deadline
-from orchestrator.messages import OUTSIDE_ROUNDS, RoundOrder, adapter_record, order_message, read_update, round_order
+from orchestrator.messages import RoundOrder, adapter_record, order_message, read_update, round_order
 from orchestrator.secure_exchange import SecureAnswer, ask_all, stage_deadline
 from orchestrator.secure_session import SecureSession
 from storage.records import Outcome

@@ -193,6 +193,11 @@ class Trunk:
         self._counted = (key, before, told)
         return before + told
 
+    def end_before(self, key: RoundKey) -> None:
+        """Tell the trunk that the run's attempts before `key` are over, so that their sessions end. Idempotent."""
+        with _told_by(self.address, by_tls=self._by_tls):
+            self._stub.EndBefore(wire.round_to_wire(key), timeout=self._answer_timeout_s)
+
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` answers; asked again while nothing answers at the address and patience lasts."""
         until_s: float | None = None

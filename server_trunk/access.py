@@ -25,6 +25,7 @@ ALLOWED: Mapping[str, frozenset[Role]] = {
     "/trunkline.v1.Trunk/GetAdapter": _FOR_ORCHESTRATOR,
     "/trunkline.v1.Trunk/CommitRound": _FOR_ORCHESTRATOR,
     "/trunkline.v1.Trunk/Progress": _FOR_ORCHESTRATOR,
+    "/trunkline.v1.Trunk/EndBefore": _FOR_ORCHESTRATOR,
     "/trunkline.v1.TrunkAdmin/Sessions": _FOR_OPERATOR,
     "/trunkline.v1.TrunkAdmin/Drain": _FOR_OPERATOR,
 }

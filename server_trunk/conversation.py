@@ -113,6 +113,8 @@ class Conversation:
             renewal=b"" if self._session.ticket_use is None else self._session.ticket_use.renewal,
         )
         await self._stream.write(pb.ServerFrame(welcome=welcome))
+        if self._cut_off is not None:
+            raise self._cut_off
         tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
         self._answering = tasks[0]
         try:

@@ -213,6 +213,13 @@ def check_close(close: pb.Close, round_key: RoundKey | None) -> None:
         raise FrameError(f"close.trained_tokens is {close.trained_tokens}; it must be at most {_MAX_TRAINED_TOKENS}")
 
 
+def read_round(request: pb.RoundId) -> RoundKey:
+    """Raise FrameError for a run that none can be called."""
+    key = round_from_wire(request)
+    check_name("run", key.run)
+    return key
+
+
 def read_survivors(request: pb.CommitRoundRequest) -> list[str]:
     """Raise FrameTooLargeError for more than any round has, before there are so many strings."""
     if len(request.survivors) > _MAX_SURVIVORS:

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -19,6 +19,7 @@ from contract.certificates import key_sha256
 from contract.codec import SESSION_CODECS
 from contract.errors import CapacityError, ConnectionFailedError, SessionError, StorageError, TrunklineError
 from contract.failpoint import failpoint
+from contract.records import RoundKey
 from contract.tls import peer_certificate
 from contract.version import VERSION
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
@@ -28,11 +29,11 @@ from server_trunk.door import FIRST_WORD_S, Door
 from server_trunk.engine import Engine
 from server_trunk.lane import Graph
 from server_trunk.memory import MemoryBudget, Spill
-from server_trunk.requests import Opening, read_hello, read_survivors
+from server_trunk.requests import Opening, read_hello, read_round, read_survivors
 from server_trunk.scheduler import Scheduler
 from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
-from server_trunk.sessions import SessionTable
+from server_trunk.sessions import Session, SessionTable, over
 from server_trunk.stream import FrameStream
 from server_trunk.tickets import Admission, Asked, TicketBook, TicketUse
 from server_trunk.transfers import AdapterTransfers
@@ -155,7 +156,7 @@ class TrunkServicer:
         self._closing = asyncio.Semaphore(_CLOSES_AT_ONCE)
         self._opening = asyncio.Semaphore(1)
         self._next_structure_s = float("-inf")
-        self._conversations: set[Conversation] = set()
+        self._conversations: dict[Session[SessionAdapter, Graph], Conversation] = {}
         self._disk = disk
         self._tickets = tickets
         self._watch = watch
@@ -184,6 +185,9 @@ class TrunkServicer:
                 ),
                 "Progress": grpc.unary_unary_rpc_method_handler(
                     self.progress, pb.RoundId.FromString, pb.ProgressReply.SerializeToString
+                ),
+                "EndBefore": grpc.unary_unary_rpc_method_handler(
+                    self.end_before, pb.RoundId.FromString, pb.EndBeforeReply.SerializeToString
                 ),
             },
         )
@@ -227,6 +231,7 @@ class TrunkServicer:
         if opening.deterministic:
             self._engine.check_deterministic()
         admission = None if self._tickets is None else _admission(self._tickets, frame.hello, opening, context)
+        self._table.require_going_on(opening.round_key)
         self._scheduler.require_room(self._engine.adapter_values(opening.spec))
         with self._table.place():
             use = None if self._tickets is None or admission is None else self._tickets.enter(admission)
@@ -311,11 +316,11 @@ class TrunkServicer:
             cache_memory=self._cache_memory,
             closing=self._closing,
         )
-        self._conversations.add(conversation)
+        self._conversations[session] = conversation
         try:
             await conversation.run()
         finally:
-            self._conversations.discard(conversation)
+            del self._conversations[session]
             self._table.close(session)
 
     async def relieve(self) -> None:
@@ -324,7 +329,7 @@ class TrunkServicer:
         The longest waiting goes first. A session for which the disk has no room ends.
         """
         while self._memory.waited_s > _RELIEF_S and self._conversations:
-            conversation = max(self._conversations, key=Conversation.waits_s)
+            conversation = max(self._conversations.values(), key=Conversation.waits_s)
             if conversation.waits_s() < _RELIEF_S:
                 return
             try:
@@ -381,6 +386,7 @@ class TrunkServicer:
             whole = await self._disk.run(self._contributions.commit, key, request.base_sha256, survivors)
             reply = pb.CommitRoundReply(adapter_sha256=whole.adapter_sha256, trained_tokens=whole.trained_tokens)
             averaged = len(survivors)
+        self._end_before(replace(key, attempt=key.attempt + 1))
         if averaged:
             self._watch.committed()
             logger.info(
@@ -399,6 +405,19 @@ class TrunkServicer:
             received_bytes=done.received_bytes,
             sent_bytes=done.sent_bytes,
         )
+
+    @_answers_errors
+    async def end_before(self, request: pb.RoundId, context: Context) -> pb.EndBeforeReply:
+        return pb.EndBeforeReply(sessions=self._end_before(read_round(request)))
+
+    def _end_before(self, key: RoundKey) -> int:
+        """End the sessions of the run's attempts that come before `key`; how many there are."""
+        ended = self._table.end_before(key)
+        for session in ended:
+            self._conversations[session].end(over(session.round_key or key))
+        if ended:
+            logger.info("run %s: %d sessions of attempts that are over end", key.run, len(ended))
+        return len(ended)
 
 
 def _admission(tickets: TicketBook, hello: pb.Hello, opening: Opening, context: Context) -> Admission:

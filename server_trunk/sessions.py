@@ -14,9 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
+from contract.errors import (
+    CapacityError,
+    ConnectionFailedError,
+    ExpiredGraphError,
+    FrameError,
+    RoundError,
+    SessionError,
+)
 from contract.named_clients import NamedClients
-from contract.records import RoundKey, RoundProgress
+from contract.records import OUTSIDE_ROUNDS, RoundKey, RoundProgress
 from server_trunk.memory import Hold
 from server_trunk.tickets import TicketUse
 
@@ -26,6 +33,7 @@ Adapter = TypeVar("Adapter")
 
 _REMEMBERED_GRAPHS = 64
 _REMEMBERED_ROUNDS = 256
+_REMEMBERED_RUNS = 256
 SIGN_OF_LIFE_S = 5.0
 """How often a quiet session shows that it goes on: more seldom than a round may be without progress."""
 
@@ -239,6 +247,13 @@ class Session(Generic[Adapter, Graph]):
         return SeenSession(*told, now - self.heard_s, replace(self.counters), self.pending.reserved, False)
 
 
+def over(key: RoundKey) -> RoundError:
+    """What the sessions of an attempt end with that is over."""
+    return RoundError(
+        f"round {key.round}, attempt {key.attempt} of run {key.run} is over: what is computed for it counts for nothing"
+    )
+
+
 class SessionTable(Generic[Adapter, Graph]):
     """The open sessions, at most `max_sessions`, and the totals of the last rounds."""
 
@@ -254,6 +269,7 @@ class SessionTable(Generic[Adapter, Graph]):
         self._named = NamedClients()
         self._open: set[Session[Adapter, Graph]] = set()
         self._rounds: OrderedDict[RoundKey, Counters] = OrderedDict()
+        self._going_on: OrderedDict[str, tuple[int, int]] = OrderedDict()  # by run, its first round and attempt
 
     @property
     def taken(self) -> int:
@@ -308,7 +324,9 @@ class SessionTable(Generic[Adapter, Graph]):
         """Enter a session, inside of its place. What a `quiet` one does shows in no round's progress.
 
         What dropout draws in a `deterministic` one does not go by `client_id`, which Flower gives anew at each start.
+        Raises RoundError as `require_going_on` does: its attempt may have ended since its hello.
         """
+        self.require_going_on(round_key)
         totals = self._totals(round_key) if round_key is not None else Counters()
         totals.sessions += 1
         account = Counters() if quiet else self._account("" if round_key is None else client_id)
@@ -334,6 +352,26 @@ class SessionTable(Generic[Adapter, Graph]):
         )
         self._open.add(session)
         return session
+
+    def end_before(self, key: RoundKey) -> list[Session[Adapter, Graph]]:
+        """The attempts of a run that come before `key` are over; the sessions of theirs that are open, to be ended.
+
+        Of the last runs alone it is remembered, and never taken back.
+        """
+        self._going_on[key.run] = max((key.round, key.attempt), self._going_on.get(key.run, (0, 0)))
+        self._going_on.move_to_end(key.run)
+        if len(self._going_on) > _REMEMBERED_RUNS:
+            self._going_on.popitem(last=False)
+        return [session for session in self._open if session.round_key and self._is_over(session.round_key)]
+
+    def require_going_on(self, key: RoundKey | None) -> None:
+        """Raise RoundError for an attempt that is over."""
+        if key is not None and self._is_over(key):
+            raise over(key)
+
+    def _is_over(self, key: RoundKey) -> bool:
+        going_on = self._going_on.get(key.run, (0, 0))
+        return key.attempt != OUTSIDE_ROUNDS and (key.round, key.attempt) < going_on
 
     def close(self, session: Session[Adapter, Graph]) -> None:
         """Forget a session and free its graphs."""

@@ -18,6 +18,7 @@ from clients.wire_log import WireLog
 from contract import failpoint
 from contract.config import RunConfig
 from contract.errors import ConnectionFailedError, SessionError, TrunklineError
+from contract.records import RoundKey
 from tests.clients.conftest import CUT
 from tests.clients.sites import Orchestrator, Site, Version, upload_bytes, write_texts
 from tests.conftest import TrunkProcess
@@ -161,6 +162,28 @@ def test_a_trunk_that_goes_before_the_session_is_open_is_waited_for(
     with pytest.raises(ConnectionFailedError):
         play(attempt, trunk.address, **settings)
     assert attempt.played == 3
+
+
+def test_a_round_that_is_over_ends_the_clients_part_at_once_and_is_not_played_again(
+    llama_dir: Path, trunk: TrunkProcess, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orchestrator, version = begun(llama_dir, trunk.address, "over")
+    message, plain = orchestrator.message(version, site, 1), participation.train
+    trainings: list[int] = []
+
+    def train(model: Any, *given: Any) -> Any:
+        trainings.append(1)
+        orchestrator.trunk.end_before(RoundKey("over", 1, 2))
+        return plain(model, *given)
+
+    monkeypatch.setattr(participation, "train", train)
+    reply = app(message, site.context(orchestrator.config))
+    assert reply.has_error()
+    told = f"RoundError: trunk at {trunk.address}: round 1, attempt 1 of run over is over"
+    assert told in reply.error.reason
+    again = app(message, site.context(orchestrator.config))
+    assert told in again.error.reason
+    assert trainings == [1], "it trained for an attempt that is over"
 
 
 @pytest.mark.parametrize("noise", NOISES)

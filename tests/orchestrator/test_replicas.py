@@ -164,6 +164,26 @@ def test_progress_is_the_sum_and_never_falls_when_a_trunk_is_lost() -> None:
     both.close()
 
 
+def test_every_trunk_is_told_what_is_over_and_one_that_is_silent_holds_up_nobody() -> None:
+    class Listening(TrunkServicer):
+        def __init__(self) -> None:
+            self.told: list[pb.RoundId] = []
+
+        def EndBefore(self, request: pb.RoundId, context: object) -> pb.EndBeforeReply:  # noqa: N802
+            self.told.append(request)
+            return pb.EndBeforeReply()
+
+    lasting, lost = Listening(), Listening()
+    with serving(lasting) as here:
+        with serving(lost) as there:
+            both = connect(f"{here},{there}")
+            both.end_before(KEY)
+        both.end_before(RoundKey("a-run", 2, 1))
+    assert [(key.run, key.round) for key in lasting.told] == [("a-run", 1), ("a-run", 2)]
+    assert [(key.run, key.round) for key in lost.told] == [("a-run", 1)]
+    both.close()
+
+
 # ---- commits ---------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,7 @@ CALLS: dict[str, Callable[[WireClient], Any]] = {
     "GetAdapter": lambda client: client.get_adapter("0" * 64),
     "CommitRound": lambda client: client.call("CommitRound", pb.CommitRoundRequest()),
     "Progress": lambda client: client.call("Progress", pb.RoundId()),
+    "EndBefore": lambda client: client.call("EndBefore", pb.RoundId()),
 }
 
 

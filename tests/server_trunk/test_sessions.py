@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from contract.errors import CapacityError, ConnectionFailedError, ExpiredGraphError, FrameError, SessionError
+from contract.errors import (
+    CapacityError,
+    ConnectionFailedError,
+    ExpiredGraphError,
+    FrameError,
+    RoundError,
+    SessionError,
+)
 from contract.records import RoundKey, RoundProgress
 from server_trunk.memory import Hold, MemoryBudget
 from server_trunk.sessions import SIGN_OF_LIFE_S, PendingGraphs, Session, SessionTable
@@ -241,3 +248,15 @@ def test_work_is_counted_by_client_and_no_more_of_them_are_named_than_fit(
         "3": (1, 1, 8),
         "": (2, 2, 16),
     }
+
+
+def test_the_attempts_of_the_last_runs_alone_are_remembered(table: SessionTable[str, str]) -> None:
+    table.end_before(RoundKey("first", 2, 1))
+    with pytest.raises(RoundError, match="round 1, attempt 1 of run first is over"):
+        table.open("1", RoundKey("first", 1, 1), "0", (), "adapter")
+    for number in range(300):
+        table.end_before(RoundKey(f"run-{number}", 2, 1))
+        table.end_before(RoundKey("kept", 2, 1))
+    table.open("1", RoundKey("first", 1, 1), "0", (), "adapter")
+    with pytest.raises(RoundError):
+        table.require_going_on(RoundKey("kept", 1, 1))

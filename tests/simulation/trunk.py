@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from contract import wire
 from contract.errors import ConnectionFailedError, SessionError, TrunklineError
 from contract.records import CutLayers, RoundKey
 from server_trunk.contributions import Contributions
+from server_trunk.sessions import SessionTable
 from tests.simulation.kernel import Kernel, KilledError, Process
 from tests.simulation.network import Network
 
@@ -62,6 +63,7 @@ class TrunkHost:
     process: Process = field(init=False)
     contributions: Contributions = field(init=False)
     counters: dict[RoundKey, list[int]] = field(init=False)
+    table: SessionTable[Any, Any] = field(init=False)
     starts: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class TrunkHost:
         self.process = Process(f"trunk {self.starts}", self._visit)
         self.contributions = Contributions(self.state_dir)
         self.counters = {}
+        self.table = SessionTable(1, 1, 1.0, lambda: self.kernel.now_s)
 
     def _visit(self, place: str) -> None:
         self.kernel.say(f"{self.process.name} {place}")
@@ -147,6 +150,8 @@ class Session:
             raise ConnectionFailedError("the trunk is out of reach")
         if self.host.process.alive and self.host.starts != self.started:
             raise SessionError("this trunk knows of no such session")
+        if self.host.process.alive:
+            self.host.table.require_going_on(self.key)
         with self.host.serving():
             yield
 
@@ -205,6 +210,7 @@ class TrunkChannel:
             "GetAdapter": self._get,
             "CommitRound": self._commit,
             "Progress": self._progress,
+            "EndBefore": self._end_before,
         }
         return answers[name](request)
 
@@ -224,7 +230,14 @@ class TrunkChannel:
         key = wire.round_from_wire(request.round)
         self._host.kernel.say(f"the trunk averages {key.round}.{key.attempt} over {list(request.survivors)}")
         found = self._host.contributions.commit(key, request.base_sha256, list(request.survivors))
+        self._host.table.end_before(replace(key, attempt=key.attempt + 1))
         return pb.CommitRoundReply(adapter_sha256=found.adapter_sha256, trained_tokens=found.trained_tokens)
+
+    def _end_before(self, request: pb.RoundId) -> pb.EndBeforeReply:
+        key = wire.round_from_wire(request)
+        self._host.kernel.say(f"the trunk ends what is before {key.round}.{key.attempt}")
+        self._host.table.end_before(key)
+        return pb.EndBeforeReply()
 
     def _progress(self, request: pb.RoundId) -> pb.ProgressReply:
         found = self._host.counters.get(wire.round_from_wire(request), [0] * 5)

@@ -61,6 +61,7 @@ RARE = {
     "a trunk restarted": "trunk 2 starts",
     "a trunk's disk lost": "the trunk's disk is lost",
     "a round trained again": "begins its round again",
+    "training for an attempt that is over ended": ": RoundError\n",
     "a second order to train refused": "this session's one turn was taken before",
     "a message refused by Flower": " refused\n",
     "an answer of Flower lost": "LinkError",

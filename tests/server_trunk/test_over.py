@@ -1,0 +1,129 @@
+"""Sessions of attempts that are over end, and no more of them are taken; all others go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+import pytest
+import torch
+
+from contract import trunk_pb2 as pb
+from contract.adapter import sha256_hex
+from contract.errors import FrameError, RoundError
+from contract.records import OUTSIDE_ROUNDS
+from tests.server_trunk.conftest import HIDDEN, RunningTrunk
+from tests.server_trunk.wire_client import Refused, WireClient, WireSession
+
+HIDDEN_BTD = torch.ones(1, 4, HIDDEN)
+Open = Callable[..., WireSession]
+
+
+def named(run: str, number: int, attempt: int) -> pb.RoundId:
+    return pb.RoundId(run=run, round=number, attempt=attempt)
+
+
+@pytest.fixture
+def base(client: WireClient, lora: pb.Lora) -> str:
+    first = client.session(client.hello(lora, client_id="first"))
+    start = first.read()
+    first.close()
+    return client.put_adapter(sha256_hex(start), start)
+
+
+@pytest.fixture
+def opened(client: WireClient, lora: pb.Lora, base: str) -> Open:
+    """`opened(run, round, attempt)`: a session of a client in it."""
+
+    def session(run: str, number: int, attempt: int, who: str = "ward") -> WireSession:
+        key = named(run, number, attempt)
+        return client.session(client.hello(lora, client_id=who, adapter_sha256=base, round=key))
+
+    return session
+
+
+def test_what_comes_before_an_attempt_ends_and_nothing_else_does(
+    client: WireClient, lora: pb.Lora, opened: Open
+) -> None:
+    run = "ends-before"
+    over = [opened(run, 1, 7), opened(run, 2, 1), opened(run, 2, 1, "lab")]
+    going_on = [
+        opened(run, 2, 2),
+        opened(run, 3, 1),
+        opened(run, 2, OUTSIDE_ROUNDS),
+        opened("another-run", 1, 1),
+        client.session(client.hello(lora, client_id="alone")),
+    ]
+    over[1].forward(HIDDEN_BTD)  # whose graph waits
+    assert client.call("EndBefore", named(run, 2, 2)).sessions == 3
+    for session, told in zip(over, ("round 1, attempt 7", "round 2, attempt 1", "round 2, attempt 1"), strict=True):
+        ended = session.ending()
+        assert (ended.status, ended.error) == (grpc.StatusCode.ABORTED, RoundError)
+        assert ended.line == f"{told} of run {run} is over: what is computed for it counts for nothing"
+    for session in going_on:
+        session.forward(HIDDEN_BTD)
+        session.backward(HIDDEN_BTD)
+        session.close()
+    assert client.call("EndBefore", named(run, 2, 2)).sessions == 0
+
+
+def test_who_comes_late_to_an_attempt_is_told_that_it_is_over(client: WireClient, opened: Open) -> None:
+    run = "comes-late"
+    client.call("EndBefore", named(run, 2, 2))
+    client.call("EndBefore", named(run, 1, 1))  # a late word of an earlier attempt takes nothing back
+    for number, attempt in ((1, 1), (1, 9), (2, 1)):
+        with pytest.raises(Refused, match=f"round {number}, attempt {attempt} of run {run} is over") as refused:
+            opened(run, number, attempt)
+        assert refused.value.error is RoundError
+    for number, attempt in ((2, 2), (3, 1), (1, OUTSIDE_ROUNDS)):
+        opened(run, number, attempt).close()
+
+
+def test_a_commit_ends_who_still_trains_for_its_attempt(client: WireClient, opened: Open, base: str) -> None:
+    run = "commits"
+    survivor, straggler, next_attempt = opened(run, 1, 1), opened(run, 1, 1, "slow"), opened(run, 1, 2)
+    survivor.close(trained_tokens=3, contribute=True)
+    straggler.forward(HIDDEN_BTD)
+    client.call("CommitRound", pb.CommitRoundRequest(round=named(run, 1, 1), base_sha256=base, survivors=["ward"]))
+    assert straggler.ending().error is RoundError
+    next_attempt.forward(HIDDEN_BTD)
+    next_attempt.close()
+
+
+def test_a_commit_that_fails_ends_nobody(client: WireClient, opened: Open, base: str) -> None:
+    run = "fails-to-commit"
+    session = opened(run, 1, 1)
+    with pytest.raises(Refused):
+        client.call(
+            "CommitRound", pb.CommitRoundRequest(round=named(run, 1, 1), base_sha256=base, survivors=["nobody"])
+        )
+    session.forward(HIDDEN_BTD)
+    session.close()
+
+
+def test_a_run_that_none_can_be_called_is_refused(client: WireClient) -> None:
+    with pytest.raises(Refused, match="run is '../x'; it must be 1 to 128 letters") as refused:
+        client.call("EndBefore", named("../x", 1, 1))
+    assert refused.value.error is FrameError
+
+
+def test_sessions_that_were_ended_give_back_their_places(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora
+) -> None:
+    trunk = start_trunk(max_sessions=2)
+    client = WireClient(trunk.address)
+    start = client.session(client.hello(lora, client_id="first"))
+    data = start.read()
+    start.close()
+    base = client.put_adapter(sha256_hex(data), data)
+
+    def session(attempt: int) -> WireSession:
+        key = named("full", 1, attempt)
+        return client.session(client.hello(lora, client_id="ward", adapter_sha256=base, round=key))
+
+    for attempt in (1, 2, 3):
+        pair = [session(attempt), session(attempt)]
+        client.call("EndBefore", named("full", 1, attempt + 1))
+        for ended in pair:
+            assert ended.ending().error is RoundError
+    client.close()
