@@ -12,8 +12,9 @@ import typer
 
 from contract.errors import ConfigError, StorageError
 from contract.operators import OperatorOption, operator_name
-from contract.options import NewestOption, SinceOption, in_utc
+from contract.options import NewestOption, SinceOption, WatchOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, talk
+from contract.watching import Look, watch
 from orchestrator.cli import LastOption, RunArgument, named_run
 from orchestrator.metrics import best_version, judged_losses
 from storage.home import adapter_dir, artifacts_dir
@@ -38,15 +39,25 @@ def list_adapters(
     last: LastOption = False,
     since: SinceOption = None,
     limit: NewestOption = None,
+    watching: WatchOption = False,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """The adapters that a run committed, version 0 first, with the hashes of both halves."""
     from storage.store import open_reader
 
     with closing(open_reader()) as reader:
-        row = reader.get_run(named_run(run, last))
-        losses = judged_losses(reader.metrics(row.run_id, over_clients=True))
-        versions = _newest(reader.adapter_versions(row.run_id), in_utc(since), limit)
+        run_id = reader.get_run(named_run(run, last)).run_id
+        if watching:
+            watch(lambda: _look_at_adapters(reader, run_id, since, limit), output)
+            return
+        found = _look_at_adapters(reader, run_id, since, limit)
+    emit(found.data, output, title=found.title)
+
+
+def _look_at_adapters(reader: Reader, run_id: str, since: datetime | None, limit: int | None) -> Look:
+    row = reader.get_run(run_id)
+    losses = judged_losses(reader.metrics(run_id, over_clients=True))
+    versions = _newest(reader.adapter_versions(run_id), in_utc(since), limit)
     rows = [
         {
             "round": version.number,
@@ -58,7 +69,7 @@ def list_adapters(
         }
         for version in versions
     ]
-    emit(rows, output, title=f"run {row.run_id}: {row.status}")
+    return Look(rows, f"run {run_id}: {row.status}", final=row.status != "running")
 
 
 @app.command("diff")

@@ -190,15 +190,24 @@ def show_round(
     number: Annotated[int, typer.Option("--round", min=1, help="Which round.")],
     run: RunArgument = None,
     last: LastOption = False,
+    watching: WatchOption = False,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """What each client did in every attempt at one round, and why it fell out."""
     with _reader() as reader:
-        row = reader.get_run(named_run(run, last))
-        attempts = {one.attempt: one for one in reader.rounds(row.run_id) if one.number == number}
-        if not attempts:
-            raise StorageError(f"run {row.run_id} never began round {number}")
-        found = reader.participations(row.run_id, number)
+        run_id = reader.get_run(named_run(run, last)).run_id
+        if watching:
+            watch(lambda: _look_at_round(reader, run_id, number), output, CLIENT_COLUMNS)
+            return
+        found = _look_at_round(reader, run_id, number)
+    emit(found.data, output, columns=CLIENT_COLUMNS, title=found.title)
+
+
+def _look_at_round(reader: Reader, run_id: str, number: int) -> Look:
+    row = reader.get_run(run_id)
+    attempts = {one.attempt: one for one in reader.rounds(run_id) if one.number == number}
+    if not attempts:
+        raise StorageError(f"run {run_id} never began round {number}")
     rows = [
         {
             "attempt": one.attempt,
@@ -209,10 +218,10 @@ def show_round(
             "metrics": one.metrics,
             "node_id": one.node_id,
         }
-        for one in found
+        for one in reader.participations(run_id, number)
     ]
-    title = f"run {row.run_id}, round {number}: " + "; ".join(map(_attempt_told, attempts.values()))
-    emit(rows, output, columns=CLIENT_COLUMNS, title=title)
+    title = f"run {run_id}, round {number}: " + "; ".join(map(_attempt_told, attempts.values()))
+    return Look(rows, title, final=row.status != "running")
 
 
 @config_app.command("show")

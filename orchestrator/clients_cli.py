@@ -12,9 +12,10 @@ import typer
 
 from contract.errors import ConfigError, StorageError, TrunklineError
 from contract.operators import OperatorOption, operator_name
-from contract.options import DryRunOption, NewestOption, SinceOption, YesOption, in_utc
+from contract.options import DryRunOption, NewestOption, SinceOption, WatchOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from contract.public_file import read_public_file
+from contract.watching import Look, watch
 from storage.records import IdentityRow
 
 if TYPE_CHECKING:
@@ -115,20 +116,28 @@ def list_clients(
     everybody: Annotated[bool, typer.Option("--all", help="Also those that were revoked.")] = False,
     since: SinceOption = None,
     limit: NewestOption = None,
+    watching: WatchOption = False,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Enrolled clients and their keys. --since and --limit go by when a client was enrolled or revoked last."""
     from storage.store import open_reader
 
+    changed, columns = in_utc(since), ALL_COLUMNS if everybody else COLUMNS
     with closing(open_reader()) as reader:
-        version, rows = reader.roster_version(), reader.list_identities(include_revoked=everybody)
-    changed = in_utc(since)
-    rows = [row for row in rows if changed is None or (row.revoked_at or row.enrolled_at) >= changed]
-    if limit is not None:
-        kept = sorted(row.roster_version for row in rows)[-limit:]
-        rows = [row for row in rows if row.roster_version in kept]
-    columns = ALL_COLUMNS if everybody else COLUMNS
-    emit([_row_data(row) for row in rows], output, columns=columns, title=f"roster version {version}")
+
+        def look() -> Look:
+            version, rows = reader.roster_version(), reader.list_identities(include_revoked=everybody)
+            rows = [row for row in rows if changed is None or (row.revoked_at or row.enrolled_at) >= changed]
+            if limit is not None:
+                kept = sorted(row.roster_version for row in rows)[-limit:]
+                rows = [row for row in rows if row.roster_version in kept]
+            return Look([_row_data(row) for row in rows], f"roster version {version}")
+
+        if watching:
+            watch(look, output, columns)
+            return
+        found = look()
+    emit(found.data, output, columns=columns, title=found.title)
 
 
 @app.command("show")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import UTC, datetime
+from math import inf
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from contract.errors import ConfigError
 from contract.operators import OperatorOption, operator_name
-from contract.options import DryRunOption, NewestOption, WatchOption, YesOption
+from contract.options import DryRunOption, NewestOption, SinceOption, WatchOption, YesOption, in_utc
 from contract.output import OutputFormat, OutputOption, cli_errors, emit, require_agreed, talk
 from contract.tls_options import TrunkCaOption, TrunkCertificateOption, TrunkKeyOption, trunk_tls
 from contract.watching import Look, watch
@@ -29,6 +31,7 @@ def show_sessions(
     address: AddressArgument = "127.0.0.1:50051",
     client: Annotated[str | None, typer.Option(help="Only this client's.")] = None,
     run: Annotated[str | None, typer.Option(help="Only of this run.")] = None,
+    since: SinceOption = None,
     limit: NewestOption = None,
     watching: WatchOption = False,
     ca: TrunkCaOption = None,
@@ -43,10 +46,13 @@ def show_sessions(
     """
     from server_trunk.admin_calls import connected
 
+    opened = in_utc(since)
     with connected(address, trunk_tls(ca, certificate, key)) as trunk:
 
         def look() -> Look:
             rows = [row for row in trunk.sessions() if client in (None, row.client) and run in (None, row.run)]
+            open_s = inf if opened is None else (datetime.now(UTC) - opened).total_seconds()
+            rows = [row for row in rows if row.open_s <= open_s]
             return Look(rows if limit is None else rows[-limit:], f"trunk {address}: {len(rows)} sessions")
 
         if watching:

@@ -251,11 +251,17 @@ def test_rounds_are_listed_by_how_they_stand_and_the_newest_only(bench: Bench) -
     assert len(data(rounds_app, "list", "--last", "--status", "committed", "--since", "2020-01-01")) == 3
 
 
-def test_watching_the_rounds_of_a_run_that_has_ended_tells_them_once(bench: Bench) -> None:
-    done = run(rounds_app, "list", "--last", "--watch")
+@pytest.mark.parametrize(
+    ("app", "arguments"),
+    [(rounds_app, ("list",)), (rounds_app, ("show", "--round", "2")), (adapter_app, ("list",))],
+)
+def test_watching_a_run_that_has_ended_tells_what_there_is_once(
+    bench: Bench, app: typer.Typer, arguments: tuple[str, ...]
+) -> None:
+    done = run(app, *arguments, "--last", "--watch")
     assert done.exit_code == 0, done.output
     (line,) = done.stdout.splitlines()
-    assert json.loads(line)["data"] == data(rounds_app, "list", "--last")
+    assert json.loads(line)["data"] == data(app, *arguments, "--last") != []
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from contract import output
+from contract import output, watching
 from contract.errors import StorageError
 from contract.identity import parse_public_key, read_private_key
 from contract.roster import Roster, read_roster, write_roster
@@ -122,6 +122,26 @@ def test_a_client_is_enrolled_listed_and_revoked(tmp_path: Path) -> None:
     reader = open_reader()
     assert [event.detail["operator"] for event in reader.events()] == ["ada", "bob", "ada"]
     reader.close()
+
+
+def test_who_watches_the_list_sees_who_is_enrolled_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = keygen(tmp_path / "a.key"), keygen(tmp_path / "b.key")
+    clients("enroll", "site-a", "--public-key", first)
+
+    def pause(seconds: float) -> None:
+        """Another client is enrolled between the first look and the second, and the watcher goes after the third."""
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            with closing(open_store()) as store:
+                store.enroll_client("site-b", second, "bob")
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    pauses: list[float] = []
+    monkeypatch.setattr(watching.time, "sleep", pause)
+    done = clients("list", "--watch", "-o", "jsonl")
+    told = [[row["client_id"] for row in json.loads(line)["data"]] for line in done.stdout.splitlines()]
+    assert told == [["site-a"], ["site-a", "site-b"]]
 
 
 def test_a_client_is_bound_to_the_key_of_its_certificate_and_the_list_shows_it(tmp_path: Path) -> None:

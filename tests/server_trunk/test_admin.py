@@ -73,6 +73,8 @@ def test_open_sessions_are_listed_with_what_they_did(start_trunk: Callable[..., 
     assert [row["client"] for row in data("sessions", trunk.address, "--client", "ward")] == ["ward"]
     assert [row["client"] for row in data("sessions", trunk.address, "--run", "r1")] == ["ward"]
     assert [row["client"] for row in data("sessions", trunk.address, "--limit", "1")] == ["ward"]
+    assert [row["client"] for row in data("sessions", trunk.address, "--since", "2020-01-01")] == ["own", "ward"]
+    assert data("sessions", trunk.address, "--since", "2999-01-01") == []
     assert f"trunk {trunk.address}: 2 sessions" in trunkline_trunk("sessions", trunk.address).stdout
     for session in (first, second):
         session.close()

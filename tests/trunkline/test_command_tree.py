@@ -22,8 +22,8 @@ from trunkline.cli import app, commands
 
 SERVES = {"trunk serve", "dashboard"}
 """They run until they are told to end, and emit no data."""
-LISTS = {"runs list", "rounds list", "adapter list", "clients list", "db log"}
-MOVES = {"budget show", "runs list", "rounds list", "trunk sessions", "db log"}
+LISTS = {"runs list", "rounds list", "adapter list", "clients list", "trunk sessions", "db log"}
+MOVES = {"budget show", "rounds show", *LISTS}
 DESTROYS = {
     "runs stop": ("--last",),
     "clients revoke": ("ward", "--reason", "left"),
