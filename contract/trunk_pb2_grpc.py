@@ -117,8 +117,7 @@ class TrunkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EndBefore(self, request, context):
-        """The run's attempts before this one are over: ends their sessions, and takes no more of them. Idempotent. A commit
-        says as much of its own attempt and those before it.
+        """The run's attempts before this one are over: ends their sessions, and takes no more of them. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -10,16 +10,13 @@ from contract.errors import TrunklineError
 from contract.records import RoundKey
 from orchestrator.audience import Listener
 from orchestrator.replicas import ConnectedTrunk
-from storage.records import RoundRow
+from storage.records import RoundCommit, RoundRow
 
 log = logging.getLogger("trunkline.orchestrator")
 
 
 class TrunkSessions(Listener):
-    """Those of one run's attempts. A trunk that does not answer keeps them until their sites have done their round.
-
-    What a commit ends the trunk ends by itself.
-    """
+    """Those of one run's attempts. A trunk that does not answer keeps them until their sites have done their round."""
 
     what = "sessions of attempts that are over"
 
@@ -36,6 +33,9 @@ class TrunkSessions(Listener):
 
     def opened(self, key: RoundKey, clients: int) -> None:
         self._over = key
+
+    def committed(self, commit: RoundCommit) -> None:
+        self.end()
 
     def aborted(self, key: RoundKey) -> None:
         self.end()

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -19,7 +19,6 @@ from contract.certificates import key_sha256
 from contract.codec import SESSION_CODECS
 from contract.errors import CapacityError, ConnectionFailedError, SessionError, StorageError, TrunklineError
 from contract.failpoint import failpoint
-from contract.records import RoundKey
 from contract.tls import peer_certificate
 from contract.version import VERSION
 from contract.wire import ERROR_KEY, MAX_MESSAGE_BYTES, PROTOCOL, model_agreement, round_from_wire
@@ -386,7 +385,6 @@ class TrunkServicer:
             whole = await self._disk.run(self._contributions.commit, key, request.base_sha256, survivors)
             reply = pb.CommitRoundReply(adapter_sha256=whole.adapter_sha256, trained_tokens=whole.trained_tokens)
             averaged = len(survivors)
-        self._end_before(replace(key, attempt=key.attempt + 1))
         if averaged:
             self._watch.committed()
             logger.info(
@@ -408,16 +406,13 @@ class TrunkServicer:
 
     @_answers_errors
     async def end_before(self, request: pb.RoundId, context: Context) -> pb.EndBeforeReply:
-        return pb.EndBeforeReply(sessions=self._end_before(read_round(request)))
-
-    def _end_before(self, key: RoundKey) -> int:
-        """End the sessions of the run's attempts that come before `key`; how many there are."""
+        key = read_round(request)
         ended = self._table.end_before(key)
         for session in ended:
             self._conversations[session].end(over(session.round_key or key))
         if ended:
             logger.info("run %s: %d sessions of attempts that are over end", key.run, len(ended))
-        return len(ended)
+        return pb.EndBeforeReply(sessions=len(ended))
 
 
 def _admission(tickets: TicketBook, hello: pb.Hello, opening: Opening, context: Context) -> Admission:

@@ -213,7 +213,7 @@ async def bombs(attack: Attack) -> None:
     zeros = bytes(128 << 20)
 
     async def throw(number: int) -> None:
-        method = ("Describe", "CommitRound", "Progress")[number % 3]
+        method = ("Describe", "CommitRound", "Progress", "EndBefore")[number % 4]
         await caller.unary(method, number)(zeros, compression=grpc.Compression.Gzip, timeout=60)
 
     await attack.all(throw, 2)
@@ -234,7 +234,7 @@ async def floods(attack: Attack) -> None:
     async def call(number: int) -> None:
         draw = attack.draw
         round_id = pb.RoundId(run=f"run{draw.randrange(1 << 30)}", round=draw.randrange(1 << 32), attempt=1)
-        kind = number % 6
+        kind = number % 7
         if kind == 0:
             await caller.unary("Describe", number)(b"", timeout=30)
         elif kind == 1:
@@ -245,12 +245,14 @@ async def floods(attack: Attack) -> None:
             request = pb.GetAdapterRequest(sha256=draw.randbytes(32).hex()).SerializeToString()
             async for _ in caller.channel(number).unary_stream("/trunkline.v1.Trunk/GetAdapter")(request, timeout=30):
                 continue
+        elif kind == 4:
+            await caller.unary("EndBefore", number)(round_id.SerializeToString(), timeout=30)
         else:
             commit = pb.CommitRoundRequest(
                 round=round_id,
                 base_sha256=attack.target.base_sha256,
                 survivors=[f"client{draw.randrange(9)}"],
-                partial=kind == 4,
+                partial=kind == 5,
             )
             await caller.unary("CommitRound", number)(commit.SerializeToString(), timeout=30)
 

@@ -188,7 +188,7 @@ class Fuzz:
     async def _single(self, name: str, draw: random.Random) -> None:
         """One of the calls that are no session, with a request that is wrong."""
         context = Spoken([])
-        kind = draw.choice(("put", "get", "commit", "progress"))
+        kind = draw.choice(("put", "get", "commit", "progress", "end"))
         key = pb.RoundId(run=draw.choice(("fuzzed", *STRINGS))[:2000], round=draw.choice(INTEGERS[:9]), attempt=1)
         sha256 = draw.choice((*self._served.bases, "0" * 64, *STRINGS))
         call: Any
@@ -204,8 +204,11 @@ class Fuzz:
                 round=key, base_sha256=sha256, survivors=survivors, partial=draw.random() < 0.5
             )
             call = self._servicer.commit_round(request, context)
-        else:
+        elif kind == "progress":
             call = self._servicer.progress(key, context)
+        else:  # of any run but the one that the conversations are of
+            key.run = key.run.replace("fuzzed", "over")
+            call = self._servicer.end_before(key, context)
         error = await _ended(call)
         self.tally.frames += 1
         self._end(error)

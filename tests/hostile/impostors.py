@@ -151,10 +151,11 @@ async def certificates(attack: Attack) -> None:
 
 
 _TRUNK, _ADMIN = "/trunkline.v1.Trunk/", "/trunkline.v1.TrunkAdmin/"
+_ORCHESTRATORS = ("CommitRound", "Progress", "EndBefore")
 _NOT_FOR = {
-    "south": (f"{_TRUNK}CommitRound", f"{_TRUNK}Progress", f"{_ADMIN}Sessions", f"{_ADMIN}Drain"),
+    "south": tuple(f"{_TRUNK}{name}" for name in _ORCHESTRATORS) + (f"{_ADMIN}Sessions", f"{_ADMIN}Drain"),
     "orchestrator": (f"{_ADMIN}Sessions", f"{_ADMIN}Drain"),
-    "operator": (f"{_TRUNK}CommitRound", f"{_TRUNK}Progress"),
+    "operator": tuple(f"{_TRUNK}{name}" for name in _ORCHESTRATORS),
 }
 
 

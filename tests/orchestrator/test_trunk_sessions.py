@@ -16,6 +16,7 @@ from contract.records import RoundKey
 from contract.wire import lora_to_wire
 from orchestrator.trunk import Trunk
 from orchestrator.trunk_sessions import TrunkSessions
+from storage.records import RoundCommit
 from tests.orchestrator.conftest import Bench, LiveTrunk
 from tests.orchestrator.fakes import Content, FakeNode
 from tests.server_trunk.conftest import trunk_only
@@ -91,13 +92,19 @@ def test_a_resumed_run_ends_what_its_dead_attempt_left_and_goes_on(
         assert session.ending().error is RoundError
 
 
-def test_an_aborted_attempt_is_over_and_the_next_one_goes_on(live_trunk: LiveTrunk, train: Train) -> None:
-    trunk = Trunk(live_trunk.address)
-    sessions, key = TrunkSessions(trunk), RoundKey("aborts", 3, 1)
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_attempt_that_is_aborted_or_committed_is_over_and_the_next_one_goes_on(
+    live_trunk: LiveTrunk, train: Train, committed: bool
+) -> None:
+    trunk, run = Trunk(live_trunk.address), f"committed-{committed}"
+    sessions, key = TrunkSessions(trunk), RoundKey(run, 3, 1)
     sessions.end()  # before the first attempt there is nothing to end
     sessions.opened(key, 2)
-    over, next_one = train("aborts", 3, 1), train("aborts", 3, 2)
-    sessions.aborted(key)
+    over, next_one = train(run, 3, 1), train(run, 3, 2)
+    if committed:
+        sessions.committed(RoundCommit(run, 3, 1, "c" * 64, "d" * 64, 10, ["1"], 1.0))
+    else:
+        sessions.aborted(key)
     assert over.ending().error is RoundError
     next_one.read()
     next_one.close()

@@ -79,28 +79,6 @@ def test_who_comes_late_to_an_attempt_is_told_that_it_is_over(client: WireClient
         opened(run, number, attempt).close()
 
 
-def test_a_commit_ends_who_still_trains_for_its_attempt(client: WireClient, opened: Open, base: str) -> None:
-    run = "commits"
-    survivor, straggler, next_attempt = opened(run, 1, 1), opened(run, 1, 1, "slow"), opened(run, 1, 2)
-    survivor.close(trained_tokens=3, contribute=True)
-    straggler.forward(HIDDEN_BTD)
-    client.call("CommitRound", pb.CommitRoundRequest(round=named(run, 1, 1), base_sha256=base, survivors=["ward"]))
-    assert straggler.ending().error is RoundError
-    next_attempt.forward(HIDDEN_BTD)
-    next_attempt.close()
-
-
-def test_a_commit_that_fails_ends_nobody(client: WireClient, opened: Open, base: str) -> None:
-    run = "fails-to-commit"
-    session = opened(run, 1, 1)
-    with pytest.raises(Refused):
-        client.call(
-            "CommitRound", pb.CommitRoundRequest(round=named(run, 1, 1), base_sha256=base, survivors=["nobody"])
-        )
-    session.forward(HIDDEN_BTD)
-    session.close()
-
-
 def test_a_run_that_none_can_be_called_is_refused(client: WireClient) -> None:
     with pytest.raises(Refused, match="run is '../x'; it must be 1 to 128 letters") as refused:
         client.call("EndBefore", named("../x", 1, 1))

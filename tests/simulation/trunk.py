@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -230,7 +230,6 @@ class TrunkChannel:
         key = wire.round_from_wire(request.round)
         self._host.kernel.say(f"the trunk averages {key.round}.{key.attempt} over {list(request.survivors)}")
         found = self._host.contributions.commit(key, request.base_sha256, list(request.survivors))
-        self._host.table.end_before(replace(key, attempt=key.attempt + 1))
         return pb.CommitRoundReply(adapter_sha256=found.adapter_sha256, trained_tokens=found.trained_tokens)
 
     def _end_before(self, request: pb.RoundId) -> pb.EndBeforeReply:
