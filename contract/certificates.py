@@ -15,10 +15,10 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from contract.errors import ConfigError
-from contract.identity import check_client_id
+from contract.identity import check_client_id, private_key_of
 from contract.private_file import read_private_file
 from contract.public_file import read_public_file
 
@@ -170,13 +170,7 @@ def read_tls_key(path: Path, certificate: x509.Certificate, certificate_name: st
     encrypted, or that others than its owner can read.
     """
     pem = read_private_file(path)
-    try:
-        key = load_pem_private_key(pem, password=None)
-    except TypeError:
-        raise ConfigError(f"the key in {path} is encrypted; it must be a PEM file without a password") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise ConfigError(f"{path} holds no private key in PEM") from None
-    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    public = private_key_of(pem, path).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if sha256(public).hexdigest() != key_sha256(certificate):
         raise ConfigError(f"the key in {path} is not that of the certificate {certificate_name}")
     return pem

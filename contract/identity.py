@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from contract.durable_file import create_file
@@ -94,18 +95,26 @@ def create_private_key(path: Path) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+def private_key_of(pem: bytes, path: Path, remedy: str = "") -> PrivateKeyTypes:
+    """The private key in what was read from `path`. Raises ConfigError for one that is encrypted, or where none is.
+
+    The latter ends in `remedy`.
+    """
+    try:
+        return load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise ConfigError(f"the key in {path} is encrypted; it must be a PEM file without a password") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"{path} holds no private key in PEM{remedy}") from None
+
+
 def read_private_key(path: Path) -> Ed25519PrivateKey:
     """The private key in the file `path`. Raises ConfigError, naming the file and never what is in it.
 
     Refused: what is no Ed25519 key in PEM, and a file that its group or others can read or write.
     """
-    pem = read_private_file(path)
-    try:
-        key = load_pem_private_key(pem, password=None)
-    except TypeError:
-        raise ConfigError(f"the key in {path} is encrypted; it must be a PEM file without a password") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise ConfigError(f"{path} holds no private key in PEM; make one with `trunkline clients keygen`") from None
+    remedy = "; make one with `trunkline clients keygen`"
+    key = private_key_of(read_private_file(path), path, remedy)
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"the key in {path} is no Ed25519 key; make one with `trunkline clients keygen`")
+        raise ConfigError(f"the key in {path} is no Ed25519 key{remedy}")
     return key
