@@ -117,7 +117,8 @@ class TrunkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EndBefore(self, request, context):
-        """The run's attempts before this one are over: ends their sessions, and takes no more of them. Idempotent.
+        """The run's attempts before this one are over: ends their sessions, and takes no more of them, until it is said
+        otherwise or this trunk starts anew. Attempt 0, a last judgement, is never over. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -109,7 +109,9 @@ class Replicas:
 
     def end_before(self, key: RoundKey) -> None:
         """Tell every trunk that answers that the run's attempts before `key` are over."""
-        self._asked(lambda trunk: trunk.end_before(key))
+        _, silent = self._asked(lambda trunk: trunk.end_before(key))
+        for address, error in silent.items():
+            log.warning("trunk %s is not told that attempts are over: %s", address, error)
 
     def commit_round(self, key: RoundKey, base_sha256: str, survivors: Sequence[str]) -> TrunkAverage:
         """Average the trunk parts of exactly `survivors`, wherever each contributed, and put the average everywhere.

@@ -91,8 +91,8 @@ def conduct(start: Start) -> Export:
             tickets = open_office(config, served, start.store, trunk.address)
             _take_up(start, run_id, config, served)
         lease = held.enter_context(start.lease(start.store, run_id))
-        sessions = TrunkSessions(trunk)
-        held.callback(sessions.end)
+        sessions = TrunkSessions(trunk, run_id)
+        held.callback(sessions.end)  # once SQL has the run's end, which a silent trunk must not hold up
         directory = start.runs_dir / run_id
         watched = Watched(run_id, config, lease, trunk, start.store, start.ledger, directory)
         ending = held.enter_context(_end_recorded(start, run_id))

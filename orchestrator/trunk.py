@@ -196,7 +196,9 @@ class Trunk:
     def end_before(self, key: RoundKey) -> None:
         """Tell the trunk that the run's attempts before `key` are over, so that their sessions end. Idempotent."""
         with _told_by(self.address, by_tls=self._by_tls):
-            self._stub.EndBefore(wire.round_to_wire(key), timeout=self._answer_timeout_s)
+            ended: pb.EndBeforeReply = self._stub.EndBefore(wire.round_to_wire(key), timeout=self._answer_timeout_s)
+        if ended.sessions:
+            log.info("trunk %s ends %d sessions of attempts that are over", self.address, ended.sessions)
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` answers; asked again while nothing answers at the address and patience lasts."""

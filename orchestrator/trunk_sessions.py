@@ -18,18 +18,21 @@ log = logging.getLogger("trunkline.orchestrator")
 class TrunkSessions(Listener):
     """Those of one run's attempts. A trunk that does not answer keeps them until their sites have done their round."""
 
-    what = "sessions of attempts that are over"
+    what = "the end of attempts at the trunk"
 
-    def __init__(self, trunk: ConnectedTrunk) -> None:
+    def __init__(self, trunk: ConnectedTrunk, run_id: str) -> None:
         self._trunk = trunk
+        self._run_id = run_id
         self._over: RoundKey | None = None
 
     def take_over(self, rounds: Sequence[RoundRow]) -> None:
-        """End what the attempts before a resumption left: their sites answer nobody until they are done with them."""
-        if rounds:
-            last = max(rounds, key=lambda row: (row.number, row.attempt))
-            self._over = RoundKey(last.run_id, last.number, last.attempt)
-            self.end()
+        """End what the attempts before a resumption left: their sites answer nobody until they are done with them.
+
+        Said also where there were none: the trunk may have heard of later ones, before a backup was restored.
+        """
+        number, attempt = max(((row.number, row.attempt) for row in rounds), default=(0, 0))
+        self._over = RoundKey(self._run_id, number, attempt)
+        self.end()
 
     def opened(self, key: RoundKey, clients: int) -> None:
         self._over = key
@@ -47,4 +50,4 @@ class TrunkSessions(Listener):
         try:
             self._trunk.end_before(replace(self._over, attempt=self._over.attempt + 1))
         except TrunklineError as error:
-            log.warning("%s stay at the trunk until their sites are done: %s", self.what, error)
+            log.warning("sites that train for an attempt that is over do so until they are done: %s", error)

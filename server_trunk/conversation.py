@@ -112,11 +112,7 @@ class Conversation:
             sample_cache_bytes=self._sample_cache_bytes,
             renewal=b"" if self._session.ticket_use is None else self._session.ticket_use.renewal,
         )
-        await self._stream.write(pb.ServerFrame(welcome=welcome))
-        if self._cut_off is not None:
-            raise self._cut_off
-        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
-        self._answering = tasks[0]
+        tasks = [asyncio.create_task(self._answer(welcome)), asyncio.create_task(self._read())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in tasks:
@@ -189,17 +185,20 @@ class Conversation:
                 break
         await self._answers.put(None)
 
-    async def _answer(self) -> None:
-        """Sends what was asked for, in the order in which it was asked."""
+    async def _answer(self, welcome: pb.Welcome) -> None:
+        """Sends `welcome`, and then what was asked for, in the order in which it was asked."""
+        self._answering = asyncio.current_task()
         try:
-            while (answer := await self._answers.get()) is not None:
+            await self._stream.write(pb.ServerFrame(welcome=welcome))
+            while self._cut_off is None and (answer := await self._answers.get()) is not None:
                 await answer()
                 self._tally()
         except asyncio.CancelledError:
-            error, self._cut_off = self._cut_off, None
-            if error is None:
+            if self._cut_off is None:
                 raise
-            raise error from None
+        error, self._cut_off = self._cut_off, None
+        if error is not None:
+            raise error
 
     async def _deliver(self, out: Outgoing) -> None:
         """Sends the data of a reply whose frame was sent."""

@@ -32,7 +32,7 @@ from server_trunk.requests import Opening, read_hello, read_round, read_survivor
 from server_trunk.scheduler import Scheduler
 from server_trunk.seats import Seat
 from server_trunk.session_adapter import SessionAdapter
-from server_trunk.sessions import Session, SessionTable, over
+from server_trunk.sessions import Session, SessionTable
 from server_trunk.stream import FrameStream
 from server_trunk.tickets import Admission, Asked, TicketBook, TicketUse
 from server_trunk.transfers import AdapterTransfers
@@ -297,29 +297,28 @@ class TrunkServicer:
             autocast_dtype=self._limits.autocast_dtype if auto else opening.trunk_autocast,
             ticket_use=use,
         )
-        seat.keeps_graphs = lambda: session.pending.keeps_graphs
-        seen.admit(session)
-        conversation = Conversation(
-            session,
-            seat,
-            stream,
-            self._engine,
-            self._scheduler,
-            self._contributions,
-            disk=self._disk,
-            memory=self._memory,
-            spill=self._spill,
-            max_tokens=self._limits.max_tokens,
-            patience_s=self._limits.idle_timeout_s,
-            sample_cache_bytes=self._limits.sample_cache_bytes,
-            cache_memory=self._cache_memory,
-            closing=self._closing,
-        )
-        self._conversations[session] = conversation
         try:
+            seat.keeps_graphs = lambda: session.pending.keeps_graphs
+            seen.admit(session)
+            self._conversations[session] = conversation = Conversation(
+                session,
+                seat,
+                stream,
+                self._engine,
+                self._scheduler,
+                self._contributions,
+                disk=self._disk,
+                memory=self._memory,
+                spill=self._spill,
+                max_tokens=self._limits.max_tokens,
+                patience_s=self._limits.idle_timeout_s,
+                sample_cache_bytes=self._limits.sample_cache_bytes,
+                cache_memory=self._cache_memory,
+                closing=self._closing,
+            )
             await conversation.run()
         finally:
-            del self._conversations[session]
+            self._conversations.pop(session, None)
             self._table.close(session)
 
     async def relieve(self) -> None:
@@ -408,8 +407,8 @@ class TrunkServicer:
     async def end_before(self, request: pb.RoundId, context: Context) -> pb.EndBeforeReply:
         key = read_round(request)
         ended = self._table.end_before(key)
-        for session in ended:
-            self._conversations[session].end(over(session.round_key or key))
+        for session, error in ended:
+            self._conversations[session].end(error)
         if ended:
             logger.info("run %s: %d sessions of attempts that are over end", key.run, len(ended))
         return pb.EndBeforeReply(sessions=len(ended))

@@ -247,8 +247,7 @@ class Session(Generic[Adapter, Graph]):
         return SeenSession(*told, now - self.heard_s, replace(self.counters), self.pending.reserved, False)
 
 
-def over(key: RoundKey) -> RoundError:
-    """What the sessions of an attempt end with that is over."""
+def _over(key: RoundKey) -> RoundError:
     return RoundError(
         f"round {key.round}, attempt {key.attempt} of run {key.run} is over: what is computed for it counts for nothing"
     )
@@ -353,21 +352,23 @@ class SessionTable(Generic[Adapter, Graph]):
         self._open.add(session)
         return session
 
-    def end_before(self, key: RoundKey) -> list[Session[Adapter, Graph]]:
-        """The attempts of a run that come before `key` are over; the sessions of theirs that are open, to be ended.
+    def end_before(self, key: RoundKey) -> list[tuple[Session[Adapter, Graph], RoundError]]:
+        """The attempts of a run that come before `key` are over; the open sessions of theirs, and what each ends with.
 
-        Of the last runs alone it is remembered, and never taken back.
+        Of the last runs alone it is remembered. What was said last holds: a run whose database was restored from a
+        backup goes on at a round that it had been through.
         """
-        self._going_on[key.run] = max((key.round, key.attempt), self._going_on.get(key.run, (0, 0)))
+        self._going_on[key.run] = (key.round, key.attempt)
         self._going_on.move_to_end(key.run)
         if len(self._going_on) > _REMEMBERED_RUNS:
             self._going_on.popitem(last=False)
-        return [session for session in self._open if session.round_key and self._is_over(session.round_key)]
+        keys = [(session, session.round_key) for session in self._open]
+        return [(session, _over(own)) for session, own in keys if own is not None and self._is_over(own)]
 
     def require_going_on(self, key: RoundKey | None) -> None:
         """Raise RoundError for an attempt that is over."""
         if key is not None and self._is_over(key):
-            raise over(key)
+            raise _over(key)
 
     def _is_over(self, key: RoundKey) -> bool:
         going_on = self._going_on.get(key.run, (0, 0))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from contract import logs, traces
 from contract.addresses import is_loopback
-from contract.errors import ConfigError, ConnectionFailedError, TrunklineError
+from contract.errors import ConfigError, ConnectionFailedError, RoundError, TrunklineError
 from contract.records import RoundKey
 from contract.scrape import Exporter, metrics_address
 from server_trunk.engine import Engine
@@ -100,7 +100,7 @@ class SessionSeen:
         elif session is None:
             outcome = "refused"
         else:
-            outcome = "cut_off" if isinstance(error, ConnectionFailedError) else "failed"
+            outcome = "cut_off" if isinstance(error, ConnectionFailedError | RoundError) else "failed"
         if self._watch.metrics is not None:
             self._watch.metrics.session_ended(outcome, kind)
         if session is not None:

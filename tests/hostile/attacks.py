@@ -216,7 +216,7 @@ async def bombs(attack: Attack) -> None:
         method = ("Describe", "CommitRound", "Progress", "EndBefore")[number % 4]
         await caller.unary(method, number)(zeros, compression=grpc.Compression.Gzip, timeout=60)
 
-    await attack.all(throw, 2)
+    await attack.all(throw, 4)
     await caller.close()
 
 

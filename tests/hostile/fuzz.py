@@ -21,7 +21,7 @@ from contract import trunk_pb2 as pb
 from contract.errors import FrameError, error_named
 from contract.wire import ERROR_KEY, chunk_data, parse_client_frame, parse_server_frame
 from server_trunk.server import TrunkServer
-from tests.hostile.conversations import Served
+from tests.hostile.conversations import FUZZED_RUN, Served
 from tests.hostile.mutations import INTEGERS, STRINGS, honest_frames, hostile_frames
 
 LIMIT_S = 60.0
@@ -189,7 +189,7 @@ class Fuzz:
         """One of the calls that are no session, with a request that is wrong."""
         context = Spoken([])
         kind = draw.choice(("put", "get", "commit", "progress", "end"))
-        key = pb.RoundId(run=draw.choice(("fuzzed", *STRINGS))[:2000], round=draw.choice(INTEGERS[:9]), attempt=1)
+        key = pb.RoundId(run=draw.choice((FUZZED_RUN, *STRINGS))[:2000], round=draw.choice(INTEGERS[:9]), attempt=1)
         sha256 = draw.choice((*self._served.bases, "0" * 64, *STRINGS))
         call: Any
         if kind == "put":
@@ -206,10 +206,11 @@ class Fuzz:
             call = self._servicer.commit_round(request, context)
         elif kind == "progress":
             call = self._servicer.progress(key, context)
-        else:  # of any run but the one that the conversations are of
-            key.run = key.run.replace("fuzzed", "over")
+        else:
             call = self._servicer.end_before(key, context)
         error = await _ended(call)
+        if kind == "end":  # who comes from here on is of an attempt that goes on
+            await self._servicer.end_before(pb.RoundId(run=FUZZED_RUN), context)
         self.tally.frames += 1
         self._end(error)
         if fault := fault_of(error):

@@ -83,13 +83,19 @@ def test_a_resumed_run_ends_what_its_dead_attempt_left_and_goes_on(
         patch.setattr(Trunk, "end_before", silent)
         with pytest.raises(QuorumError):
             bench.conduct()
-    assert "stay at the trunk until their sites are done: nothing answers" in caplog.text
-    bench.grid.nodes[2] = FakeNode(bench.clients[2])
+    assert "sites that train for an attempt that is over do so until they are done: nothing answers" in caplog.text
     run = bench.store.get_run("last")
-    still = train(run.run_id, 2, 1)
+    left.append(train(run.run_id, 2, 1))
+    ended: list[object] = []
+
+    def answers(message: Message) -> Content:
+        while left:  # freed before anybody is asked for anything
+            ended.append(left.pop().ending().error)
+        return bench.clients[2](message)
+
+    bench.grid.nodes[2] = FakeNode(answers)
     assert bench.conduct(resume_run=run.run_id).round == 2
-    for session in (*left, still):
-        assert session.ending().error is RoundError
+    assert ended == [RoundError, RoundError]
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -97,7 +103,7 @@ def test_an_attempt_that_is_aborted_or_committed_is_over_and_the_next_one_goes_o
     live_trunk: LiveTrunk, train: Train, committed: bool
 ) -> None:
     trunk, run = Trunk(live_trunk.address), f"committed-{committed}"
-    sessions, key = TrunkSessions(trunk), RoundKey(run, 3, 1)
+    sessions, key = TrunkSessions(trunk, run), RoundKey(run, 3, 1)
     sessions.end()  # before the first attempt there is nothing to end
     sessions.opened(key, 2)
     over, next_one = train(run, 3, 1), train(run, 3, 2)
@@ -108,4 +114,12 @@ def test_an_attempt_that_is_aborted_or_committed_is_over_and_the_next_one_goes_o
     assert over.ending().error is RoundError
     next_one.read()
     next_one.close()
+    trunk.close()
+
+
+def test_a_run_whose_backup_was_made_before_its_first_round_begins_anew(live_trunk: LiveTrunk, train: Train) -> None:
+    trunk = Trunk(live_trunk.address)
+    trunk.end_before(RoundKey("restored-early", 7, 1))
+    TrunkSessions(trunk, "restored-early").take_over([])
+    train("restored-early", 1, 1).close()
     trunk.close()

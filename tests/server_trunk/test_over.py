@@ -11,7 +11,12 @@ import torch
 from contract import trunk_pb2 as pb
 from contract.adapter import sha256_hex
 from contract.errors import FrameError, RoundError
-from contract.records import OUTSIDE_ROUNDS
+from contract.records import OUTSIDE_ROUNDS, RoundKey
+from server_trunk.conversation import Conversation
+from server_trunk.memory import MemoryBudget
+from server_trunk.requests import Opening
+from server_trunk.servicer import TrunkServicer
+from server_trunk.session_adapter import SessionAdapter
 from tests.server_trunk.conftest import HIDDEN, RunningTrunk
 from tests.server_trunk.wire_client import Refused, WireClient, WireSession
 
@@ -23,12 +28,17 @@ def named(run: str, number: int, attempt: int) -> pb.RoundId:
     return pb.RoundId(run=run, round=number, attempt=attempt)
 
 
-@pytest.fixture
-def base(client: WireClient, lora: pb.Lora) -> str:
+def adapter_at(client: WireClient, lora: pb.Lora) -> str:
+    """An adapter that the trunk holds, by its id."""
     first = client.session(client.hello(lora, client_id="first"))
     start = first.read()
     first.close()
     return client.put_adapter(sha256_hex(start), start)
+
+
+@pytest.fixture
+def base(client: WireClient, lora: pb.Lora) -> str:
+    return adapter_at(client, lora)
 
 
 @pytest.fixture
@@ -70,13 +80,71 @@ def test_what_comes_before_an_attempt_ends_and_nothing_else_does(
 def test_who_comes_late_to_an_attempt_is_told_that_it_is_over(client: WireClient, opened: Open) -> None:
     run = "comes-late"
     client.call("EndBefore", named(run, 2, 2))
-    client.call("EndBefore", named(run, 1, 1))  # a late word of an earlier attempt takes nothing back
     for number, attempt in ((1, 1), (1, 9), (2, 1)):
         with pytest.raises(Refused, match=f"round {number}, attempt {attempt} of run {run} is over") as refused:
             opened(run, number, attempt)
         assert refused.value.error is RoundError
     for number, attempt in ((2, 2), (3, 1), (1, OUTSIDE_ROUNDS)):
         opened(run, number, attempt).close()
+
+
+def test_a_run_that_was_restored_from_a_backup_goes_on_where_the_backup_was_made(
+    client: WireClient, opened: Open
+) -> None:
+    run = "restored"
+    client.call("EndBefore", named(run, 20, 2))
+    with pytest.raises(Refused, match="round 5, attempt 2 of run restored is over"):
+        opened(run, 5, 2)
+    client.call("EndBefore", named(run, 5, 2))
+    opened(run, 5, 2).close()
+    with pytest.raises(Refused):
+        opened(run, 5, 1)
+
+
+def test_a_session_that_is_ended_before_it_is_welcomed_ends_and_leaves_no_memory_taken(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, plain = start_trunk(), Conversation.run
+    client = WireClient(trunk.address)
+    base, key = adapter_at(client, lora), named("early", 1, 1)
+    budgets: list[MemoryBudget] = []
+
+    async def run(self: Conversation) -> None:
+        budgets.append(self._memory)
+        assert self._memory.taken > 0
+        self.end(RoundError("ended before its first answer"))
+        await plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "run", run)
+        hello = client.hello(lora, client_id="ward", adapter_sha256=base, round=key, codecs=["int4-delta", "identity"])
+        session = client.session(hello)
+        assert session.welcome.sample_cache_bytes > 0
+        assert session.ending().error is RoundError
+    assert [budget.taken for budget in budgets] == [0]
+    client.session(client.hello(lora, client_id="ward", adapter_sha256=base, round=key)).close()
+    client.close()
+
+
+def test_an_attempt_that_ends_while_its_adapter_is_opened_takes_no_session(
+    start_trunk: Callable[..., RunningTrunk], lora: pb.Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, plain = start_trunk(max_sessions=1), TrunkServicer._first_adapter_in_time
+    client = WireClient(trunk.address)
+    base = adapter_at(client, lora)
+
+    async def slowly(self: TrunkServicer, opening: Opening) -> SessionAdapter:
+        adapter = await plain(self, opening)
+        assert self._table.end_before(RoundKey("meanwhile", 1, 2)) == []
+        return adapter
+
+    monkeypatch.setattr(TrunkServicer, "_first_adapter_in_time", slowly)
+    hello = client.hello(lora, client_id="ward", adapter_sha256=base, round=named("meanwhile", 1, 1))
+    for _ in range(2):  # the first gave its only place back
+        with pytest.raises(Refused, match="round 1, attempt 1 of run meanwhile is over") as refused:
+            client.session(hello)
+        assert refused.value.error is RoundError
+    client.close()
 
 
 def test_a_run_that_none_can_be_called_is_refused(client: WireClient) -> None:
@@ -90,10 +158,7 @@ def test_sessions_that_were_ended_give_back_their_places(
 ) -> None:
     trunk = start_trunk(max_sessions=2)
     client = WireClient(trunk.address)
-    start = client.session(client.hello(lora, client_id="first"))
-    data = start.read()
-    start.close()
-    base = client.put_adapter(sha256_hex(data), data)
+    base = adapter_at(client, lora)
 
     def session(attempt: int) -> WireSession:
         key = named("full", 1, attempt)

@@ -76,6 +76,7 @@ OFTEN = frozenset(
         *("a driver killed", "a driver that stands still", "a second driver refused", "a run stopped"),
         *("a driver taken over from while it lives", "an attempt aborted", "a round trained again", "a reply lost"),
         *("a site restarted", "a ClientApp killed", "a trunk restarted", "a message refused by Flower"),
+        "training for an attempt that is over ended",
     }
 )
 """What comes up in a tenth of all seeds and more: 200 without one of these test less than they say."""
