@@ -16,7 +16,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from contract.certificates import (
@@ -31,7 +31,7 @@ from contract.certificates import (
 )
 from contract.durable_file import create_file
 from contract.errors import ConfigError
-from contract.identity import check_client_id
+from contract.identity import check_client_id, private_key_of
 
 CA_CERTIFICATE, CA_KEY = "ca.pem", "ca.key"
 MAX_DAYS = 36_500
@@ -75,7 +75,7 @@ def open_authority(directory: Path) -> Authority:
         raise ConfigError(f"there is no certificate authority in {directory}: make one with `trunkline pki init`")
     certificate = read_certificates(path)[0]
     pem = read_tls_key(directory / CA_KEY, certificate, str(path))
-    key = load_pem_private_key(pem, password=None)
+    key = private_key_of(pem, directory / CA_KEY)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not is_authority(certificate):
         raise ConfigError(f"{path} is no certificate authority that `trunkline pki init` made")
     return Authority(directory, certificate, key)
