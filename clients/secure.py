@@ -30,7 +30,6 @@ from contract.errors import (
     ConnectionFailedError,
     DeadlineError,
     ModelError,
-    RoundError,
     SecureSumError,
     StorageError,
     TrunklineError,
@@ -80,7 +79,7 @@ def open_secure_site(site: Site, client_id: str, entropy: Callable[[int], bytes]
 
 _TOLD = (
     *(SecureSumError, ConfigError, ModelError, StorageError),
-    *(ConnectionFailedError, DeadlineError, AgreementError, AccessError, RoundError),
+    *(ConnectionFailedError, DeadlineError, AgreementError, AccessError),
 )
 """Whose texts, under masked sums, the orchestrator is told. They MUST quote no figure of a site's text or training."""
 

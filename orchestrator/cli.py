@@ -206,7 +206,7 @@ def show_round(
 def _look_at_round(reader: Reader, run_id: str, number: int) -> Look:
     row = reader.get_run(run_id)
     attempts = {one.attempt: one for one in reader.rounds(run_id) if one.number == number}
-    if not attempts and row.status != "running":
+    if not attempts:
         raise StorageError(f"run {run_id} never began round {number}")
     rows = [
         {
@@ -220,9 +220,9 @@ def _look_at_round(reader: Reader, run_id: str, number: int) -> Look:
         }
         for one in reader.participations(run_id, number)
     ]
-    told = "; ".join(map(_attempt_told, attempts.values())) or "not begun"
+    title = f"run {run_id}, round {number}: " + "; ".join(map(_attempt_told, attempts.values()))
     committed = any(one.status == "committed" for one in attempts.values())
-    return Look(rows, f"run {run_id}, round {number}: {told}", final=committed or row.status != "running")
+    return Look(rows, title, final=committed or row.status != "running")
 
 
 @config_app.command("show")
