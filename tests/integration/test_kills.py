@@ -29,6 +29,7 @@ from storage.store import open_reader, open_store
 from tests.clients.sites import Site, save_site_model, write_texts
 from tests.faults.oracle import Oracle
 from tests.orchestrator.conftest import inside_a_flower_task
+from trunkline import flower
 from trunkline.flower import LOOPBACK, START_LIMIT_S, SuperLinkAddress, flower_environment, start_supernode
 from trunkline.ports import reserve_port
 from trunkline.processes import Daemon, Supervisor
@@ -71,7 +72,12 @@ class Deployment:
         argv = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
         argv += ["--host", LOOPBACK, "--port", port, "--database", str(self.folder / "superlink.db")]
         home = str(self.folder / "superlink-home")
-        self.running["SuperLink"] = self.supervisor.start("superlink", argv, {"FLWR_HOME": home})
+        superlink = self.supervisor.start("superlink", argv, {"FLWR_HOME": home})
+        self.running["SuperLink"] = superlink
+        # Who resumes at once, where the lease has run out meanwhile, is refused by a SuperLink that only starts.
+        self.supervisor.wait_for(
+            lambda: flower._healthy(LOOPBACK, int(port)), superlink, "the SuperLink", START_LIMIT_S
+        )
 
     def start_trunk(self) -> None:
         announcement = self.folder / "trunk-address"
