@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from peft import LoraConfig
 
 from contract import trunk_pb2 as pb
-from contract.adapter import resolve_lora, sha256_hex
+from contract.adapter import resolve_lora
 from contract.errors import ConnectionFailedError, QuorumError, RoundError
 from contract.records import RoundKey
 from contract.wire import lora_to_wire
@@ -20,7 +20,7 @@ from storage.records import RoundCommit
 from tests.orchestrator.conftest import Bench, LiveTrunk
 from tests.orchestrator.fakes import Content, FakeNode
 from tests.server_trunk.conftest import trunk_only
-from tests.server_trunk.wire_client import WireClient, WireSession
+from tests.server_trunk.wire_client import Refused, WireClient, WireSession
 
 MakeBench = Callable[..., Bench]
 Train = Callable[[str, int, int], WireSession]
@@ -32,10 +32,7 @@ def train(live_trunk: LiveTrunk, tiny_model: Path) -> Iterator[Train]:
     client = WireClient(live_trunk.address)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     lora = lora_to_wire(trunk_only(resolve_lora(tiny_model, config)))
-    first = client.session(client.hello(lora))
-    start = first.read()
-    first.close()
-    base = client.put_adapter(sha256_hex(start), start)
+    base = client.first_adapter(lora)
 
     def session(run: str, number: int, attempt: int) -> WireSession:
         key = pb.RoundId(run=run, round=number, attempt=attempt)
@@ -120,6 +117,9 @@ def test_an_attempt_that_is_aborted_or_committed_is_over_and_the_next_one_goes_o
 def test_a_run_whose_backup_was_made_before_its_first_round_begins_anew(live_trunk: LiveTrunk, train: Train) -> None:
     trunk = Trunk(live_trunk.address)
     trunk.end_before(RoundKey("restored-early", 7, 1))
+    with pytest.raises(Refused, match="round 1, attempt 1 of run restored-early is over"):
+        train("restored-early", 1, 1)
     TrunkSessions(trunk, "restored-early").take_over([])
-    train("restored-early", 1, 1).close()
+    session = train("restored-early", 1, 1)
+    assert session.close().trained_tokens == 0
     trunk.close()

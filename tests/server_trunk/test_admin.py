@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from contract import output
 from contract import trunk_pb2 as pb
-from contract.adapter import sha256_hex
 from contract.errors import ConfigError, ConnectionFailedError
 from contract.trunk_pb2_grpc import TrunkAdminStub
 from server_trunk.admin_calls import TrunkOperator
@@ -48,10 +47,7 @@ def data(*arguments: str) -> Any:
 
 
 def in_a_round(client: WireClient, lora: pb.Lora, who: str, **fields: Any) -> WireSession:
-    first = client.session(client.hello(lora, client_id="first"))
-    start = first.read()
-    first.close()
-    sha256 = client.put_adapter(sha256_hex(start), start)
+    sha256 = client.first_adapter(lora)
     key = pb.RoundId(run="r1", round=2, attempt=3)
     return client.session(client.hello(lora, client_id=who, adapter_sha256=sha256, round=key, **fields))
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from contract import trunk_pb2 as pb
-from contract.adapter import sha256_hex
 from contract.errors import FrameError, RoundError
 from contract.records import OUTSIDE_ROUNDS, RoundKey
 from server_trunk.conversation import Conversation
@@ -28,17 +27,9 @@ def named(run: str, number: int, attempt: int) -> pb.RoundId:
     return pb.RoundId(run=run, round=number, attempt=attempt)
 
 
-def adapter_at(client: WireClient, lora: pb.Lora) -> str:
-    """An adapter that the trunk holds, by its id."""
-    first = client.session(client.hello(lora, client_id="first"))
-    start = first.read()
-    first.close()
-    return client.put_adapter(sha256_hex(start), start)
-
-
 @pytest.fixture
 def base(client: WireClient, lora: pb.Lora) -> str:
-    return adapter_at(client, lora)
+    return client.first_adapter(lora)
 
 
 @pytest.fixture
@@ -106,7 +97,7 @@ def test_a_session_that_is_ended_before_it_is_welcomed_ends_and_leaves_no_memory
 ) -> None:
     trunk, plain = start_trunk(), Conversation.run
     client = WireClient(trunk.address)
-    base, key = adapter_at(client, lora), named("early", 1, 1)
+    base, key = client.first_adapter(lora), named("early", 1, 1)
     budgets: list[MemoryBudget] = []
 
     async def run(self: Conversation) -> None:
@@ -131,7 +122,7 @@ def test_an_attempt_that_ends_while_its_adapter_is_opened_takes_no_session(
 ) -> None:
     trunk, plain = start_trunk(max_sessions=1), TrunkServicer._first_adapter_in_time
     client = WireClient(trunk.address)
-    base = adapter_at(client, lora)
+    base = client.first_adapter(lora)
 
     async def slowly(self: TrunkServicer, opening: Opening) -> SessionAdapter:
         adapter = await plain(self, opening)
@@ -158,7 +149,7 @@ def test_sessions_that_were_ended_give_back_their_places(
 ) -> None:
     trunk = start_trunk(max_sessions=2)
     client = WireClient(trunk.address)
-    base = adapter_at(client, lora)
+    base = client.first_adapter(lora)
 
     def session(attempt: int) -> WireSession:
         key = named("full", 1, attempt)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contract import codec
 from contract import trunk_pb2 as pb
+from contract.adapter import sha256_hex
 from contract.errors import TrunklineError, error_named
 from contract.tls import TlsFiles, open_channel
 from contract.trunk_pb2_grpc import TrunkStub
@@ -70,6 +71,13 @@ class WireClient:
         if "adapter_sha256" not in fields and "seed" not in fields:
             plain["seed"] = 0
         return pb.Hello(**{**plain, **fields})
+
+    def first_adapter(self, lora: pb.Lora) -> str:
+        """An adapter that the trunk holds from here on, by its id."""
+        first = self.session(self.hello(lora))
+        start = first.read()
+        first.close()
+        return self.put_adapter(sha256_hex(start), start)
 
     def session(self, hello: pb.Hello | None) -> WireSession:
         return WireSession(self.channel, hello)
